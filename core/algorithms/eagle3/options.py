@@ -1,0 +1,38 @@
+"""The `draft` section of an EAGLE-3 run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from torchspec.core.config.schema import Positive, Section
+
+
+class Eagle3Options(Section):
+    config: Path | None = Field(None, description="a draft config.json to take the geometry from")
+    init_from: Path | None = Field(None, description="exported draft or checkpoint to start from")
+    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="target layers whose outputs feed the draft, 0-based; default [1, n//2 - 1, n - 4]"
+    )
+    vocab_size: Positive | None = Field(
+        None,
+        description="draft vocabulary; default: min(32000, the target's). Smaller than the target's: pruned by use",
+    )
+    hidden_size: Positive | None = Field(None, description="default: the target's")
+    intermediate_size: Positive | None = Field(None, description="default: the target's")
+    num_attention_heads: Positive | None = Field(None, description="default: the target's")
+    num_key_value_heads: Positive | None = Field(None, description="default: the target's")
+    head_dim: Positive | None = Field(None, description="default: the target's")
+    norm_before_residual: bool = Field(False, description="the residual branch is the normed feature")
+    unroll: Positive = Field(7, description="training-time-test steps K")
+    step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is step_decay ** k")
+    coverage: Literal["drop", "renormalise", "weight"] = Field(
+        "drop",
+        description="slots whose target argmax is outside the draft vocabulary: left out, kept on the "
+        "renormalised teacher, or all slots weighted by the teacher mass inside",
+    )
+    normalisation: Literal["token", "per_sequence"] = Field(
+        "token", description="mean over counted slots of the whole optimizer window, or of each sequence first"
+    )

@@ -1,0 +1,103 @@
+"""The run configuration: one typed schema behind the command line, YAML and Python.
+
+Every field has a default or is required, a one-line description (shown by `--help` and in the generated
+reference), and is used. The `draft` section belongs to the algorithm and is put in by `run_schema`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TargetConfig(Section):
+    path: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision the target runs in; auto: as stored, float32 on a CPU"
+    )
+    chat_template: Path | None = Field(None, description="a Jinja file used instead of the tokenizer's own template")
+    trust_remote_code: bool = Field(False, description="run Python code found in the target's directory")
+
+
+class DataConfig(Section):
+    train: list[Path] = Field(description="JSON, JSONL or Parquet files of conversations", min_length=1)
+    validation: list[Path] = Field([], description="files for validation by real decoding; empty: none")
+    max_length: Positive = Field(2048, description="longer samples are cut to this many tokens")
+    min_supervised_tokens: Positive = Field(1, description="samples with fewer supervised tokens are filtered")
+    last_turn_only: Literal["never", "always", "auto"] = Field(
+        "auto", description="supervise only the last assistant turn; auto: where the sample holds reasoning"
+    )
+    cache_dir: Path | None = Field(None, description="tokenised data is kept here; default: the user's cache")
+    bucket_size: Positive = Field(
+        16, description="samples of similar length are batched within windows of this many batches"
+    )
+
+
+class TrainConfig(Section):
+    epochs: Positive = Field(1, description="passes over the data")
+    max_steps: Positive | None = Field(None, description="stop after this many optimizer steps")
+    batch_size: Positive = Field(8, description="samples of one optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(8, description="samples of one forward pass on one rank")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="linear warm-up, in optimizer steps")
+    decay_fraction: Fraction = Field(0.2, description="wsd: the last part of the run, in which the rate decays")
+    min_lr_ratio: Fraction = Field(0.05, description="final learning rate over the peak")
+    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm is clipped to this; null: not")
+    log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: Positive = Field(200, description="steps between checkpoints")
+    keep_last: Positive = Field(2, description="this many newest checkpoints stay; the best one always does")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue the run in the output directory; never: refuse a used directory"
+    )
+
+
+class PrecisionConfig(Section):
+    compute: Literal["float32", "bfloat16"] = Field(
+        "float32", description="matrix products of the draft; parameters and optimizer state stay float32"
+    )
+
+
+class EvalConfig(Section):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations by decoding; 0: at the end")
+    samples: Positive = Field(16, description="validation prompts decoded")
+    max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
+    draft_length: Positive = Field(5, description="tokens drafted per round (chain)")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    batch_size: Positive = Field(1, description="prompts decoded together")
+
+
+class RunConfig(Section):
+    """Without the algorithm's `draft` section; `run_schema` adds it."""
+
+    output: Path = Field(description="the run directory")
+    device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
+    backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
+    algorithm: str = Field("eagle3", description="draft algorithm")
+    seed: int = Field(0, description="seeds data order and initialisation")
+    target: TargetConfig
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    precision: PrecisionConfig = Field(default_factory=lambda: PrecisionConfig())
+    eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
+
+    draft: Any = None
+
+
+def run_schema(options: type[BaseModel]) -> type[RunConfig]:
+    """`RunConfig` with the `draft` section typed by an algorithm's options."""
+    default = Field(default_factory=options, description="the draft; options of the algorithm")
+    return create_model("RunConfig", __base__=RunConfig, draft=(options, default))

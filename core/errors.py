@@ -1,0 +1,63 @@
+"""Errors meant for people. The command line prints them without a traceback and exits with `exit_code`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class TorchspecError(Exception):
+    """Something the user can understand and act on. The message says what, where and what to do."""
+
+    exit_code = 1
+
+
+class DataError(TorchspecError):
+    """The conversations cannot be used: unreadable, empty, or every row refused."""
+
+
+class TargetError(TorchspecError):
+    """The target model directory is missing something or is of a kind that is not supported."""
+
+
+class CheckpointError(TorchspecError):
+    """A checkpoint or exported draft is missing, truncated, or belongs to something else."""
+
+
+class UnavailableError(TorchspecError):
+    """A device or engine was named explicitly and is not available here; says why and what to install."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with a configuration."""
+
+    field: str
+    message: str
+    value: object = None
+    choices: tuple[str, ...] = ()
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.field}: {self.message}"
+        if self.value is not None:
+            text += f" (got {self.value!r})"
+        if self.choices:
+            text += f"\n    choices: {', '.join(self.choices)}"
+        if self.remedy:
+            text += f"\n    remedy: {self.remedy}"
+        return text
+
+
+class ConfigError(TorchspecError):
+    """Every problem of a configuration, reported together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = f"{count} configuration error{'s' if count != 1 else ''}:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))

@@ -1,0 +1,1 @@
+"""The contracts between rooms: devices, engines, features, masks and algorithms. No implementation lives here."""

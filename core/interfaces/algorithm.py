@@ -1,0 +1,126 @@
+"""What a draft-training algorithm must provide. Trainer, decoding, export and evaluation know nothing of any one.
+
+Shape letters: B sequences, T tokens, K unroll steps, L proposed tokens, V target vocabulary, N taps, H target hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchspec.core.interfaces.device import API_VERSION, Device
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.features import Features
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSample:
+    """One tokenised sequence with its supervision: mask[j] says that token j is to be predicted."""
+
+    sample_id: str
+    input_ids_T: Tensor  # int64
+    loss_mask_T: Tensor  # bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one micro-batch contributes; everything is a SUM, so micro-batches and ranks simply add.
+
+    numerator    scalar with a graph: sum over counted slots of weight x loss
+    denominator  scalar: sum of the weights of the counted slots
+    sums         detached additive metrics by name, each a scalar or a [K] vector (see the algorithm's `summarise`)
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    sums: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """Drafted continuations. `probs_BLV` is the distribution each token was drawn from; None means one-hot."""
+
+    tokens_BL: Tensor
+    probs_BLV: Tensor | None = None
+
+
+class DraftSession(Protocol):
+    """The draft's side of decoding a batch of sequences."""
+
+    def propose(
+        self,
+        taps: Sequence[Tensor],
+        next_tokens: Sequence[Tensor],
+        length: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Proposal:
+        """Take in what the target just confirmed, then draft `length` tokens for every sequence.
+
+        taps[b] [m_b, N, H] are the target's taps at the m_b newly confirmed positions p..p+m_b-1 of sequence b
+        (the whole prompt at the first call); next_tokens[b] [m_b] are the tokens at p+1..p+m_b.
+        The first drafted token follows next_tokens[b][-1].
+        """
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every sequence but these."""
+        ...
+
+
+class Drafter(Protocol):
+    """Makes draft sessions; prompt lookup is one too."""
+
+    taps: tuple[int, ...]
+
+    def open(self, batch_size: int) -> DraftSession: ...
+
+
+class Algorithm(Protocol):
+    """Everything specific to one algorithm, made from its validated options and the target's facts."""
+
+    name: str
+    taps: tuple[int, ...]
+    options: Any
+
+    def build_draft(self, vocabulary: VocabularyMap, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A freshly initialised draft on the CPU. Its `state_dict` holds trained tensors and the vocabulary map."""
+        ...
+
+    def step(
+        self,
+        draft: nn.Module,
+        head: TargetHead,
+        features: Sequence[Features],
+        loss_masks: Sequence[Tensor],
+        device: Device,
+    ) -> StepResult:
+        """Training forward of one micro-batch. Runs the same collectives whatever the masks hold."""
+        ...
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
+        """Readable metrics from sums added over micro-batches and ranks; holds `simulated_acceptance_length`."""
+        ...
+
+    def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> Drafter: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmSpec:
+    """Found through the entry-point group `torchspec.algorithms`.
+
+    `options` is a pydantic model: the `draft` section of the configuration.
+    `create(options, target)` raises ConfigError with every misfit between the two.
+    """
+
+    name: str
+    options: type
+    create: Callable[[Any, TargetSpec], Algorithm]
+    capabilities: frozenset[str] = frozenset()
+    api_version: int = API_VERSION

@@ -1,0 +1,126 @@
+"""What a target engine must provide: hidden states for training, text, and steps for lossless decoding.
+
+Shape letters: B sequences, T tokens of a sequence, n new tokens, V vocabulary, N taps, H target hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchspec.core.interfaces.device import API_VERSION, Availability, Device
+from torchspec.core.interfaces.features import FeatureSink, RecordRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """Facts about a target that trainers and exporters need; read from its configuration."""
+
+    path: Path
+    architecture: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, object]
+    dtype: torch.dtype
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureRequest:
+    record_id: str
+    input_ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """Of the tokens just fed: logits_BnV (fp32 or the target's dtype) and taps_BnNH."""
+
+    logits_BnV: Tensor
+    taps_BnNH: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """Of the prompts: logits after each prompt's last token, and the taps of every prompt token."""
+
+    logits_BV: Tensor
+    taps: list[Tensor]  # one [T_b, N, H] per prompt
+
+
+class DecodeSession(Protocol):
+    """A batch of sequences with the target's key/value cache behind it."""
+
+    prefill: Prefill
+
+    def step(self, tokens_Bn: Tensor) -> StepOutput:
+        """Append n tokens to every sequence and run the target over them."""
+        ...
+
+    def rollback(self, count_B: Tensor) -> None:
+        """Forget the last count[b] tokens of sequence b (0 <= count[b] <= tokens of the last step)."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every sequence but these (finished ones stop costing work)."""
+        ...
+
+
+class TargetEngine(Protocol):
+    def describe(self) -> TargetSpec: ...
+
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
+        """Run the target over each token sequence, write `Features` into the sink, return references in order."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """New tokens of each prompt, the end-of-turn token included when it was produced."""
+        ...
+
+    def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:
+        """Only engines with the capability "decode"."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine is loaded with."""
+
+    target: Path
+    device: Device
+    local_rank: int = 0
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """Light description found through the entry-point group `torchspec.backends`."""
+
+    name: str
+    probe: Callable[[], Availability]
+    load: Callable[[EngineOptions], TargetEngine]
+    capabilities: frozenset[str] = frozenset({"capture", "generate"})
+    api_version: int = API_VERSION

@@ -1,0 +1,64 @@
+"""What the trainer reads of the target's own weights, and the draft's share of its vocabulary.
+
+Shape letters: T rows, H target hidden size, V target vocabulary, N draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchspec.core.interfaces.features import NormState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VocabularyMap:
+    """Which target ids the draft can say: `ids_N` int64, sorted ascending, unique. N = V means no pruning."""
+
+    ids_N: Tensor
+    target_size: int
+
+    @property
+    def size(self) -> int:
+        return self.ids_N.numel()
+
+    @property
+    def d2t_N(self) -> Tensor:
+        """Offsets as checkpoints store them: target id = i + d2t[i]."""
+        return self.ids_N - torch.arange(self.size, device=self.ids_N.device)
+
+    @property
+    def t2d_V(self) -> Tensor:
+        """bool: the target id is in the draft vocabulary."""
+        keep = torch.zeros(self.target_size, dtype=torch.bool, device=self.ids_N.device)
+        keep[self.ids_N] = True
+        return keep
+
+    @classmethod
+    def from_offsets(cls, d2t_N: Tensor, target_size: int) -> VocabularyMap:
+        return cls(ids_N=d2t_N.long() + torch.arange(d2t_N.numel(), device=d2t_N.device), target_size=target_size)
+
+    @classmethod
+    def identity(cls, target_size: int) -> VocabularyMap:
+        return cls(ids_N=torch.arange(target_size), target_size=target_size)
+
+
+class TargetHead(Protocol):
+    """The target's embedding, final norm and output head, read from its safetensors; frozen."""
+
+    embedding_VH: Tensor
+    head_VH: Tensor
+
+    def normed(self, last_TH: Tensor, state: NormState) -> Tensor:
+        """The last hidden states after the final norm, which is applied exactly when `state` is pre_norm."""
+        ...
+
+    def logits(self, normed_TH: Tensor, rows_NH: Tensor | None = None) -> Tensor:
+        """Target logits of [..., H] states against the whole head, or against given rows of it; fp32 (fp64 for fp64).
+
+        Scaling and soft-capping that the target's architecture applies to its logits are included.
+        """
+        ...

@@ -1,0 +1,149 @@
+"""Names to devices, engines and algorithms, found through entry points. Built-ins take the same road as plug-ins.
+
+An explicitly chosen name either works or fails with the cause and the remedy; nothing is ever replaced silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Generic, TypeVar
+
+from torchspec.core.errors import ConfigError, Problem, UnavailableError
+from torchspec.core.interfaces.algorithm import AlgorithmSpec
+from torchspec.core.interfaces.device import API_VERSION, Availability, Device, DeviceSpec
+from torchspec.core.interfaces.engine import EngineOptions, EngineSpec, TargetEngine
+
+Spec = TypeVar("Spec", DeviceSpec, EngineSpec, AlgorithmSpec)
+
+
+@dataclass(frozen=True)
+class Registry(Generic[Spec]):
+    """One entry-point group. Nothing is imported before a name is asked for."""
+
+    group: str
+    kind: str
+    entries: Mapping[str, metadata.EntryPoint]
+
+    @classmethod
+    def discover(cls, group: str, kind: str) -> Registry[Spec]:
+        entries: dict[str, metadata.EntryPoint] = {}
+        for entry in metadata.entry_points(group=group):
+            known = entries.setdefault(entry.name, entry)
+            if known.value != entry.value:
+                raise ConfigError(
+                    [
+                        Problem(
+                            field=kind,
+                            value=entry.name,
+                            message=f"two installed distributions register this {kind}: "
+                            f"{_distribution(known)} ({known.value}) and {_distribution(entry)} ({entry.value})",
+                            remedy="uninstall one of them",
+                        )
+                    ]
+                )
+        return cls(group, kind, entries)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.entries))
+
+    def spec(self, name: str) -> Spec:
+        """The light description of `name`.
+
+        Raises ConfigError for an unknown name, UnavailableError when its plug-in cannot be imported or speaks
+        another version of the adapter API.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            near = difflib.get_close_matches(name, self.entries, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"`torchspec doctor` lists every {self.kind}"
+            raise ConfigError(
+                [
+                    Problem(
+                        field=self.kind,
+                        value=name,
+                        message=f"no {self.kind} of this name is registered",
+                        choices=self.names(),
+                        remedy=remedy,
+                    )
+                ]
+            )
+        try:
+            spec: Spec = entry.load()
+        except Exception as error:  # a plug-in may fail in any way; the cause goes to the user
+            raise UnavailableError(
+                f"{self.kind} {name!r} ({_distribution(entry)}, {entry.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if spec.api_version != API_VERSION:
+            raise UnavailableError(
+                f"{self.kind} {name!r} ({_distribution(entry)}) is written for adapter API {spec.api_version}, "
+                f"this torchspec speaks {API_VERSION}: install a matching version of one of them"
+            )
+        return spec
+
+
+def _distribution(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "unknown distribution"
+
+
+@cache
+def devices() -> Registry[DeviceSpec]:
+    return Registry.discover("torchspec.devices", "device")
+
+
+@cache
+def backends() -> Registry[EngineSpec]:
+    return Registry.discover("torchspec.backends", "backend")
+
+
+@cache
+def algorithms() -> Registry[AlgorithmSpec]:
+    return Registry.discover("torchspec.algorithms", "algorithm")
+
+
+def _require(kind: str, name: str, availability: Availability) -> None:
+    if not availability.ok:
+        hint = f"\n    remedy: {availability.hint}" if availability.hint else ""
+        raise UnavailableError(f"{kind} {name!r} is not available here: {availability.reason}{hint}")
+
+
+def load_device(name: str) -> Device:
+    """The device of this name, or UnavailableError with its probe's reason and hint."""
+    spec = devices().spec(name)
+    _require("device", name, spec.probe())
+    return spec.load()
+
+
+def load_engine(name: str, options: EngineOptions) -> TargetEngine:
+    """The engine of this name with the target loaded, or UnavailableError with its probe's reason and hint."""
+    spec = backends().spec(name)
+    _require("backend", name, spec.probe())
+    return spec.load(options)
+
+
+def choose_device(configured: str | None, environment: str | None) -> tuple[str, str]:
+    """(name, where the choice came from): configuration, TORCHSPEC_DEVICE, the one accelerator here, or cpu.
+
+    More than one available accelerator is an error: the choice is the user's.
+    """
+    if configured:
+        return configured, "configuration"
+    if environment:
+        return environment, "TORCHSPEC_DEVICE"
+    found = [name for name in devices().names() if name != "cpu" and devices().spec(name).probe().ok]
+    if len(found) > 1:
+        raise ConfigError(
+            [
+                Problem(
+                    field="device",
+                    message="several accelerators are available here and none was named",
+                    choices=tuple(found),
+                    remedy="name one with --device",
+                )
+            ]
+        )
+    return (found[0], "the only accelerator found") if found else ("cpu", "no accelerator found")

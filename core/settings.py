@@ -1,0 +1,39 @@
+"""The only place that reads environment variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Where this process stands among those started by torchrun, or alone."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def launch() -> Launch:
+    """torchrun's RANK, LOCAL_RANK and WORLD_SIZE; a world of one without a launcher."""
+    return Launch(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+def default_device() -> str | None:
+    """`TORCHSPEC_DEVICE`: the device used when none is configured."""
+    return os.environ.get("TORCHSPEC_DEVICE") or None
+
+
+def cache_dir() -> Path:
+    """`TORCHSPEC_CACHE`, else `$XDG_CACHE_HOME/torchspec`, else `~/.cache/torchspec`."""
+    named = os.environ.get("TORCHSPEC_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "torchspec"

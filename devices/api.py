@@ -1,0 +1,27 @@
+"""The public adapter API for hardware, version `API_VERSION`. Adapters import from here and from nowhere else in core."""
+
+from torchspec.core.interfaces.device import (
+    API_VERSION,
+    Attention,
+    Availability,
+    Communication,
+    Device,
+    DeviceSpec,
+    FusedOps,
+    MemoryStats,
+    Runtime,
+)
+from torchspec.core.interfaces.mask import MaskSpec
+
+__all__ = [
+    "API_VERSION",
+    "Attention",
+    "Availability",
+    "Communication",
+    "Device",
+    "DeviceSpec",
+    "FusedOps",
+    "MaskSpec",
+    "MemoryStats",
+    "Runtime",
+]
