@@ -1,4 +1,4 @@
-"""The public adapter API for hardware, version `API_VERSION`. Adapters import from here and from nowhere else in core."""
+"""The public adapter API for hardware, version `API_VERSION`. Adapters import nothing else of core."""
 
 from torchspec.core.interfaces.device import (
     API_VERSION,

@@ -39,9 +39,7 @@ class DataConfig(Section):
         "auto", description="supervise only the last assistant turn; auto: where the sample holds reasoning"
     )
     cache_dir: Path | None = Field(None, description="tokenised data is kept here; default: the user's cache")
-    bucket_size: Positive = Field(
-        16, description="samples of similar length are batched within windows of this many batches"
-    )
+    bucket_size: Positive = Field(16, description="similar lengths are batched within windows of this many batches")
 
 
 class TrainConfig(Section):

@@ -42,6 +42,14 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftFiles:
+    """A draft as a directory holds it: config.json and the tensors of model.safetensors."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Proposal:
     """Drafted continuations. `probs_BLV` is the distribution each token was drawn from; None means one-hot."""
 
@@ -89,8 +97,11 @@ class Algorithm(Protocol):
     taps: tuple[int, ...]
     options: Any
 
-    def build_draft(self, vocabulary: VocabularyMap, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A freshly initialised draft on the CPU. Its `state_dict` holds trained tensors and the vocabulary map."""
+    def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:
+        """A freshly initialised float32 draft on the CPU, from torch's global random state.
+
+        Its `state_dict` holds the trained tensors and the vocabulary map, never the target's weights.
+        """
         ...
 
     def step(
@@ -101,7 +112,11 @@ class Algorithm(Protocol):
         loss_masks: Sequence[Tensor],
         device: Device,
     ) -> StepResult:
-        """Training forward of one micro-batch. Runs the same collectives whatever the masks hold."""
+        """Training forward of one micro-batch (never empty; a hole is a sample whose mask is all False).
+
+        Every use of the draft's parameters happens inside one `draft(...)` call, so that FSDP's hooks see it,
+        and the same collectives run whatever the masks hold.
+        """
         ...
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
@@ -110,6 +125,10 @@ class Algorithm(Protocol):
 
     def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> Drafter: ...
 
+    def to_files(self, draft_state: dict[str, Tensor], layout: str) -> DraftFiles:
+        """The draft in a published layout ("plain" or "speculators"); ConfigError if that layout cannot hold it."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSpec:
@@ -117,10 +136,14 @@ class AlgorithmSpec:
 
     `options` is a pydantic model: the `draft` section of the configuration.
     `create(options, target)` raises ConfigError with every misfit between the two.
+    `reads(config)` says whether a config.json describes a draft of this algorithm; `from_files` rebuilds the
+    algorithm and the draft from one, raising CheckpointError with the tensors that are missing, unknown or misshapen.
     """
 
     name: str
     options: type
     create: Callable[[Any, TargetSpec], Algorithm]
+    reads: Callable[[dict[str, Any]], bool]
+    from_files: Callable[[DraftFiles, TargetSpec], tuple[Algorithm, nn.Module]]
     capabilities: frozenset[str] = frozenset()
     api_version: int = API_VERSION

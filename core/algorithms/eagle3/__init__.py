@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
-from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec
+from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftFiles
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from torchspec.core.interfaces.engine import TargetSpec
 
 
@@ -17,4 +19,16 @@ def _create(options: Eagle3Options, target: TargetSpec) -> Algorithm:
     return Eagle3.create(options, target)
 
 
-SPEC = AlgorithmSpec(name="eagle3", options=Eagle3Options, create=_create)
+def _reads(config: dict[str, Any]) -> bool:
+    return (
+        "LlamaForCausalLMEagle3" in config.get("architectures", ()) or config.get("speculators_model_type") == "eagle3"
+    )
+
+
+def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
+    from torchspec.core.algorithms.eagle3.convert import from_files
+
+    return from_files(files, target)
+
+
+SPEC = AlgorithmSpec(name="eagle3", options=Eagle3Options, create=_create, reads=_reads, from_files=_from_files)

@@ -18,7 +18,7 @@ class Eagle3Options(Section):
     )
     vocab_size: Positive | None = Field(
         None,
-        description="draft vocabulary; default: min(32000, the target's). Smaller than the target's: pruned by use",
+        description="size; default: min(32000, the target's). A smaller one keeps the tokens used most",
     )
     hidden_size: Positive | None = Field(None, description="default: the target's")
     intermediate_size: Positive | None = Field(None, description="default: the target's")
