@@ -129,6 +129,17 @@ class Algorithm(Protocol):
         """The draft in a published layout ("plain" or "speculators"); ConfigError if that layout cannot hold it."""
         ...
 
+    def serve(
+        self, files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
+    ) -> Tensor:
+        """What an engine that reads `files` would predict, by a reader that shares no code with the trained module.
+
+        After a prompt whose T positions have these taps and following tokens, the probabilities [L, V] from which
+        each of the drafted tokens is drawn, given those before it (temperature 1). Raises CheckpointError naming
+        every tensor that an engine would ignore or miss.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmSpec:

@@ -1,0 +1,143 @@
+"""Draft directories that serving engines load: written aside, checked by an independent reader, then put in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from torchspec.core import registry
+from torchspec.core.errors import CheckpointError
+from torchspec.core.export.selfcheck import Probe, SelfCheck, check_files
+from torchspec.core.interfaces.algorithm import Algorithm, DraftFiles
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.target import TargetHead
+
+FORMATS = {"hf": "plain", "sglang": "plain", "vllm": "speculators"}
+"""Command-line format to layout: plain EAGLE-3 serves in both engines, the speculators layout in vLLM alone."""
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportContext:
+    """What the self-check needs beside the draft: the target's head, a device, and a recorded probe if there is one."""
+
+    head: TargetHead
+    device: Device
+    probe: Probe | None = None
+
+
+def write_draft(
+    algorithm: Algorithm,
+    draft: nn.Module,
+    layout: str,
+    directory: Path,
+    context: ExportContext,
+    dtype: torch.dtype = torch.float32,
+) -> SelfCheck:
+    """Write `draft` (unsharded) in `layout` and prove that an engine's reading of the files gives its predictions.
+
+    An existing draft directory is replaced only after the new one has passed. Raises ConfigError where the layout
+    cannot hold this draft, CheckpointError when the written files fail the check or cannot be written.
+    """
+    state = {name: _stored(tensor, dtype) for name, tensor in draft.state_dict().items()}
+    files = algorithm.to_files(state, layout)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write a draft into {directory.parent}: {error.strerror}") from error
+    try:
+        save_file(files.tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
+        outcome = check_files(algorithm, draft, read_files(aside), context.head, context.device, context.probe)
+        aside.chmod(0o755)
+        _replace(aside, directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"writing the draft to {directory} failed: {error}; nothing was replaced. Free some space or name another "
+            "directory, then run the export again"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return outcome
+
+
+def read_files(directory: Path) -> DraftFiles:
+    """config.json and every tensor of model.safetensors, on the CPU.
+
+    Raises CheckpointError when either is missing, malformed or truncated.
+    """
+    config = _read_config(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f"; {pickled[0]} is a pickle and is not read: convert it to safetensors" if pickled else ""
+        raise CheckpointError(f"{directory} has no {WEIGHTS}: not an exported draft{hint}")
+    try:
+        with safe_open(weights, framework="pt") as tensors:
+            return DraftFiles(config=config, tensors={name: tensors.get_tensor(name) for name in tensors.keys()})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{weights} cannot be read ({error}): truncated or damaged? export the draft again"
+        ) from error
+
+
+def read_draft(directory: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
+    """Rebuild the algorithm and the draft from a directory in any published layout that some algorithm reads."""
+    files = read_files(directory)
+    for name in registry.algorithms().names():
+        spec = registry.algorithms().spec(name)
+        if spec.reads(files.config):
+            return spec.from_files(files, target)
+    kind = files.config.get("speculators_model_type") or files.config.get("architectures") or "nothing"
+    raise CheckpointError(
+        f"{directory / CONFIG} describes {kind}, which no algorithm here reads; "
+        f"known: {', '.join(registry.algorithms().names())}"
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} has no {CONFIG}: a draft is a directory holding {CONFIG} and {WEIGHTS}, as written by "
+            "`torchspec train` into draft/ or by `torchspec export`"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU and contiguous; floating tensors in `dtype`."""
+    kept = tensor.detach().cpu()
+    return (kept.to(dtype) if kept.is_floating_point() else kept).clone().contiguous()
+
+
+def _replace(aside: Path, directory: Path) -> None:
+    """Put a finished directory in place; the old one is removed last, so that one of them always exists."""
+    if not directory.exists():
+        aside.rename(directory)
+        return
+    if not directory.is_dir() or (any(directory.iterdir()) and not (directory / CONFIG).exists()):
+        raise CheckpointError(f"{directory} exists and is not a draft directory: name another --output")
+    old = directory.with_name(f".{directory.name}-old-{os.getpid()}")
+    directory.rename(old)
+    aside.rename(directory)
+    shutil.rmtree(old)
