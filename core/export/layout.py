@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchspec.core import registry
@@ -86,12 +86,9 @@ def read_files(directory: Path) -> DraftFiles:
         hint = f"; {pickled[0]} is a pickle and is not read: convert it to safetensors" if pickled else ""
         raise CheckpointError(f"{directory} has no {WEIGHTS}: not an exported draft{hint}")
     try:
-        with safe_open(weights, framework="pt") as tensors:
-            return DraftFiles(config=config, tensors={name: tensors.get_tensor(name) for name in tensors.keys()})
+        return DraftFiles(config=config, tensors=load_file(weights))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{weights} cannot be read ({error}): truncated or damaged? export the draft again"
-        ) from error
+        raise CheckpointError(f"{weights} is truncated or damaged ({error}): export the draft again") from error
 
 
 def read_draft(directory: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:

@@ -1,0 +1,137 @@
+"""How serving engines read an EAGLE-3 directory, in plain float64 torch: the exporter's independent reader.
+
+It shares no code with the trained module. Rules followed (seen in vLLM `llama_eagle3.py` and SGLang
+`llama_eagle3.py`): `d2t` holds offsets; `t2d` is ignored; the plain layout names its layer `midlayer`, the
+speculators layout `layers.0`; SGLang never applies `norm_before_residual` and skips names it does not know;
+rotary positions are those of the slot's feature, one more for each drafted token.
+
+Shape letters: T prompt slots, S all slots so far, L drafted tokens, H draft hidden, Hq/Hk heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from torchspec.core.errors import CheckpointError
+from torchspec.core.interfaces.algorithm import DraftFiles
+from torchspec.core.interfaces.target import TargetHead
+
+LAYER_TENSORS = (
+    "hidden_norm.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+
+
+def is_speculators(config: Mapping[str, Any]) -> bool:
+    return "speculators_model_type" in config
+
+
+def layer_prefix(config: Mapping[str, Any]) -> str:
+    return "layers.0." if is_speculators(config) else "midlayer."
+
+
+def check_names(files: DraftFiles) -> None:
+    """Raise CheckpointError with every tensor an engine needs and misses, and every one it would ignore."""
+    prefix = layer_prefix(files.config)
+    needed = {"fc.weight", "norm.weight", "lm_head.weight", *(prefix + name for name in LAYER_TENSORS)}
+    optional = {"d2t", "t2d", "embed_tokens.weight"}
+    missing = sorted(needed - files.tensors.keys())
+    ignored = sorted(files.tensors.keys() - needed - optional)
+    parts = [f"missing: {', '.join(missing)}"] if missing else []
+    parts += [f"unknown, engines would skip or refuse them: {', '.join(ignored)}"] if ignored else []
+    if parts:
+        layout = "speculators" if is_speculators(files.config) else "plain"
+        raise CheckpointError(f"these are not the tensors of a {layout} EAGLE-3 draft; {'; '.join(parts)}")
+
+
+def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor) -> Tensor:
+    """Probabilities [L, V], float64, of each drafted token given those before it; see `Algorithm.serve`."""
+    check_names(files)
+    reader = _Reader(files, head.embedding_VH)
+    tokens, feature_TH = next_tokens_T, taps_TNH.flatten(1).double() @ reader.weight["fc.weight"].T
+    start, rows = 0, []
+    for drafted in drafted_L:
+        out_TH = reader.layer(feature_TH, tokens, start)
+        rows.append(reader.probabilities(out_TH[-1]))
+        start += tokens.numel()
+        tokens, feature_TH = drafted.reshape(1), out_TH[-1:]
+    return torch.stack(rows)
+
+
+class _Reader:
+    """One decoder layer over [embedding ; feature] with a growing key/value cache."""
+
+    def __init__(self, files: DraftFiles, target_embedding_VH: Tensor) -> None:
+        config = files.config
+        inner = dict(config["transformer_layer_config"] if is_speculators(config) else config)
+        default = is_speculators(config)
+        self.norm_before_residual = bool(config.get("norm_before_residual", default)) if default else False
+        inner.pop("architectures", None)
+        self.config = LlamaConfig(**{key: value for key, value in inner.items() if key != "model_type"})
+        prefix, place = layer_prefix(config), target_embedding_VH.device
+        self.weight = {
+            name.removeprefix(prefix): tensor.to(place).double()
+            for name, tensor in files.tensors.items()
+            if tensor.is_floating_point()
+        }
+        self.embedding_VH = self.weight.get("embed_tokens.weight", target_embedding_VH)
+        offsets = files.tensors.get("d2t")
+        drafts = torch.arange(self.weight["lm_head.weight"].shape[0])
+        self.ids_N = (drafts if offsets is None else drafts + offsets.cpu()).to(place)
+        self.rotary = LlamaRotaryEmbedding(self.config).to(place)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight[name], self.config.rms_norm_eps)
+
+    def layer(self, feature_TH: Tensor, tokens_T: Tensor, start: int) -> Tensor:
+        """Residual stream after the layer, [T, H]; appends to the cache."""
+        normed = self._norm(feature_TH, "hidden_norm.weight")
+        residual = normed if self.norm_before_residual else feature_TH
+        embedded = self.embedding_VH[tokens_T].double()
+        both = torch.cat((self._norm(embedded, "input_layernorm.weight"), normed), dim=-1)
+        x = residual + self._attention(both, start)
+        inner = self._norm(x, "post_attention_layernorm.weight")
+        gate, up = (inner @ self.weight[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        return x + (F.silu(gate) * up) @ self.weight["mlp.down_proj.weight"].T
+
+    def _attention(self, both_TZ: Tensor, start: int) -> Tensor:
+        rows, size = both_TZ.shape[0], self.config.head_dim
+        q, k, v = (
+            (both_TZ @ self.weight[f"self_attn.{name}_proj.weight"].T).view(rows, -1, size).transpose(0, 1)[None]
+            for name in "qkv"
+        )
+        positions = torch.arange(start, start + rows, device=both_TZ.device)[None]
+        cos, sin = (table.double() for table in self.rotary(both_TZ, positions))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        self.keys.append(k)
+        self.values.append(v)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        keys = torch.cat(self.keys, dim=2).repeat_interleave(group, dim=1)
+        values = torch.cat(self.values, dim=2).repeat_interleave(group, dim=1)
+        scores = q @ keys.transpose(-1, -2) * size**-0.5
+        later = torch.arange(keys.shape[2], device=scores.device)[None] > positions[0, :, None]
+        out = scores.masked_fill(later, float("-inf")).softmax(-1) @ values
+        return out[0].transpose(0, 1).flatten(1) @ self.weight["self_attn.o_proj.weight"].T
+
+    def probabilities(self, out_H: Tensor) -> Tensor:
+        """Over the whole target vocabulary; ids outside the draft vocabulary get zero."""
+        logits_N = self.weight["lm_head.weight"] @ self._norm(out_H, "norm.weight")
+        whole_V = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=out_H.device)
+        return whole_V.index_copy(0, self.ids_N, logits_N.softmax(-1))
