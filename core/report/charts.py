@@ -1,0 +1,65 @@
+"""Curves as inline SVG, one function per kind of chart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 6.4, 2.9
+COLOURS = ("#2f6feb", "#d1592b", "#2da36c", "#8a5bd6", "#b8860b", "#c2397f", "#4a90a4", "#7a7a7a")
+Points = Sequence[tuple[float, float]]
+
+
+def lines(series: Mapping[str, Points], *, x: str, y: str, smooth: bool = False) -> str:
+    """One line per named series of (x, y); `smooth` draws a running mean over the raw points."""
+    figure, axes = _figure(x, y)
+    for colour, (name, points) in zip(COLOURS * 2, series.items(), strict=False):
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        if smooth and len(ys) > 20:
+            axes.plot(xs, ys, color=colour, alpha=0.22, linewidth=0.8)
+            ys = _running_mean(ys, max(5, len(ys) // 40))
+        marker = "o" if len(xs) <= 12 else None
+        axes.plot(xs, ys, color=colour, linewidth=1.6, label=name, marker=marker, markersize=4)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8, ncols=min(4, len(series)))
+    return _svg(figure)
+
+
+def bars(values: Mapping[str, float], *, x: str, y: str, top: float | None = None) -> str:
+    """One labelled bar per name."""
+    figure, axes = _figure(x, y)
+    drawn = axes.bar(list(values), list(values.values()), color=COLOURS[0], width=0.6)
+    axes.bar_label(drawn, fmt="%.2f", fontsize=8, padding=2)
+    axes.set_ylim(0, top if top is not None else 1.15 * max([*values.values(), 1e-9]))
+    return _svg(figure)
+
+
+def _figure(x: str, y: str):  # type: ignore[no-untyped-def]  # matplotlib's axes are untyped here
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    out: list[float] = []
+    total = 0.0
+    for index, value in enumerate(values):
+        total += value
+        if index >= window:
+            total -= values[index - window]
+        out.append(total / min(index + 1, window))
+    return out
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,199 @@
+"""report.html: one self-contained page per run, made from what the run directory holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, select_autoescape
+
+from torchspec.core.errors import TorchspecError
+from torchspec.core.report import charts
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The parts of a run directory that exist; a run may have stopped anywhere."""
+
+    directory: Path
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    evaluation: Row = field(default_factory=dict)
+    config: Row = field(default_factory=dict)
+    environment: Row = field(default_factory=dict)
+    data: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    title: str
+    note: str
+    svg: str
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run directory and return its path.
+
+    Raises TorchspecError when the directory is no run: neither metrics.jsonl nor eval.json is in it.
+    """
+    record = read_run(run_dir)
+    page = _environment().from_string(
+        resources.files("torchspec.core.report").joinpath("template.html").read_text(encoding="utf-8")
+    )
+    path = run_dir / "report.html"
+    text = page.render(
+        run=record,
+        name=run_dir.resolve().name,
+        tiles=_tiles(record),
+        charts=_charts(record),
+        config=yaml.safe_dump(record.config, sort_keys=False) if record.config else "",
+    )
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read a run directory; unfinished lines of metrics.jsonl are passed over."""
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file() and not (run_dir / "eval.json").is_file():
+        raise TorchspecError(
+            f"{run_dir} is not a run directory: it holds neither metrics.jsonl nor eval.json. "
+            "Name the --output of a `torchspec train`"
+        )
+    rows = _json_lines(metrics)
+    config = run_dir / "config.yaml"
+    return RunRecord(
+        directory=run_dir,
+        train=[row for row in rows if row.get("kind", "train") == "train"],
+        validation=[row for row in rows if row.get("kind") == "validation"],
+        evaluation=_json(run_dir / "eval.json"),
+        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        environment=_json(run_dir / "environment.json"),
+        data=_json(run_dir / "data.json"),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    return environment
+
+
+def _number(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
+
+
+def _json(path: Path) -> Row:
+    if not path.is_file():
+        return {}
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _json_lines(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the line a killed run was writing
+    return rows
+
+
+def _tiles(record: RunRecord) -> list[tuple[str, str]]:
+    """The headline figures."""
+    result = record.evaluation
+    tiles: list[tuple[str, str]] = []
+    if "acceptance_length" in result:
+        tiles.append(("acceptance length", f"{result['acceptance_length']:.2f}"))
+    if result.get("speedup"):
+        tiles.append(("speed-up", f"{result['speedup']:.2f}x"))
+    if result.get("tokens_per_second"):
+        tiles.append(("tokens/s with draft", _number(float(result["tokens_per_second"]))))
+    if result.get("tokens_per_second_draftless"):
+        tiles.append(("tokens/s without", _number(float(result["tokens_per_second_draftless"]))))
+    if result.get("lossless") is not None:
+        tiles.append(("lossless", "yes" if result["lossless"] else "no"))
+    if record.train:
+        last = record.train[-1]
+        tiles.append(("steps", _number(int(last["step"]))))
+        tiles.append(("tokens trained", _number(int(last.get("tokens", 0)))))
+    return tiles
+
+
+def _series(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+
+
+def _positions(rows: list[Row], key: str) -> dict[str, list[tuple[float, float]]]:
+    count = max((len(row[key]) for row in rows if isinstance(row.get(key), list)), default=0)
+    return {
+        f"position {k + 1}": [(row["step"], row[key][k]) for row in rows if isinstance(row.get(key), list)]
+        for k in range(count)
+    }
+
+
+def _charts(record: RunRecord) -> list[Chart]:
+    drawn: list[Chart] = []
+
+    def add(title: str, note: str, series: dict[str, list[tuple[float, float]]], y: str, smooth: bool = True) -> None:
+        present = {name: points for name, points in series.items() if points}
+        if present:
+            drawn.append(Chart(title=title, note=note, svg=charts.lines(present, x="step", y=y, smooth=smooth)))
+
+    result = record.evaluation
+    if result.get("acceptance_per_position"):
+        rates = {str(k + 1): float(rate) for k, rate in enumerate(result["acceptance_per_position"])}
+        note = "Share of drafting rounds in which at least this many drafted tokens were accepted (unconditional)."
+        svg = charts.bars(rates, x="drafted position", y="accepted", top=1.0)
+        drawn.append(Chart(title="Acceptance per position", note=note, svg=svg))
+    if result.get("sweep"):
+        speed = [(float(row["draft_length"]), float(row["speedup"])) for row in result["sweep"]]
+        length = [(float(row["draft_length"]), float(row["acceptance_length"])) for row in result["sweep"]]
+        svg = charts.lines({"speed-up": speed, "acceptance length": length}, x="draft length", y="")
+        drawn.append(Chart(title="Which draft length pays", note="Decoded with each chain length.", svg=svg))
+    add("Loss", "Cross-entropy against the target's distribution.", {"loss": _series(record.train, "loss")}, "nats")
+    add(
+        "Acceptance length",
+        "Simulated: the walk decoding would take over the training text. Decoded: real speculative decoding of "
+        "validation prompts.",
+        {
+            "simulated": _series(record.train, "simulated_acceptance_length"),
+            "decoded": _series(record.validation, "acceptance_length"),
+        },
+        "tokens per round",
+    )
+    add("Accuracy per position", "Draft and target agree on the next token.", _positions(record.train, "accuracy"), "")
+    add("Learning rate", "", {"lr": _series(record.train, "lr")}, "", smooth=False)
+    add("Gradient norm", "Before clipping.", {"norm": _series(record.train, "grad_norm")}, "")
+    add("Throughput", "", {"tokens/s": _series(record.train, "tokens_per_second")}, "tokens/s")
+    where = _time_shares(record.train)
+    if where:
+        svg = charts.bars(where, x="", y="share of step time", top=1.0)
+        drawn.append(Chart(title="Where the time went", note="Mean over all steps.", svg=svg))
+    return drawn
+
+
+def _time_shares(rows: list[Row]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for row in rows:
+        for name, seconds in (row.get("time") or {}).items():
+            totals[name] = totals.get(name, 0.0) + float(seconds)
+    whole = sum(totals.values())
+    return {name: seconds / whole for name, seconds in totals.items()} if whole else {}
