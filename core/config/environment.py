@@ -1,0 +1,76 @@
+"""What a configuration asks of this machine: adapters that can be used, files that exist, a writable output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchspec.core import registry
+from torchspec.core import settings as variables
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.registry import Registry
+
+_INPUT_FILES = ("data.train", "data.validation", "target.chat_template")
+
+
+def default_device() -> tuple[str, str]:
+    """(name, why): `TORCHSPEC_DEVICE`, the only accelerator here, or cpu."""
+    return registry.choose_device(None, variables.default_device())
+
+
+def problems(tree: Mapping[str, Any]) -> list[Problem]:
+    """What of the merged, unvalidated settings cannot work here. Values of a wrong type are left to the schema."""
+    found: list[Problem] = []
+    device = tree.get("device") or variables.default_device()
+    if isinstance(device, str):
+        found += adapter_problems("device", device, registry.devices())
+    backend = tree.get("backend", "hf")
+    if isinstance(backend, str):
+        found += adapter_problems("backend", backend, registry.backends())
+    for field in _INPUT_FILES:
+        section, _, key = field.partition(".")
+        value = tree.get(section, {}).get(key)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str | Path):
+                found += _file_problems(field, Path(item))
+    output = tree.get("output")
+    if isinstance(output, str | Path):
+        found += output_problems("output", Path(output))
+    return found
+
+
+def adapter_problems(kind: str, name: str, known: Registry[Any]) -> list[Problem]:
+    """Why a device or backend of this name cannot be used here; [] if it can."""
+    try:
+        availability = known.spec(name).probe()
+    except ConfigError as error:
+        return list(error.problems)
+    except TorchspecError as error:
+        return [Problem(field=kind, value=name, message=str(error))]
+    if availability.ok:
+        return []
+    message = f"not available here: {availability.reason}"
+    return [Problem(field=kind, value=name, message=message, remedy=availability.hint)]
+
+
+def _file_problems(field: str, path: Path) -> list[Problem]:
+    if path.is_dir():
+        return [Problem(field=field, value=str(path), message="is a directory", remedy="name the files in it")]
+    if not path.exists():
+        return [Problem(field=field, value=str(path), message="no such file")]
+    return []
+
+
+def output_problems(field: str, path: Path) -> list[Problem]:
+    """Why no directory can be made or written at `path`; [] if one can."""
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        return [Problem(field=field, value=str(path), message=f"{nearest} is a file, not a directory")]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        remedy = "name another directory or change the permissions"
+        return [Problem(field=field, value=str(path), message=f"{nearest} is not writable", remedy=remedy)]
+    return []

@@ -1,0 +1,231 @@
+"""A checked run configuration from defaults, a YAML file and the command line, in rising order of precedence.
+
+Every setting remembers where its value came from, and everything that is wrong is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from torchspec.core import registry
+from torchspec.core.config import environment, sources
+from torchspec.core.config.fields import FLAGS, choices, sections, settings, type_text
+from torchspec.core.config.schema import RunConfig, run_schema
+from torchspec.core.config.sources import COMMAND_LINE, Setting
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
+
+DEFAULT = "default"
+
+
+def load_config(
+    *,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    probe: bool = True,
+) -> tuple[RunConfig, dict[str, str]]:
+    """The run configuration, and the source of every setting by its dotted path.
+
+    file       YAML; its settings replace defaults
+    values     nested mapping from Python; replaces the file's
+    flags      dotted path -> value of the command line's own flags
+    overrides  `section.key=value` words of the command line; the last of two wins
+    probe      also check that the device and the backend can be used here and that the files named exist
+
+    Raises ConfigError holding every problem found.
+    """
+    problems: list[Problem] = []
+    layers: list[Setting] = []
+    whole = True
+    if file is not None:
+        try:
+            layers += sources.from_yaml(file)
+        except ConfigError as error:
+            problems += error.problems
+            whole = False
+    layers += sources.from_mapping(values or {}, "python")
+    given = [Setting(path=path, value=value, source=COMMAND_LINE) for path, value in (flags or {}).items()]
+    words, faults = sources.from_overrides(overrides)
+    problems += faults + _contradictions(given, words)
+    layers += given + words
+
+    schema = _schema(layers, problems)
+    known = _known(layers, schema, problems)
+    tree, origin = _merge(known, schema)
+    config = _validate(schema, tree, origin, problems, report_missing=whole)
+    chosen = _device(tree, problems) if probe else None
+    if probe:
+        problems += environment.problems(tree)
+    if problems or config is None:
+        raise ConfigError(problems)
+    provenance = {path: origin.get(path, DEFAULT) for path in settings(schema)}
+    if chosen is not None:
+        name, provenance["device"] = chosen
+        config = config.model_copy(update={"device": name})
+    return config, provenance
+
+
+def _contradictions(flags: Sequence[Setting], words: Sequence[Setting]) -> list[Problem]:
+    named = {setting.path: setting.value for setting in words}
+    return [
+        Problem(
+            field=flag.path,
+            message=f"given as {FLAGS.get(flag.path, flag.path)} ({flag.value}) and as {flag.path}={named[flag.path]}",
+            remedy="give one of them",
+        )
+        for flag in flags
+        if flag.path in named
+    ]
+
+
+def _last(layers: Sequence[Setting], path: str) -> Setting | None:
+    return next((setting for setting in reversed(layers) if setting.path == path), None)
+
+
+def _schema(layers: Sequence[Setting], problems: list[Problem]) -> type[RunConfig]:
+    """The schema with the algorithm's draft section; without one where the algorithm is unknown."""
+    named = _last(layers, "algorithm")
+    name = named.value if named else RunConfig.model_fields["algorithm"].default
+    if not isinstance(name, str):
+        return RunConfig  # the type error is reported with the others
+    try:
+        return run_schema(registry.algorithms().spec(name).options)
+    except ConfigError as error:
+        problems += error.problems
+    except TorchspecError as error:
+        problems.append(Problem(field="algorithm", value=name, message=str(error)))
+    return RunConfig
+
+
+def _known(layers: Sequence[Setting], schema: type[RunConfig], problems: list[Problem]) -> list[Setting]:
+    """The layers without unknown settings and without values standing where a section belongs."""
+    leaves, parts = settings(schema), sections(schema)
+    kept: list[Setting] = []
+    for setting in layers:
+        ancestors = [setting.path[:i] for i, letter in enumerate(setting.path) if letter == "."]
+        if setting.path in leaves or any(path in leaves for path in ancestors):
+            kept.append(setting)
+        elif setting.path not in parts:
+            problems.append(_unknown(setting, [*leaves, *parts]))
+        elif setting.value not in (None, {}):  # a section whose keys are all commented out is no error
+            first = next(path for path in leaves if path.startswith(f"{setting.path}."))
+            problems.append(
+                Problem(
+                    field=setting.path,
+                    value=setting.value,
+                    message=f"is a section of settings, not a value ({setting.source})",
+                    remedy=f"name a setting in it, such as {first}",
+                )
+            )
+    return kept
+
+
+def _unknown(setting: Setting, paths: Sequence[str]) -> Problem:
+    near = difflib.get_close_matches(setting.path, paths, n=3, cutoff=0.75)
+    last = setting.path.rpartition(".")[2]
+    by_name = {path.rpartition(".")[2]: path for path in paths}
+    near += [by_name[name] for name in difflib.get_close_matches(last, by_name, n=2, cutoff=0.75)]
+    section = setting.path.partition(".")[0]
+    siblings = tuple(path for path in paths if path.startswith(f"{section}."))
+    remedy = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`torchspec train --help` lists them all"
+    return Problem(
+        field=setting.path,
+        message=f"no such setting ({setting.source})",
+        choices=() if near else siblings,
+        remedy=remedy,
+    )
+
+
+def _merge(layers: Sequence[Setting], schema: type[RunConfig]) -> tuple[dict[str, Any], dict[str, str]]:
+    tree: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for path in sections(schema):
+        _assign(tree, path, {})
+    for setting in layers:
+        _assign(tree, setting.path, setting.value)
+        origin[setting.path] = setting.source
+    return tree, origin
+
+
+def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
+    *above, last = path.split(".")
+    for name in above:
+        inner = tree.get(name)
+        if not isinstance(inner, dict):
+            inner = tree[name] = {}
+        tree = inner
+    tree[last] = value
+
+
+def _validate(
+    schema: type[RunConfig],
+    tree: dict[str, Any],
+    origin: Mapping[str, str],
+    problems: list[Problem],
+    *,
+    report_missing: bool,
+) -> RunConfig | None:
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        leaves, parts = settings(schema), sections(schema)
+        found = [_problem(detail, leaves, parts, origin) for detail in error.errors(include_url=False)]
+        missing = {_field(detail, leaves, parts) for detail in error.errors() if detail["type"] == "missing"}
+        for problem in found:
+            if problem not in problems and (report_missing or problem.field not in missing):
+                problems.append(problem)
+        return None
+
+
+def _field(detail: ErrorDetails, leaves: Mapping[str, Any], parts: Mapping[str, type[BaseModel]]) -> str:
+    """The longest prefix of the error's location that is a setting or section: the rest is inside a value."""
+    names = [str(part) for part in detail["loc"]]
+    for end in range(len(names), 0, -1):
+        path = ".".join(names[:end])
+        if path in leaves or path in parts:
+            return path
+    return ".".join(names)
+
+
+def _problem(
+    detail: ErrorDetails, leaves: Mapping[str, Any], parts: Mapping[str, type[BaseModel]], origin: Mapping[str, str]
+) -> Problem:
+    field = _field(detail, leaves, parts)
+    flag = FLAGS.get(field)
+    info = leaves.get(field)
+    if detail["type"] == "missing":
+        return Problem(field=field, message="required", remedy=f"give {flag}" if flag else f"set {field}")
+    source = f" ({origin[field]})" if field in origin else ""
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError) or info is None:  # a rule the schema states in words of its own
+        value = None if info is None else detail["input"]
+        return Problem(field=field, message=f"{cause or 'not valid'}{source}", value=value)
+    allowed = choices(info)
+    near = difflib.get_close_matches(str(detail["input"]), allowed, n=1)
+    return Problem(
+        field=field,
+        message=f"must be {'one of the choices' if allowed else type_text(info)}{source}",
+        value=detail["input"],
+        choices=allowed,
+        remedy=f"did you mean {near[0]}?" if near else "",
+    )
+
+
+def _device(tree: Mapping[str, Any], problems: list[Problem]) -> tuple[str, str] | None:
+    """The device a run without one gets, and why; None where one is configured."""
+    if tree.get("device") is not None:
+        return None
+    try:
+        return environment.default_device()
+    except ConfigError as error:
+        problems += error.problems
+    except TorchspecError as error:
+        problems.append(Problem(field="device", message=str(error)))
+    return None
