@@ -87,7 +87,7 @@ def _syntax_problem(error: yaml.YAMLError, file: Path) -> Problem:
         where = f"{file.name}:{mark.line + 1}" if mark else where
         details = " ".join(part for part in (error.context, error.problem) if part)
         message = f"not valid YAML: {details}" if details else message
-    return Problem(field=where, message=message, remedy="check the indentation and the quotes there")
+    return Problem(field=where, message=message, remedy="indent with spaces, and check brackets and quotes there")
 
 
 def _walk(loader: _Loader, node: yaml.Node, prefix: str, name: str, above: tuple[yaml.Node, ...]) -> Iterator[Setting]:
@@ -99,6 +99,8 @@ def _walk(loader: _Loader, node: yaml.Node, prefix: str, name: str, above: tuple
             raise ConfigError([Problem(field=source, message="a run file is a mapping of sections and settings")])
         yield Setting(path=prefix, value=loader.construct_object(node, deep=True), source=source)
         return
+    if node.tag != loader.DEFAULT_MAPPING_TAG:
+        raise ConfigError([Problem(field=source, value=node.tag, message="a tag that run files don't use")])
     _refuse_repeated_keys(node, name)
     loader.flatten_mapping(node)
     if not node.value and prefix:

@@ -1,0 +1,226 @@
+"""Merging, provenance, and every mistake reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from torchspec.core import registry
+from torchspec.core.config.dump import to_yaml
+from torchspec.core.config.fields import choices, sections, settings, type_text
+from torchspec.core.config.load import load_config
+from torchspec.core.config.schema import RunConfig, run_schema
+from torchspec.core.errors import ConfigError, Problem
+
+REQUIRED = {"target.path": "embedded", "data.train": ["train.jsonl"], "output": "runs/a"}
+
+
+def full_schema() -> type[RunConfig]:
+    return run_schema(registry.algorithms().spec("eagle3").options)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def problems(**arguments: object) -> dict[str, Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(probe=False, **arguments)  # type: ignore[arg-type]
+    found = caught.value.problems
+    assert len({problem.field for problem in found}) == len(found), found
+    return {problem.field: problem for problem in found}
+
+
+def test_each_layer_wins_over_the_one_below_and_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, "# a recipe\ntrain:\n  lr: 2e-4\n  batch_size: 4\n\ndraft:\n  unroll: 3\nseed: 7\n")
+    config, source = load_config(
+        file=file, flags=REQUIRED, overrides=["train.batch_size=6", "draft.taps=[1, 3, 4]"], probe=False
+    )
+    assert (config.train.lr, config.train.batch_size, config.train.epochs) == (2e-4, 6, 1)
+    assert (config.draft.unroll, config.draft.taps, config.seed) == (3, (1, 3, 4), 7)
+    assert config.data.train == [Path("train.jsonl")]
+    assert source["train.lr"] == "run.yaml:3"
+    assert source["draft.unroll"] == "run.yaml:7"
+    assert source["seed"] == "run.yaml:8"
+    assert source["train.batch_size"] == source["draft.taps"] == source["output"] == "command line"
+    assert source["train.epochs"] == "default"
+    assert set(source) == set(settings(full_schema()))
+
+
+def test_python_values_stand_between_file_and_command_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "train: {lr: 1, epochs: 2, batch_size: 3}\n")
+    config, source = load_config(
+        file=file, values={"train": {"epochs": 5, "lr": 0.5}}, flags=REQUIRED, overrides=["train.lr=0.25"], probe=False
+    )
+    assert (config.train.lr, config.train.epochs, config.train.batch_size) == (0.25, 5, 3)
+    assert (source["train.epochs"], source["train.batch_size"]) == ("python", "run.yaml:1")
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "expected"),
+    [
+        ("train.lr=1e-3", ("train", "lr"), 1e-3),
+        ("train.lr=.5", ("train", "lr"), 0.5),
+        ("train.clip_norm=null", ("train", "clip_norm"), None),
+        ("train.clip_norm=", ("train", "clip_norm"), None),
+        ("train.betas=[0.8, 0.9]", ("train", "betas"), (0.8, 0.9)),
+        ("target.trust_remote_code=true", ("target", "trust_remote_code"), True),
+        ("data.validation=[a.jsonl, b c.jsonl]", ("data", "validation"), [Path("a.jsonl"), Path("b c.jsonl")]),
+        ("data.cache_dir=2026-01-02", ("data", "cache_dir"), Path("2026-01-02")),
+        ("eval={samples: 3}", ("eval", "samples"), 3),
+        ("data.cache_dir=a=b", ("data", "cache_dir"), Path("a=b")),
+    ],
+)
+def test_override_values_are_yaml(word: str, path: tuple[str, str], expected: object) -> None:
+    config, _ = load_config(flags=REQUIRED, overrides=[word], probe=False)
+    assert getattr(getattr(config, path[0]), path[1]) == expected
+
+
+def test_the_last_of_two_overrides_wins() -> None:
+    assert load_config(flags=REQUIRED, overrides=["seed=1", "seed=2"], probe=False)[0].seed == 2
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path, "train:\n  lrr: 3\n  schedule: cosin\n  batch_size: 0\nevall: 3\ndraft:\n  unroll: 2.5\n")
+    found = problems(
+        file=file,
+        flags={"device": 3, "algorithm": "eagle3"},
+        overrides=["lr=1", "data=4", "words", "target.dtype=bf16", "train.betas=[1, x]", "train.lr=.nan", "device=cpu"],
+    )
+    assert set(found) == {
+        "train.lrr", "train.schedule", "train.batch_size", "evall", "draft.unroll", "lr", "data", "words",
+        "target.dtype", "train.betas", "train.lr", "device", "target.path", "data.train", "output",
+    }  # fmt: skip
+    assert "run.yaml:2" in found["train.lrr"].message
+    assert "train.lr" in found["train.lrr"].remedy
+    assert "eval?" in found["evall"].remedy
+    assert "train.lr" in found["lr"].remedy
+    assert found["train.schedule"].choices == ("cosine", "wsd", "constant")
+    assert found["train.schedule"].value == "cosin"
+    assert "did you mean cosine" in found["train.schedule"].remedy
+    assert found["train.batch_size"].message == "must be a whole number >= 1 (run.yaml:4)"
+    assert found["target.path"].remedy == "give --target"
+    assert "section" in found["data"].message
+    assert "section.key=value" in found["words"].remedy
+    assert "--device" in found["device"].message
+
+
+def test_an_unknown_algorithm_does_not_hide_other_errors() -> None:
+    found = problems(flags={**REQUIRED, "algorithm": "eagle4"}, overrides=["train.lr=-1", "draft.unroll=3"])
+    assert set(found) == {"algorithm", "train.lr"}
+    assert found["algorithm"].choices == registry.algorithms().names()
+    assert "eagle3" in found["algorithm"].remedy
+
+
+def test_unknown_adapters_and_missing_files_come_with_field_errors(tmp_path: Path) -> None:
+    flags = {"target.path": "embedded", "data.train": [str(tmp_path), "nowhere.jsonl"], "device": "gpu"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags={**flags, "backend": "sglan", "output": __file__ + "/run"}, overrides=["train.lr=-1"])
+    fields = [problem.field for problem in caught.value.problems]
+    assert sorted(fields) == ["backend", "data.train", "data.train", "device", "output", "train.lr"]
+    text = str(caught.value)
+    assert "did you mean 'sglang'?" in text
+    assert "choices: cpu, cuda, npu" in text
+    assert "no such file (got 'nowhere.jsonl')" in text
+    assert "is a file, not a directory" in text
+
+
+def test_a_device_that_is_not_there_is_refused_with_its_reason(tmp_path: Path) -> None:
+    missing = next(name for name in registry.devices().names() if not registry.devices().spec(name).probe().ok)
+    data = tmp_path / "a.jsonl"
+    data.write_text("{}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags={**REQUIRED, "data.train": [str(data)], "device": missing})
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("device", missing)
+    assert registry.devices().spec(missing).probe().reason in problem.message
+    assert problem.remedy
+
+
+def test_the_device_is_resolved_and_its_reason_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text("{}\n")
+    flags = {**REQUIRED, "data.train": [str(data)]}
+    monkeypatch.setenv("TORCHSPEC_DEVICE", "cpu")
+    config, source = load_config(flags=flags)
+    assert (config.device, source["device"]) == ("cpu", "TORCHSPEC_DEVICE")
+    config, source = load_config(flags={**flags, "device": "cpu"})
+    assert (config.device, source["device"]) == ("cpu", "command line")
+    monkeypatch.setenv("TORCHSPEC_DEVICE", "tpu")
+    with pytest.raises(ConfigError, match="no device of this name"):
+        load_config(flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("train:\n  lr: [1, 2\n", 3, "expected"),
+        ("train:\n\tlr: 1\n", 2, "spaces"),
+        ("a: 1\nb: 2\na: 3\n", 3, "line 1"),
+        ("- 1\n", 1, "mapping"),
+        ("x: !!python/object:os.system {}\n", 1, "tag"),
+        ("a: &a\n  b: *a\n", 1, "contains itself"),
+    ],
+)
+def test_yaml_mistakes_name_the_line_and_do_not_cascade(tmp_path: Path, text: str, line: int, says: str) -> None:
+    found = problems(file=write(tmp_path, text), overrides=["train.lr=-1"])
+    assert set(found) == {f"run.yaml:{line}", "train.lr"}, found
+    assert says in str(found[f"run.yaml:{line}"])
+
+
+def test_a_missing_file_is_one_problem(tmp_path: Path) -> None:
+    found = problems(file=tmp_path / "none.yaml")
+    assert set(found) == {"--config"}
+    assert "none.yaml" in str(found["--config"])
+
+
+def test_empty_sections_and_anchors_are_fine(tmp_path: Path) -> None:
+    file = write(tmp_path, "eval:\n  # samples: 3\ntrain: &t\n  lr: 1\ndraft: {}\nprecision:\n  compute: bfloat16\n")
+    config, source = load_config(file=file, flags=REQUIRED, probe=False)
+    assert (config.eval.samples, config.train.lr, config.precision.compute) == (16, 1.0, "bfloat16")
+    assert source["precision.compute"] == "run.yaml:7"
+    assert load_config(file=write(tmp_path, ""), flags=REQUIRED, probe=False)[0].seed == 0
+
+
+def test_no_error_text_comes_from_the_validation_library() -> None:
+    """Every setting of the schema given something absurd: the message says what it must be, in our words."""
+    absurd = {path: {"an": ["absurd", "value"]} for path in settings(full_schema())}
+    absurd |= {path: -1e999 for path, info in settings(full_schema()).items() if "number" in type_text(info)}
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags={path: value for path, value in absurd.items() if path != "algorithm"}, probe=False)
+    assert {problem.field for problem in caught.value.problems} == set(absurd) - {"algorithm"}
+    text = str(caught.value)
+    for foreign in ("Input should", "pydantic", "validation error", "For further information", "Extra inputs"):
+        assert foreign not in text
+
+
+def test_every_setting_is_described_and_typed() -> None:
+    for path, info in settings(full_schema()).items():
+        assert info.description, path
+        assert "a value" not in type_text(info), path
+    schema = full_schema()
+    assert type_text(settings(schema)["train.betas"]) == "a list of 2 numbers"
+    assert type_text(settings(schema)["train.max_steps"]) == "a whole number >= 1 or null"
+    assert type_text(settings(schema)["train.decay_fraction"]) == "a number >= 0.0 and <= 1.0"
+    assert choices(settings(schema)["train.resume"]) == ("auto", "never")
+    assert set(sections(schema)) == {"target", "data", "train", "precision", "eval", "draft"}
+
+
+def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config, source = load_config(
+        flags=REQUIRED,
+        overrides=["train.lr=3e-5", "draft.taps=[1, 2, 4]", "data.validation=['# x', 'a: b']"],
+        probe=False,
+    )
+    text = to_yaml(config, source)
+    lines = text.splitlines()
+    assert "  lr: 3.0e-05  # command line" in lines
+    assert "  epochs: 1  # default" in lines
+    assert set(yaml.safe_load(text)) == set(RunConfig.model_fields)
+    again, where = load_config(file=write(tmp_path, text), probe=False)
+    assert again.model_dump() == config.model_dump()
+    assert where["train.lr"] == f"run.yaml:{lines.index('  lr: 3.0e-05  # command line') + 1}"
