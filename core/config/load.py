@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
-
 from torchspec.core import registry
 from torchspec.core.config import environment, sources
-from torchspec.core.config.fields import FLAGS, choices, sections, settings, type_text
+from torchspec.core.config.fields import FLAGS, sections, settings
 from torchspec.core.config.schema import RunConfig, run_schema
 from torchspec.core.config.sources import COMMAND_LINE, Setting
+from torchspec.core.config.validation import REQUIRED, validate
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
 DEFAULT = "default"
@@ -59,7 +57,8 @@ def load_config(
     schema = _schema(layers, problems)
     known = _known(layers, schema, problems)
     tree, origin = _merge(known, schema)
-    config = _validate(schema, tree, origin, problems, report_missing=whole)
+    config, faults = validate(schema, tree, label=lambda path: FLAGS.get(path, path), origin=origin)
+    problems += [fault for fault in faults if whole or fault.message != REQUIRED]
     chosen = _device(tree, problems) if probe else None
     if probe:
         problems += environment.problems(tree)
@@ -162,60 +161,6 @@ def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
             inner = tree[name] = {}
         tree = inner
     tree[last] = value
-
-
-def _validate(
-    schema: type[RunConfig],
-    tree: dict[str, Any],
-    origin: Mapping[str, str],
-    problems: list[Problem],
-    *,
-    report_missing: bool,
-) -> RunConfig | None:
-    try:
-        return schema.model_validate(tree)
-    except ValidationError as error:
-        leaves, parts = settings(schema), sections(schema)
-        found = [_problem(detail, leaves, parts, origin) for detail in error.errors(include_url=False)]
-        missing = {_field(detail, leaves, parts) for detail in error.errors() if detail["type"] == "missing"}
-        for problem in found:
-            if problem not in problems and (report_missing or problem.field not in missing):
-                problems.append(problem)
-        return None
-
-
-def _field(detail: ErrorDetails, leaves: Mapping[str, Any], parts: Mapping[str, type[BaseModel]]) -> str:
-    """The longest prefix of the error's location that is a setting or section: the rest is inside a value."""
-    names = [str(part) for part in detail["loc"]]
-    for end in range(len(names), 0, -1):
-        path = ".".join(names[:end])
-        if path in leaves or path in parts:
-            return path
-    return ".".join(names)
-
-
-def _problem(
-    detail: ErrorDetails, leaves: Mapping[str, Any], parts: Mapping[str, type[BaseModel]], origin: Mapping[str, str]
-) -> Problem:
-    field = _field(detail, leaves, parts)
-    flag = FLAGS.get(field)
-    info = leaves.get(field)
-    if detail["type"] == "missing":
-        return Problem(field=field, message="required", remedy=f"give {flag}" if flag else f"set {field}")
-    source = f" ({origin[field]})" if field in origin else ""
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ValueError) or info is None:  # a rule the schema states in words of its own
-        value = None if info is None else detail["input"]
-        return Problem(field=field, message=f"{cause or 'not valid'}{source}", value=value)
-    allowed = choices(info)
-    near = difflib.get_close_matches(str(detail["input"]), allowed, n=1)
-    return Problem(
-        field=field,
-        message=f"must be {'one of the choices' if allowed else type_text(info)}{source}",
-        value=detail["input"],
-        choices=allowed,
-        remedy=f"did you mean {near[0]}?" if near else "",
-    )
 
 
 def _device(tree: Mapping[str, Any], problems: list[Problem]) -> tuple[str, str] | None:

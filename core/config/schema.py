@@ -21,13 +21,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class TargetConfig(Section):
-    path: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
+class TargetReading(Section):
+    """How a target's directory is read."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision the target runs in; auto: as stored, float32 on a CPU"
     )
     chat_template: Path | None = Field(None, description="a Jinja file used instead of the tokenizer's own template")
     trust_remote_code: bool = Field(False, description="run Python code found in the target's directory")
+
+
+class TargetConfig(TargetReading):
+    path: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
 
 
 class DataConfig(Section):
@@ -69,13 +74,18 @@ class PrecisionConfig(Section):
     )
 
 
-class EvalConfig(Section):
-    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations by decoding; 0: at the end")
-    samples: Positive = Field(16, description="validation prompts decoded")
+class DecodingConfig(Section):
+    """How a draft is measured by decoding with it."""
+
+    samples: Positive = Field(16, description="prompts decoded")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
     draft_length: Positive = Field(5, description="tokens drafted per round (chain)")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     batch_size: Positive = Field(1, description="prompts decoded together")
+
+
+class EvalConfig(DecodingConfig):
+    every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations by decoding; 0: at the end")
 
 
 class RunConfig(Section):

@@ -1,0 +1,72 @@
+"""Values against a schema: a checked model, or every problem in words of our own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from torchspec.core.config.fields import choices, sections, settings, type_text
+from torchspec.core.errors import Problem
+
+Model = TypeVar("Model", bound=BaseModel)
+REQUIRED = "required"
+
+
+def validate(
+    schema: type[Model],
+    tree: Mapping[str, Any],
+    *,
+    label: Callable[[str], str] = str,
+    origin: Mapping[str, str] | None = None,
+) -> tuple[Model | None, list[Problem]]:
+    """The model, or None and what is wrong.
+
+    `label` names what to give for a missing setting; `origin` says where a value came from. Both by dotted path.
+    """
+    try:
+        return schema.model_validate(tree), []
+    except ValidationError as error:
+        found: list[Problem] = []
+        for detail in error.errors(include_url=False):
+            problem = _problem(detail, schema, label, origin or {})
+            if problem not in found:  # each wrong item of one list
+                found.append(problem)
+        return None, found
+
+
+def _problem(
+    detail: ErrorDetails, schema: type[BaseModel], label: Callable[[str], str], origin: Mapping[str, str]
+) -> Problem:
+    leaves = settings(schema)
+    path = _setting(detail, leaves, sections(schema))
+    if detail["type"] == "missing":
+        return Problem(field=path, message=REQUIRED, remedy=f"give {label(path)}")
+    source = f" ({origin[path]})" if path in origin else ""
+    info = leaves.get(path)
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError) or info is None:  # a rule the schema states in words of its own
+        value = None if info is None else detail["input"]
+        return Problem(field=path, message=f"{cause or 'not valid'}{source}", value=value)
+    allowed = choices(info)
+    near = difflib.get_close_matches(str(detail["input"]), allowed, n=1)
+    return Problem(
+        field=path,
+        message=f"must be {'one of the choices' if allowed else type_text(info)}{source}",
+        value=detail["input"],
+        choices=allowed,
+        remedy=f"did you mean {near[0]}?" if near else "",
+    )
+
+
+def _setting(detail: ErrorDetails, leaves: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    """The longest prefix of the error's location that is a setting or section; the rest is inside a value."""
+    names = [str(part) for part in detail["loc"]]
+    for end in range(len(names), 0, -1):
+        path = ".".join(names[:end])
+        if path in leaves or path in parts:
+            return path
+    return ".".join(names)
