@@ -5,7 +5,7 @@ It shares no code with the trained module. Rules followed (seen in vLLM `llama_e
 speculators layout `layers.0`; SGLang never applies `norm_before_residual` and skips names it does not know;
 rotary positions are those of the slot's feature, one more for each drafted token.
 
-Shape letters: T prompt slots, S all slots so far, L drafted tokens, H draft hidden, Hq/Hk heads, D head size, V vocabulary.
+Shape letters: T prompt slots, L drafted tokens, H draft hidden size, Z = 2H, N draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
