@@ -51,10 +51,16 @@ class DraftFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """Drafted continuations. `probs_BLV` is the distribution each token was drawn from; None means one-hot."""
+    """Drafted continuations; L may be smaller than the length asked for, down to 0.
+
+    tokens_BL    int64, ids of the target vocabulary
+    probs_BLV    the distribution each token was drawn from, over the target vocabulary; None means one-hot
+    lengths_B    int64: how many of a row's tokens are drafted, the rest being padding; None means all
+    """
 
     tokens_BL: Tensor
     probs_BLV: Tensor | None = None
+    lengths_B: Tensor | None = None
 
 
 class DraftSession(Protocol):
