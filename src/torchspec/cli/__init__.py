@@ -1,0 +1,89 @@
+"""The command line. Importing it is cheap: a command's module, and with it torch, comes when the command runs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
+
+# Name -> what it does. The module torchspec.cli.commands.<name> has `parser()` and `run(words)`.
+COMMANDS = {
+    "quickstart": "train and measure a draft for the embedded target, from nothing, in minutes",
+    "prepare": "build conversations from the Python standard library of this interpreter",
+    "generate": "have the target write the assistant turns of conversations itself",
+    "train": "train a draft for a target",
+    "eval": "measure a draft by lossless speculative decoding",
+    "export": "write a checkpoint as a draft that an engine serves",
+    "report": "write the HTML report of a run",
+    "doctor": "say which devices and engines can be used here, and what the others lack",
+}
+
+EXIT_INTERRUPTED = 130
+EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h
+
+_EPILOG = """\
+`torchspec COMMAND --help` describes a command. `--traceback` with any command shows where an error was raised.
+`torchspec --version` prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors become text here and nowhere else."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        return _dispatch(words)
+    except TorchspecError as error:
+        return _failed(str(error), error.exit_code, with_traceback)
+    except KeyboardInterrupt:
+        return _failed("interrupted", EXIT_INTERRUPTED, with_traceback)
+    except BrokenPipeError:  # the reader of stdout went away, as in `torchspec doctor | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _failed(f"{error.strerror or error}{where}", 1, with_traceback)
+    except Exception as error:  # noqa: BLE001  the last resort: a defect of ours, reported as one
+        hint = "" if with_traceback else "\nRun it again with --traceback to see where, and report it, please."
+        message = f"an unexpected error, which is a defect of torchspec: {type(error).__name__}: {error}{hint}"
+        return _failed(message, EXIT_INTERNAL, with_traceback)
+
+
+def _failed(message: str, code: int, with_traceback: bool) -> int:
+    sys.stdout.flush()
+    if with_traceback:
+        traceback.print_exc()
+    print(f"torchspec: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, *rest = words
+    if name in ("--version", "version"):
+        from torchspec import __version__
+
+        print(f"torchspec {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else ""
+        message = "no such option" if name.startswith("-") else "no such command"
+        raise ConfigError([Problem(field=name, message=message, choices=tuple(COMMANDS), remedy=remedy)])
+    command = importlib.import_module(f"torchspec.cli.commands.{name}")
+    code: int = command.run(rest)
+    return code
+
+
+def overview() -> str:
+    """What `torchspec --help` prints."""
+    width = max(len(name) for name in COMMANDS)
+    listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return f"usage: torchspec COMMAND [options]\n\n{listed}\n\n{_EPILOG}"

@@ -1,0 +1,104 @@
+"""`torchspec doctor`: what can be used here, and what the rest lacks."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from pydantic import Field
+
+from torchspec.cli.console import announce, print_table
+from torchspec.cli.options import Parser, add_options, read_options
+from torchspec.core.config.schema import Section
+from torchspec.core.errors import TorchspecError
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
+
+
+class DoctorOptions(Section):
+    json_output: bool = Field(False, description="print one JSON object instead of tables")
+
+
+def parser() -> Parser:
+    made = Parser(
+        "doctor",
+        "List every registered device and engine: whether it can be used here, why not, and what to install.\n"
+        "Exit code 0 if at least one of each can be used, 1 otherwise.",
+    )
+    add_options(made, DoctorOptions, {"json_output": "--json"})
+    return made
+
+
+def run(words: Sequence[str]) -> int:
+    options = read_options(parser(), DoctorOptions, words)
+    announce("looking at devices and engines")
+    found = examine()
+    if options.json_output:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+    usable = all(any(entry["available"] for entry in found[kind]) for kind in ("devices", "backends"))
+    return 0 if usable else 1
+
+
+def examine() -> dict[str, Any]:
+    """Versions, and per device, backend and algorithm: name, available, reason, remedy, where it is registered."""
+    import torch
+
+    from torchspec.core import registry
+
+    return {
+        "torchspec": metadata.version("torchspec"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch_build": torch.__config__.show().strip().splitlines(),
+        "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)},
+        "devices": [_adapter(registry.devices(), name) for name in registry.devices().names()],
+        "backends": [_adapter(registry.backends(), name) for name in registry.backends().names()],
+        "algorithms": list(registry.algorithms().names()),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _adapter(known: Any, name: str) -> dict[str, Any]:
+    entry = known.entries[name]
+    facts: dict[str, Any] = {"name": name, "registered_by": entry.dist.name if entry.dist else None}
+    try:
+        spec = known.spec(name)
+        answer = spec.probe()
+    except TorchspecError as error:
+        return {**facts, "available": False, "reason": str(error), "remedy": "", "capabilities": []}
+    return {
+        **facts,
+        "available": answer.ok,
+        "reason": answer.reason,
+        "remedy": answer.hint,
+        "capabilities": sorted(spec.capabilities),
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"torchspec {found['torchspec']}, Python {found['python']}, {found['platform']}")
+    print(", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items()))
+    print()
+    for kind in ("devices", "backends"):
+        rows = [
+            (
+                entry["name"],
+                "yes" if entry["available"] else "no",
+                ". ".join(part for part in (entry["reason"], entry["remedy"]) if part),
+            )
+            for entry in found[kind]
+        ]
+        print_table(kind, ("name", "usable", "why, and what to do"), rows, figures=False)
+    print(f"algorithms: {', '.join(found['algorithms'])}")

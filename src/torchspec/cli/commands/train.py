@@ -1,0 +1,108 @@
+"""`torchspec train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchspec.cli.console import announce
+from torchspec.cli.options import Parser, add_options
+from torchspec.core.config.fields import FLAGS, default_text, settings, type_text
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import ConfigError, Problem
+
+_INTRODUCTION = """\
+Train a draft for a target on conversations.
+
+Values are taken from, in rising order: defaults, the YAML file given with --config, the command line. Every setting
+can be given as `section.key=value` (values as in YAML: 3, 1e-3, true, null, [a, b]); the most common ones have
+options of their own. The run continues where it stopped when the same command is given again."""
+
+
+def parser() -> Parser:
+    made = bare_parser()
+    made.epilog = "settings (section.key=value):\n" + _settings_text(RunConfig) + _draft_text()
+    return made
+
+
+def bare_parser() -> Parser:
+    """The options alone; listing the algorithm's settings takes an import of torch."""
+    made = Parser("train", _INTRODUCTION, usage="torchspec train [options] [section.key=value ...]")
+    add_options(made, RunConfig, FLAGS)
+    made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    made.add_argument("--nproc", metavar="N", default="1", help="start N ranks on this machine [default: 1]")
+    made.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
+    return made
+
+
+def _settings_text(schema: Any, prefix: str = "") -> str:
+    lines = []
+    for path, info in settings(schema).items():
+        if path == "draft":
+            continue
+        lines.append(f"  {prefix}{path}={default_text(info)}\n      {info.description}; {type_text(info)}")
+    return "\n".join(lines) + "\n"
+
+
+def _draft_text() -> str:
+    from torchspec.core import registry
+
+    text = ""
+    for name in registry.algorithms().names():
+        text += f"\nsettings of algorithm {name}:\n" + _settings_text(
+            registry.algorithms().spec(name).options, "draft."
+        )
+    return text
+
+
+def run(words: Sequence[str]) -> int:
+    wants_help = "--help" in words or "-h" in words
+    made = parser() if wants_help else bare_parser()
+    values, overrides, problems = made.split(words)
+    file, dry_run = values.pop("config"), values.pop("dry_run")
+    nproc = _nproc(values.pop("nproc"), problems)
+
+    from torchspec import __version__
+    from torchspec.core.settings import launch as place
+
+    first = place().rank == 0
+    if first:
+        announce(f"torchspec {__version__}: checking the configuration")
+    from torchspec.core.config.load import load_config
+
+    try:
+        config, provenance = load_config(file=file, flags=values, overrides=overrides)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if nproc > 1 and place().world_size > 1:
+        problems.append(Problem(field="--nproc", value=nproc, message="a launcher has already started the ranks"))
+    if problems:
+        raise ConfigError(problems)
+    if dry_run:
+        return _show_plan(config, provenance, nproc)
+    if nproc > 1:
+        from torchspec.core.pipeline.launch import launch, torchspec_command
+
+        return launch(torchspec_command(["train", *_without_nproc(words)]), nproc)
+    return train(config, provenance, silent=not first)
+
+
+def _nproc(text: str, problems: list[Problem]) -> int:
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    problems.append(Problem(field="--nproc", value=text, message="must be a whole number >= 1"))
+    return 1
+
+
+def _without_nproc(words: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--nproc":
+            skip = True
+        elif not word.startswith("--nproc="):
+            kept.append(word)
+    return kept

@@ -1,0 +1,93 @@
+"""What people see while work goes on: a bar on a terminal, a line now and then in a log. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressDisplay:
+    """Called with (stage, done, total); a total of 0 means unknown. Silent on ranks other than the first."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._console = Console(stderr=True)
+        self._silent = silent
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._started = time.monotonic()
+        self._last: tuple[str, float] = ("", 0.0)
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._console.is_terminal and not self._silent:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._silent:
+            return
+        if self._bars is None:
+            self._log(stage, done, total)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+    def say(self, text: str) -> None:
+        """One line, above the bars if there are any."""
+        if not self._silent:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _log(self, stage: str, done: int, total: int) -> None:
+        """The first and the last report of a stage, and one every few seconds between them."""
+        now = time.monotonic()
+        last_stage, last_time = self._last
+        if stage == last_stage and done != total and now - last_time < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = (stage, now)
+        count = f"{done}/{total}" if total else str(done)
+        print(f"[{now - self._started:6.1f}s] {stage} {count}", file=sys.stderr, flush=True)
+
+
+def announce(text: str) -> None:
+    """A line before anything slow is imported, so that a command shows life in its first second."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> None:
+    """A table on stdout; the first column is text, the others are figures or text too."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if figures and number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 100).print(table, highlight=False)
