@@ -200,18 +200,14 @@ def _vocabulary(tensors: Mapping[str, Tensor], geometry: Geometry) -> Vocabulary
             raise CheckpointError("the draft vocabulary is pruned, but the checkpoint holds no `d2t` map")
         return VocabularyMap.identity(geometry.vocab_size)
     vocabulary = VocabularyMap.from_offsets(tensors["d2t"], geometry.vocab_size)
-    ids_N = vocabulary.ids_N
+    size, ids_N = vocabulary.size, vocabulary.ids_N
+    lowest, highest = int(ids_N.min()), int(ids_N.max())
     ascending = bool((ids_N[1:] > ids_N[:-1]).all())
-    if (
-        vocabulary.size != geometry.draft_vocab_size
-        or not ascending
-        or ids_N[0] < 0
-        or ids_N[-1] >= geometry.vocab_size
-    ):
+    if size != geometry.draft_vocab_size or not ascending or lowest < 0 or highest >= geometry.vocab_size:
         raise CheckpointError(
-            f"the vocabulary map `d2t` ({vocabulary.size} entries, ids {int(ids_N.min())}..{int(ids_N.max())}) does not "
-            f"map {geometry.draft_vocab_size} draft tokens into the target's {geometry.vocab_size}, ascending: it "
-            "belongs to another tokenizer or is damaged"
+            f"the vocabulary map `d2t` ({size} entries, ids {lowest}..{highest}) does not map "
+            f"{geometry.draft_vocab_size} draft tokens into the target's {geometry.vocab_size}, ascending: it belongs "
+            "to another tokenizer or is damaged"
         )
     return vocabulary
 
