@@ -78,13 +78,23 @@ class Seconds:
     target: float
     total: float
 
+    @property
+    def decoding(self) -> float:
+        """Everything but the target's prefill."""
+        return self.total - self.prefill
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """One generation per prompt, in order, and where the time went."""
+    """One generation per prompt, in order, where the time went, and the device the target's logits were on."""
 
     generations: list[Generation]
     seconds: Seconds
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(generation.tokens) for generation in self.generations)
 
 
 class Stopwatch:

@@ -17,17 +17,18 @@ def decode_plain(
     prompts: Sequence[Sequence[int]],
     settings: DecodeSettings,
     *,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> Decoded:
     """One token per target step, through the same session interface as speculation.
 
-    `generator` must live on the device of the target's logits. Raises DataError for a prompt without room.
+    `seed` matters at temperature > 0. Raises DataError for a prompt without room for a new token.
     """
     rows = start_rows(prompts, engine.describe(), settings)
     watch = Stopwatch()
     with watch("prefill"):
         session = engine.open(prompts, ())
         watch.device = session.prefill.logits_BV.device
+    generator = torch.Generator(watch.device).manual_seed(seed)
     token_B = choose(session.prefill.logits_BV, settings.temperature, generator)
     alive = list(rows)
     while True:
@@ -44,4 +45,4 @@ def decode_plain(
         with watch("target"):
             logits_BnV = session.step(token_B[:, None]).logits_BnV
         token_B = choose(logits_BnV[:, -1], settings.temperature, generator)
-    return Decoded(generations=[row.generation() for row in rows], seconds=watch.seconds())
+    return Decoded(generations=[row.generation() for row in rows], seconds=watch.seconds(), device=watch.device)

@@ -26,13 +26,13 @@ def decode(
     prompts: Sequence[Sequence[int]],
     settings: DecodeSettings,
     *,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> Decoded:
     """Generate after every prompt; sequences that end leave the batch at once.
 
     At temperature 0 the text is token for token what greedy decoding gives (as far as the target's logits do not
     depend on how many tokens are fed at once); above it the text is distributed as the target's own.
-    `generator` must live on the device of the target's logits; the drafter draws from it too.
+    `seed` matters at temperature > 0; verification and the drafter draw from the same generator.
     Every round drafts `draft_length` tokens however few are still wanted, as serving engines do, except where the
     fullest sequence of the batch has less room in the target's context.
     Raises DataError for a prompt without room for a new token.
@@ -42,6 +42,7 @@ def decode(
     with watch("prefill"):
         session = engine.open(prompts, drafter.taps)
         watch.device = session.prefill.logits_BV.device
+    generator = torch.Generator(watch.device).manual_seed(seed)
     with watch("draft"):
         draft = drafter.open(len(prompts))
     pending_B = choose(session.prefill.logits_BV, settings.temperature, generator)
@@ -76,7 +77,7 @@ def decode(
             session.rollback(proposal.tokens_BL.shape[1] - verdict.accepted_B)
         pending_B = verdict.next_B
         taps, next_tokens = _confirm(alive, proposal, output, verdict)
-    return Decoded(generations=[row.generation() for row in rows], seconds=watch.seconds())
+    return Decoded(generations=[row.generation() for row in rows], seconds=watch.seconds(), device=watch.device)
 
 
 def _check(proposal: Proposal, rows: int, length: int) -> None:

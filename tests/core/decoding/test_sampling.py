@@ -133,14 +133,13 @@ def exact_text_probabilities(target: Any, prompt: list[int], length: int, temper
 def sampled_p_value(target: Any, drafter: Any, *, rows: int = 6000, batch: int = 1500, draft_length: int = 2) -> float:
     prompt, temperature, length = [2, 0, 1], 0.8, 4
     request = DecodeSettings(max_new_tokens=length, draft_length=draft_length, temperature=temperature)
-    generator = torch.Generator().manual_seed(77)
     texts: Counter[tuple[int, ...]] = Counter()
-    for _ in range(rows // batch):
+    for seed in range(rows // batch):
         prompts = [prompt] * batch
         if drafter is None:
-            decoded = decode_plain(target, prompts, request, generator=generator)
+            decoded = decode_plain(target, prompts, request, seed=seed)
         else:
-            decoded = decode(target, drafter, prompts, request, generator=generator)
+            decoded = decode(target, drafter, prompts, request, seed=seed)
         texts.update(generation.tokens for generation in decoded.generations)
     exact = exact_text_probabilities(target, prompt, length, temperature)
     assert set(texts) <= set(exact)
