@@ -1,0 +1,62 @@
+"""Conversations as prompts to answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from torchspec.core.data.chat import Renderer
+from torchspec.core.data.report import DatasetSettings, ProgressSink, Tally, UniqueIds, nothing_left
+from torchspec.core.data.rows import BadRow, RowReader
+from torchspec.core.data.tokenise import tokenise
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Tokens for a target to continue."""
+
+    sample_id: str
+    input_ids: tuple[int, ...]
+
+
+def load_prompts(
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DatasetSettings,
+    progress: ProgressSink | None = None,
+    *,
+    limit: int | None = None,
+) -> list[Prompt]:
+    """Every conversation cut before its last assistant turn, with the generation prompt added; the first `limit`.
+
+    A conversation without an assistant turn is a prompt as it is. Prompts longer than `settings.max_length` are left
+    out, never cut: a cut one would ask something else. Bad rows are skipped; what was left out goes to the log.
+    Raises DataError for files that cannot be read at all and when no prompt is left.
+    """
+    reader, renderer = RowReader(files), Renderer(tokenizer)
+    tally, unique = Tally(), UniqueIds()
+    prompts: list[Prompt] = []
+    for outcome in tokenise(reader, renderer, renderer.prompt, progress):
+        if limit is not None and len(prompts) == limit:
+            break
+        if isinstance(outcome, BadRow):
+            tally.refuse(outcome)
+        elif outcome[1].input_ids.size > settings.max_length:
+            tally.filtered += 1
+        else:
+            tally.keep(outcome[1])
+            prompts.append(
+                Prompt(sample_id=unique(outcome[0].sample_id), input_ids=tuple(outcome[1].input_ids.tolist()))
+            )
+    report = tally.report()
+    if not prompts:
+        raise nothing_left(report, f"are prompts of more than {settings.max_length} tokens")
+    if report.bad_count or report.filtered:
+        logger.warning("prompts: %s", report.describe())
+    return prompts

@@ -1,0 +1,112 @@
+"""The target's tokenizer: loading it, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from jinja2.exceptions import TemplateSyntaxError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from torchspec.core.errors import TargetError
+
+
+def load_tokenizer(
+    target: Path, *, chat_template: Path | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer stored in a target's directory, nothing else being consulted.
+
+    `chat_template` is a Jinja file that replaces the tokenizer's own template. A tokenizer without any template
+    is accepted here; rendering a conversation with it is the error.
+
+    Raises TargetError when the directory holds no tokenizer, holds a damaged one, or one that cannot say which
+    characters a token covers (the loss mask is made from those), and when the template is missing or malformed.
+    """
+    if not target.is_dir():
+        raise TargetError(
+            f"the target directory {target} does not exist: name a directory with a model and its tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
+        raise TargetError(
+            f"the tokenizer in {target} cannot be loaded: {_first_line(error)}\n"
+            "    remedy: copy tokenizer.json and tokenizer_config.json of the target into that directory"
+        ) from error
+    _check_files(target, tokenizer)
+    if not tokenizer.is_fast:
+        raise TargetError(
+            f"the tokenizer in {target} ({type(tokenizer).__name__}) is a pure Python one and cannot map tokens to "
+            "characters, which the loss mask needs: convert it to a tokenizer.json"
+        )
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+    return tokenizer
+
+
+def read_chat_template(path: Path) -> str:
+    """The text of a Jinja chat template; TargetError when it is missing, empty or malformed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"the chat template {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise TargetError(f"the chat template {path} is empty")
+    try:
+        _compile_jinja_template(text)
+    except TemplateSyntaxError as error:
+        raise TargetError(f"the chat template {path} is malformed at line {error.lineno}: {error.message}") from error
+    return text
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over everything that decides which ids a text gets: the serialised pipeline and the special tokens.
+
+    Chat templates are not part of it; the padding and truncation state, which calls change, isn't either.
+    """
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    del pipeline["truncation"], pipeline["padding"]
+    facts = [pipeline, tokenizer.special_tokens_map, bool(tokenizer.split_special_tokens)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the chat template, or of all of them where a tokenizer names several."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
+
+
+def exact_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the tokenizer's pipeline whose offsets cover every character of a text.
+
+    Post-processors add special tokens, which rendered text holds already, and trim spaces off the offsets, after
+    which a token of spaces covers nothing. The ids are those of `tokenizer(text, add_special_tokens=False)`.
+    """
+    backend: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def id_limit(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id; `len(tokenizer)` unless ids have gaps."""
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
+
+
+def _check_files(target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    # transformers builds an empty tokenizer of the model's class from config.json alone.
+    wanted = sorted({"tokenizer.json", *type(tokenizer).vocab_files_names.values()})
+    if not any((target / name).is_file() for name in wanted):
+        raise TargetError(
+            f"the target directory {target} holds no tokenizer (none of {', '.join(wanted)}): "
+            "copy the target's tokenizer files into it"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
