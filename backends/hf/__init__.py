@@ -1,0 +1,24 @@
+"""transformers as target engine: runs inside the trainer's process, on any device torch has."""
+
+from __future__ import annotations
+
+from torchspec.backends.api import Availability, EngineOptions, EngineSpec, TargetEngine
+
+
+def _probe() -> Availability:
+    try:
+        import transformers
+    except ImportError as error:
+        return Availability(
+            ok=False, reason=f"transformers cannot be imported: {error}", hint="pip install 'transformers>=5,<6'"
+        )
+    return Availability(ok=True, reason=f"transformers {transformers.__version__}")
+
+
+def _load(options: EngineOptions) -> TargetEngine:
+    from torchspec.backends.hf.engine import HfEngine
+
+    return HfEngine.load(options)
+
+
+SPEC = EngineSpec(name="hf", probe=_probe, load=_load, capabilities=frozenset({"capture", "generate", "decode"}))

@@ -1,0 +1,146 @@
+"""A target loaded through transformers, and what the engine needs to know of its inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from torchspec.backends.api import EngineOptions, TargetError, TargetSpec
+from torchspec.backends.hf.attention import use_grouped_attention
+from torchspec.backends.hf.cache import Rollback, rollback_of
+from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.models.target_weights import TargetWeights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HfTarget:
+    """`base` runs everything below the output head; `layers` are its decoder layers in order."""
+
+    spec: TargetSpec
+    model: PreTrainedModel
+    base: nn.Module
+    layers: tuple[nn.Module, ...]
+    device: torch.device
+    rollback: Rollback
+
+    def check_taps(self, taps: Sequence[int]) -> None:
+        """ConfigError naming the valid range when a tap is not a layer of this target."""
+        wrong = [tap for tap in taps if not 0 <= tap < len(self.layers)]
+        if wrong:
+            raise ConfigError(
+                [
+                    Problem(
+                        field="taps",
+                        value=list(taps),
+                        message=f"{wrong} are not layers of {self.spec.path}, which has {len(self.layers)}",
+                        remedy=f"name layers from 0 to {len(self.layers) - 1}",
+                    )
+                ]
+            )
+
+    def check_tokens(self, name: str, input_ids: Sequence[int]) -> None:
+        """ValueError when there are no tokens, or some that the target has no embedding for."""
+        if not len(input_ids):
+            raise ValueError(f"{name} has no tokens")
+        lowest, highest = (int(bound) for bound in torch.as_tensor(input_ids).aminmax())
+        if lowest < 0 or highest >= self.spec.vocab_size:
+            raise ValueError(
+                f"{name} has token ids from {lowest} to {highest}, but {self.spec.path} knows 0 to "
+                f"{self.spec.vocab_size - 1}: it was tokenised for another target"
+            )
+
+
+def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype a target runs in: as named; `auto` is as stored, but float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    if name not in DTYPES:
+        raise ConfigError(
+            [
+                Problem(
+                    field="target.dtype", value=name, message="no such precision of a target", choices=("auto", *DTYPES)
+                )
+            ]
+        )
+    return DTYPES[name]
+
+
+def load_target(options: EngineOptions) -> HfTarget:
+    """The target in evaluation mode on the device of `options.local_rank`; local files only.
+
+    Raises TargetError when the directory does not hold a whole model of a supported kind: parameters that the
+    checkpoint lacks are an error, never initialised at random.
+    """
+    spec = read_target_spec(options.target, options.trust_remote_code)
+    TargetWeights.open(options.target)
+    device = options.device.runtime.bind(options.local_rank)
+    dtype = choose_dtype(options.dtype, spec.dtype, device)
+    model, report = _from_pretrained(options, dtype)
+    missing = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    if missing:
+        raise TargetError(
+            f"{options.target}: {len(missing)} parameters of {type(model).__name__} are missing from the checkpoint "
+            f"or have another shape: {', '.join(missing[:8])}. Is config.json that of these weights?"
+        )
+    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    use_grouped_attention(model, device)
+    return HfTarget(
+        spec=spec,
+        model=model,
+        base=_base(model),
+        layers=_decoder_layers(model, spec.num_layers),
+        device=device,
+        rollback=rollback_of(model.config),
+    )
+
+
+def _from_pretrained(options: EngineOptions, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model on the CPU, and what transformers found missing or misshapen."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the caller shows its own
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            options.target,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise TargetError(f"transformers cannot load {options.target}: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    model, report = loaded
+    return model, report
+
+
+def _base(model: PreTrainedModel) -> nn.Module:
+    base = model.base_model
+    if base is model:
+        raise TargetError(f"{type(model).__name__} has no base model below its output head")
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def _decoder_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, ...]:
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    stacks = [
+        module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if len(stacks) != 1:
+        raise TargetError(
+            f"{type(decoder).__name__} has {len(stacks)} lists of {num_layers} modules where its decoder layers "
+            "should be exactly one: the hf engine cannot tap it"
+        )
+    return tuple(stacks[0])
