@@ -171,10 +171,10 @@ def from_files(files: DraftFiles, target: TargetSpec) -> tuple[Eagle3, nn.Module
     draft = Eagle3Draft(geometry, vocabulary)
     state = {name.replace(layer_prefix(files.config), OURS): value for name, value in files.tensors.items()}
     state |= {"d2t": vocabulary.d2t_N, "t2d": vocabulary.t2d_V}
+    if not geometry.owns_embedding and "embed_tokens.weight" in state:
+        _check_embedding(state.pop("embed_tokens.weight"), target)
     _check_shapes(draft, state)
-    draft.load_state_dict(
-        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    )
+    draft.load_state_dict({name: _wide(value) for name, value in state.items()})
     options = options.model_copy(update={"taps": taps_used, "vocab_size": vocabulary.size})
     return Eagle3(options=options, target=target, geometry=geometry, taps=taps_used), draft
 

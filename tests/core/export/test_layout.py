@@ -1,0 +1,221 @@
+"""Exported drafts predict what the trained draft predicts, and every way of writing them wrongly is caught."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from torchspec.core import registry
+from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.errors import CheckpointError, ConfigError
+from torchspec.core.export.layout import ExportContext, read_draft, read_files, write_draft
+from torchspec.core.export.selfcheck import Probe, check_files
+from torchspec.core.interfaces.algorithm import Algorithm, DraftFiles
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_spec import read_target_spec
+
+DRAFT_VOCABULARY = 64
+
+
+def make(target: Path, **options: object) -> tuple[Algorithm, nn.Module, ExportContext]:
+    """A draft with every weight random, norms included, so that no tensor could be left out unnoticed."""
+    torch.manual_seed(0)
+    device = registry.load_device("cpu")
+    head = load_target_head(target, dtype=torch.float32, device=torch.device("cpu"))
+    spec = registry.algorithms().spec("eagle3")
+    algorithm = spec.create(Eagle3Options(vocab_size=DRAFT_VOCABULARY, **options), read_target_spec(target))
+    ids_N = torch.randperm(300)[:DRAFT_VOCABULARY].sort().values
+    draft = algorithm.build_draft(VocabularyMap(ids_N=ids_N, target_size=300), head)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+            elif name != "lm_head.weight":
+                parameter.normal_(std=0.15)
+    return algorithm, draft, ExportContext(head=head, device=device)
+
+
+@pytest.mark.parametrize("layout", ["plain", "speculators"])
+@pytest.mark.parametrize("options", [{}, {"taps": (0, 2, 5)}, {"hidden_size": 32, "num_attention_heads": 2}])
+def test_round_trip_predicts_the_same(tiny_target: Path, tmp_path: Path, layout: str, options: dict) -> None:
+    algorithm, draft, context = make(tiny_target, **options)
+    check = write_draft(algorithm, draft, layout, tmp_path / "draft", context)
+    assert check.max_probability_difference < 1e-5
+    again, loaded = read_draft(tmp_path / "draft", algorithm.target)
+    assert again.taps == algorithm.taps
+    assert again.geometry == algorithm.geometry
+    state = loaded.state_dict()
+    assert state.keys() == draft.state_dict().keys()
+    for name, value in draft.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
+def test_bf16_export_passes_its_wider_bound(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    check = write_draft(algorithm, draft, "plain", tmp_path / "draft", context, dtype=torch.bfloat16)
+    assert 0 < check.max_probability_difference < check.tolerance
+    assert load_file(tmp_path / "draft/model.safetensors")["fc.weight"].dtype == torch.bfloat16
+
+
+def test_names_and_fields_engines_read(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "plain", context)
+    write_draft(algorithm, draft, "speculators", tmp_path / "spec", context)
+    plain = json.loads((tmp_path / "plain/config.json").read_text())
+    assert plain["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert plain["rope_scaling"] is None
+    assert plain["vocab_size"] == 300
+    assert plain["draft_vocab_size"] == DRAFT_VOCABULARY
+    assert "eagle_aux_hidden_state_layer_ids" not in plain["eagle_config"]  # both engines' default is ours
+    spec = json.loads((tmp_path / "spec/config.json").read_text())
+    assert "model_type" not in spec  # vLLM would take the directory for a whole model
+    assert spec["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert spec["norm_before_residual"] is False
+    names = load_file(tmp_path / "spec/model.safetensors").keys()
+    assert "layers.0.self_attn.q_proj.weight" in names
+    offsets = load_file(tmp_path / "plain/model.safetensors")["d2t"]
+    assert torch.equal(torch.arange(DRAFT_VOCABULARY) + offsets, draft.vocabulary.ids_N)
+
+
+def _offsets_as_ids(files: DraftFiles) -> None:
+    files.tensors["d2t"] = files.tensors["d2t"] + torch.arange(DRAFT_VOCABULARY)
+
+
+def _taps_swapped(files: DraftFiles) -> None:
+    files.tensors["fc.weight"] = files.tensors["fc.weight"].roll(64, dims=1)
+
+
+def _wrong_theta(files: DraftFiles) -> None:
+    files.config["rope_theta"] = 100.0
+    files.config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+
+
+def _norms_exchanged(files: DraftFiles) -> None:
+    first, second = "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight"
+    files.tensors[first], files.tensors[second] = files.tensors[second], files.tensors[first]
+
+
+def _head_lost(files: DraftFiles) -> None:
+    files.tensors["lm_head.weight"] = files.tensors["lm_head.weight"].roll(1, dims=0)
+
+
+@pytest.mark.parametrize("fault", [_offsets_as_ids, _taps_swapped, _wrong_theta, _norms_exchanged, _head_lost])
+def test_self_check_catches(tiny_target: Path, tmp_path: Path, fault: Callable[[DraftFiles], None]) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    files = read_files(tmp_path / "draft")
+    fault(files)
+    if fault is _offsets_as_ids:  # ids beyond the vocabulary cannot even be placed
+        files.tensors["d2t"].clamp_(max=300 - DRAFT_VOCABULARY)
+    with pytest.raises(CheckpointError, match="does not predict"):
+        check_files(algorithm, draft, files, context.head, context.device, None)
+
+
+def test_unknown_and_missing_tensors_are_refused(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    tensors = load_file(tmp_path / "draft/model.safetensors")
+    tensors["midlayer.mlp.gate_projection.weight"] = tensors.pop("midlayer.mlp.gate_proj.weight")
+    save_file(tensors, tmp_path / "draft/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: midlayer.mlp.gate_proj.weight; unknown.*gate_projection"):
+        read_draft(tmp_path / "draft", algorithm.target)
+
+
+def test_plain_refuses_what_sglang_would_serve_wrongly(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target, taps=(1, 4), norm_before_residual=True)
+    with pytest.raises(ConfigError) as caught:
+        write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    assert {problem.field for problem in caught.value.problems} == {"draft.taps", "draft.norm_before_residual"}
+    assert not (tmp_path / "draft").exists()
+    write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
+
+
+def test_a_failed_export_leaves_the_old_one(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    before = (tmp_path / "draft/model.safetensors").read_bytes()
+
+    def damaged(self: object, state: dict[str, Tensor], layout: str) -> DraftFiles:
+        files = original(self, state, layout)
+        _taps_swapped(files)
+        return files
+
+    original = type(algorithm).to_files
+    monkeypatch.setattr(type(algorithm), "to_files", damaged)
+    with pytest.raises(CheckpointError, match="does not predict"):
+        write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    assert (tmp_path / "draft/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["draft"]
+
+
+def test_a_directory_of_something_else_is_not_replaced(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="not a draft directory"):
+        write_draft(algorithm, draft, "plain", tmp_path / "mine", context)
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "truncated"),
+        (lambda d: (d / "config.json").write_text('{"architectures": ["BertModel"]}'), "which no algorithm here reads"),
+    ],
+)
+def test_unreadable_drafts(tiny_target: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    damage(tmp_path / "draft")
+    with pytest.raises(CheckpointError, match=message):
+        read_draft(tmp_path / "draft", algorithm.target)
+
+
+def test_a_draft_for_another_target_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    other = replace(algorithm.target, vocab_size=500, hidden_size=128)
+    with pytest.raises(CheckpointError, match="does not fit the target"):
+        read_draft(tmp_path / "draft", other)
+
+
+def test_a_map_from_another_tokenizer_is_refused(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    tensors = load_file(tmp_path / "draft/model.safetensors")
+    tensors["d2t"] = tensors["d2t"] + 1000
+    save_file(tensors, tmp_path / "draft/model.safetensors")
+    with pytest.raises(CheckpointError, match="belongs to another tokenizer or is damaged"):
+        read_draft(tmp_path / "draft", algorithm.target)
+
+
+def test_a_copied_target_embedding_is_accepted_and_another_refused(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    path = tmp_path / "draft/model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "embed_tokens.weight": context.head.embedding_VH.clone()}, path)
+    read_draft(tmp_path / "draft", algorithm.target)
+    save_file({**tensors, "embed_tokens.weight": context.head.embedding_VH + 1}, path)
+    with pytest.raises(CheckpointError, match="made for another target"):
+        read_draft(tmp_path / "draft", algorithm.target)
+
+
+def test_probe_round_trip(tmp_path: Path) -> None:
+    probe = Probe(taps_TNH=torch.randn(5, 3, 8), next_tokens_T=torch.arange(5))
+    probe.save(tmp_path / "probe.safetensors")
+    loaded = Probe.load(tmp_path / "probe.safetensors")
+    assert torch.equal(loaded.taps_TNH, probe.taps_TNH)
+    assert torch.equal(loaded.next_tokens_T, probe.next_tokens_T)
