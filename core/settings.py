@@ -37,3 +37,24 @@ def cache_dir() -> Path:
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "torchspec"
+
+
+def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
+    """This process's environment for a rank it starts on this machine: what torchrun would set.
+
+    The starting process serves the rendezvous store at `address:port` (torch's agent store). Threads are shared out
+    among the ranks unless the user has chosen a number.
+    """
+    cores = os.cpu_count() or 1
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }

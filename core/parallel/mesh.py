@@ -1,0 +1,178 @@
+"""This process's place among the ranks: the device mesh, the group for host data, and agreement on outcomes.
+
+Two groups exist. Gradients and sums travel over the mesh's axes with the device's own collectives; flags, plans and
+JSON travel over `control`, a gloo group on the CPU, so that agreeing never waits for the accelerator.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchspec.core.errors import TorchspecError
+from torchspec.core.interfaces.device import Device
+from torchspec.core.settings import Launch
+
+DEADLINE = timedelta(minutes=10)
+"""No collective waits longer: a lost peer becomes an error."""
+
+HEARTBEAT_SECONDS = 20.0
+
+DATA_AXIS = "dp"
+
+Result = TypeVar("Result")
+
+
+class PeerError(TorchspecError):
+    """Another rank failed; the message is that rank's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """`mesh` has the axis "dp", over which parameters are sharded and batches divided.
+
+    `owns_world`: the process group was made by `start`.
+    """
+
+    device: Device
+    torch_device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+    mesh: DeviceMesh
+    control: ProcessGroup
+    owns_world: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_group(self) -> ProcessGroup:
+        return self.mesh.get_group(DATA_AXIS)
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Element-wise sums of host integers over all ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        """Element-wise maxima of host integers over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[int], op: dist.ReduceOp.RedOpType) -> list[int]:
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        dist.all_reduce(tensor, op=op, group=self.control)
+        return [int(value) for value in tensor.tolist()]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON value on every rank."""
+        payload = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(payload)], dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self.control)
+        data = torch.zeros(int(size), dtype=torch.uint8)
+        if self.is_main:
+            data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(data, src=0, group=self.control)
+        return json.loads(bytes(data.tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank."""
+        payload = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(payload)], dtype=torch.int64), group=self.control)
+        longest = max(int(size) for size in sizes)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine, group=self.control)
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on every rank; if it failed anywhere, fail everywhere, so that no rank waits for a lost one."""
+        failure: BaseException | None = None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - re-raised below, after the peers know
+            failure = error
+        messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise PeerError(f"rank {rank} failed: {message}")
+        return result
+
+    def main_only(self, work: Callable[[], Result]) -> Result | None:
+        """Run `work` on rank 0 while the others wait; its result there, None elsewhere; its failure everywhere.
+
+        The work may take hours (tokenising a corpus): rank 0 gives a sign of life well within the deadline.
+        """
+        if not self.is_main:
+            while not self._beat(finished=False):
+                pass
+            self.agree(lambda: None)
+            return None
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(HEARTBEAT_SECONDS):
+                self._beat(finished=False)
+
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
+
+        def finish() -> Result:
+            try:
+                return work()
+            finally:
+                done.set()
+                heart.join()
+                self._beat(finished=True)
+
+        return self.agree(finish)
+
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on rank 0 and then, if it succeeded, on the others: what rank 0 leaves in a cache serves them."""
+        mine = self.main_only(work)
+        result = self.agree(lambda: mine if self.is_main else work())
+        return cast(Result, result)
+
+    def _beat(self, *, finished: bool) -> bool:
+        """Rank 0 says whether it has finished; the others hear it."""
+        flag = torch.tensor([int(finished)])
+        dist.broadcast(flag, src=0, group=self.control)
+        return bool(flag.item())
+
+
+def start(device: Device, launch: Launch, timeout: timedelta = DEADLINE) -> ParallelContext:
+    """Bind this rank's device, then create the mesh, and the process group unless the program has one already."""
+    owns_world = not dist.is_initialized()
+    torch_device = device.runtime.bind(launch.local_rank)
+    device.communication.init(torch_device, timeout)
+    return ParallelContext(
+        device=device,
+        torch_device=torch_device,
+        rank=dist.get_rank(),
+        local_rank=launch.local_rank,
+        world_size=dist.get_world_size(),
+        mesh=init_device_mesh(torch_device.type, (dist.get_world_size(),), mesh_dim_names=(DATA_AXIS,)),
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        owns_world=owns_world,
+    )
+
+
+def shutdown(context: ParallelContext) -> None:
+    """Leave the groups that `start` created."""
+    if context.owns_world:
+        dist.destroy_process_group()
+    else:
+        dist.destroy_process_group(context.control)

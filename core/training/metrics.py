@@ -1,0 +1,88 @@
+"""metrics.jsonl: one JSON object per line, one history.
+
+Rows have a `kind`, "train" or "validation", and a `step`. A resumed run first cuts the rows after its checkpoint's
+step, so the file never tells two stories about one step. Only rank 0 writes; values are sums or maxima over all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from torchspec.core.errors import TorchspecError
+
+
+class MetricsLog:
+    """Appends rows, each flushed as a whole line; `directory` None is a log that keeps nothing (other ranks)."""
+
+    def __init__(self, path: Path | None, *, after_step: int = 0, validated: bool = False) -> None:
+        """Continue `path` behind `after_step`; later rows, and a line that was cut short, are removed.
+
+        `validated` says whether the validation of `after_step` belongs to what the run continues from; if not, it
+        will run (again) and its row goes too.
+        """
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        try:
+            if path.exists():
+                _cut(path, after_step, validated)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        except OSError as error:
+            raise TorchspecError(
+                f"cannot write {self._file.name}: {error.strerror}. The newest checkpoint is intact; "
+                "free some space and start the same command again to resume from it"
+            ) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: they become null, in nested values too."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut(path: Path, after_step: int, validated: bool) -> None:
+    """Keep the rows up to `after_step`; the file is replaced whole, so a crash here loses nothing."""
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        repeated = row["kind"] == "validation" and row["step"] == after_step and not validated
+        if row["step"] <= after_step and not repeated:
+            kept.append(line + "\n")
+    aside = path.with_name(f".{path.name}.cut")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,38 @@
+"""Each rank's random state: seeded, set apart for a side computation, stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from torchspec.core.interfaces.device import Runtime
+
+
+def seed_rank(runtime: Runtime, seed: int, step: int, rank: int) -> None:
+    """Random states of one rank from one step on; ranks and steps differ."""
+    mixed = ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
+    torch.manual_seed(mixed)
+    runtime.manual_seed(mixed)
+
+
+def capture_state(runtime: Runtime) -> dict[str, Tensor]:
+    """The CPU's and the device's generator, uint8."""
+    return {"cpu": torch.get_rng_state(), "device": runtime.rng_state()}
+
+
+def restore_state(runtime: Runtime, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    runtime.set_rng_state(state["device"])
+
+
+@contextmanager
+def untouched(runtime: Runtime) -> Iterator[None]:
+    """Whatever is drawn inside, training afterwards draws what it would have drawn."""
+    state = capture_state(runtime)
+    try:
+        yield
+    finally:
+        restore_state(runtime, state)

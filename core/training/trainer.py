@@ -1,0 +1,285 @@
+"""The training loop: windows of the global batches, one optimizer update each, with validation and checkpoints.
+
+A *step* is one window: a batch of samples over all ranks. An *update* is a step that changed the parameters. The two
+differ by the windows without supervision (denominator 0), which are counted, logged and leave the schedule, the
+optimizer and the parameters as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspec.core.config.schema import TrainConfig
+from torchspec.core.data.batches import global_batches
+from torchspec.core.errors import TorchspecError
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training import checkpoint
+from torchspec.core.training.metrics import MetricsLog
+from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from torchspec.core.training.random_state import untouched
+from torchspec.core.training.schedule import Schedule
+from torchspec.core.training.signals import StopRequest
+from torchspec.core.training.timing import StepTimer
+from torchspec.core.training.window import Model, Samples, Sums, WindowResult, run_window
+
+logger = logging.getLogger(__name__)
+
+ProgressSink = Callable[[str, int, int], None]
+NAMED_SAMPLES = 16
+
+
+class NonFiniteError(TorchspecError):
+    """A loss or gradient that is not a number. Raised before the update: parameters and schedule stay as they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is trained, on what, and where it is kept.
+
+    `validate` decodes with the draft as it is and returns a metrics row holding `acceptance_length`; None: no
+    validation data. `validate_every` 0: only at the end.
+    """
+
+    config: TrainConfig
+    seed: int
+    bucket_size: int
+    checkpoints: Path
+    facts: dict[str, Any]
+    vocabulary: VocabularyMap
+    validate: Callable[[], dict[str, Any]] | None = None
+    validate_every: int = 0
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """Everything of a run that is neither a tensor nor a random state; stored with each checkpoint."""
+
+    step: int = 0
+    updates: int = 0
+    empty_windows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    validated_step: int = -1
+    score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """`signal` is 0 unless the run stopped early because of one."""
+
+    step: int
+    total_steps: int
+    signal: int
+    empty_windows: int
+
+
+class Trainer:
+    """Trains a sharded draft. Every rank makes one and calls the same methods."""
+
+    def __init__(self, model: Model, samples: Samples, setup: Setup, context: ParallelContext) -> None:
+        self.model = model
+        self.samples = samples
+        self.setup = setup
+        self.context = context
+        self.counters = Counters()
+        self.optimizer = build_optimizer(self.model.draft, setup.config)
+        self.schedule = Schedule.of(setup.config)
+        self.steps_per_epoch = math.ceil(len(samples) / setup.config.batch_size)
+        planned = self.steps_per_epoch * setup.config.epochs
+        self.total_steps = min(planned, setup.config.max_steps or planned)
+        self._epoch_batches: tuple[int, list[list[int]]] = (-1, [])
+
+    def resume(self, directory: Path) -> None:
+        """Continue from a whole checkpoint: weights, optimizer, counters and this rank's random states."""
+        progress = checkpoint.load(directory, self._tensors(), self.setup.facts, self.context)
+        self.counters = Counters(**progress)
+
+    def run(self, log: MetricsLog, stop: StopRequest, progress: ProgressSink | None = None) -> Outcome:
+        """Train to the end, or to the end of the step in which a signal arrived; both leave a checkpoint."""
+        config, counters = self.setup.config, self.counters
+        received = 0
+        if self._validation_due():  # a signal came between this step and its validation
+            received = self._validate_and_save(log, stop)
+        while counters.step < self.total_steps and not received:
+            row = self._step()
+            if counters.step % config.log_every == 0 or counters.step == self.total_steps:
+                log.write(row)
+            if progress is not None:
+                progress("train", counters.step, self.total_steps)
+            received = self._agreed_signal(stop)
+            if received:
+                self._save()
+            else:
+                received = self._validate_and_save(log, stop)
+        return Outcome(
+            step=counters.step,
+            total_steps=self.total_steps,
+            signal=received,
+            empty_windows=counters.empty_windows,
+        )
+
+    def _step(self) -> dict[str, Any]:
+        """One window; its metrics row."""
+        config, counters = self.setup.config, self.counters
+        epoch, position = divmod(counters.step, self.steps_per_epoch)
+        batch = self._batches(epoch)[position]
+        self.context.device.runtime.reset_peak_memory()
+        timer = StepTimer(self.context.torch_device)
+        result = run_window(self.model, self.samples, batch, config.micro_batch_size, self.context, timer)
+        with timer.phase("optimizer"):
+            rate, norm = self._update(result, batch)
+        counters.step += 1
+        counters.samples += len(batch)
+        counters.tokens += result.sums.tokens
+        counters.score = None
+        phases, seconds = timer.finish()
+        return {
+            "kind": "train",
+            "step": counters.step,
+            "epoch": epoch,
+            "samples": counters.samples,
+            "tokens": counters.tokens,
+            "empty_windows": counters.empty_windows,
+            **self._loss(result.sums),
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens_per_second": result.sums.tokens / seconds,
+            "step_seconds": seconds,
+            "time": phases,
+            "memory": self._memory(),
+        }
+
+    def _loss(self, sums: Sums) -> dict[str, Any]:
+        if sums.denominator == 0:
+            return {"loss": None}
+        return {"loss": sums.numerator / sums.denominator, **self.model.algorithm.summarise(sums.metrics)}
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes, of the rank that used most."""
+        stats = self.context.device.runtime.memory()
+        allocated, peak, total = self.context.max([stats.allocated, stats.peak, stats.total])
+        return {"allocated": allocated, "peak": peak, "total": total}
+
+    def _update(self, result: WindowResult, batch: Sequence[int]) -> tuple[float | None, float | None]:
+        """Divide by the global denominator, clip, step; (learning rate, gradient norm before clipping).
+
+        A window without supervision does none of it and is counted. Raises NonFiniteError before anything changed.
+        """
+        sums, counters, config = result.sums, self.counters, self.setup.config
+        if sums.denominator == 0:
+            counters.empty_windows += 1
+            logger.warning("step %d: no supervised position in the whole batch, no update", counters.step + 1)
+            self.optimizer.zero_grad()
+            return None, None
+        parameters = [p for p in self.model.draft.parameters() if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for grad in grads:
+            grad.div_(sums.denominator)
+        norm = global_norm(grads)
+        if not math.isfinite(sums.numerator) or not math.isfinite(float(norm)):
+            self._refuse(result, batch, float(norm))
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+        # Empty windows shorten the plan: the rate still ends where the schedule ends.
+        rate = config.lr * self.schedule.factor(counters.updates, self.total_steps - counters.empty_windows)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        counters.updates += 1
+        return rate, float(norm)
+
+    def _refuse(self, result: WindowResult, batch: Sequence[int], norm: float) -> None:
+        """Name the step and the samples of the micro-batches whose own loss is not finite; all of them if none is."""
+        mine = [i for indices, numerator in result.numerators if not torch.isfinite(numerator) for i in indices]
+        suspects = sorted({index for part in self.context.gather(mine) for index in part}) or list(batch)
+        named = ", ".join(self.samples[index].sample_id for index in suspects[:NAMED_SAMPLES])
+        more = f" and {len(suspects) - NAMED_SAMPLES} more" if len(suspects) > NAMED_SAMPLES else ""
+        loss = result.sums.numerator / result.sums.denominator
+        raise NonFiniteError(
+            f"step {self.counters.step + 1}: loss {loss}, gradient norm {norm}; the parameters were not updated. "
+            f"Samples concerned: {named}{more}. Look at these samples, or lower train.lr or train.clip_norm, and start "
+            "again: the newest checkpoint is from before this step"
+        )
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if self._epoch_batches[0] != epoch:
+            batches = global_batches(
+                self.samples.lengths,
+                batch_size=self.setup.config.batch_size,
+                bucket_size=self.setup.bucket_size,
+                seed=self.setup.seed,
+                epoch=epoch,
+            )
+            assert len(batches) == self.steps_per_epoch
+            self._epoch_batches = (epoch, batches)
+        return self._epoch_batches[1]
+
+    def _agreed_signal(self, stop: StopRequest) -> int:
+        """The signal any rank has received; the same answer on every rank."""
+        return self.context.max([stop.received])[0]
+
+    def _validation_due(self) -> bool:
+        step, every = self.counters.step, self.setup.validate_every
+        if self.setup.validate is None or step == 0 or self.counters.validated_step == step:
+            return False
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _validate_and_save(self, log: MetricsLog, stop: StopRequest) -> int:
+        """What is due after a step; -> a signal that arrived meanwhile, with the checkpoint it asks for written."""
+        counters = self.counters
+        validated = self._validation_due()
+        if validated:
+            self._validate(log)
+        received = self._agreed_signal(stop) if validated else 0
+        last = counters.step == self.total_steps
+        if received or last or self._improved() or counters.step % self.setup.config.checkpoint_every == 0:
+            self._save()
+        return received
+
+    def _validate(self, log: MetricsLog) -> None:
+        assert self.setup.validate is not None
+        with untouched(self.context.device.runtime):
+            row = self.setup.validate()
+        step = self.counters.step
+        log.write({"kind": "validation", "step": step, "epoch": (step - 1) // self.steps_per_epoch, **row})
+        self.counters.validated_step = step
+        self.counters.score = float(row["acceptance_length"])
+
+    def _improved(self) -> bool:
+        """The step was validated and is better than every checkpoint there is."""
+        if self.counters.score is None:
+            return False
+        best = self.context.broadcast(checkpoint.best_score(self.setup.checkpoints) if self.context.is_main else None)
+        return best is None or self.counters.score > best
+
+    def _save(self) -> None:
+        snapshot = checkpoint.Snapshot(
+            step=self.counters.step,
+            tensors=self._tensors(),
+            progress=asdict(self.counters),
+            facts=self.setup.facts,
+            vocabulary=self.setup.vocabulary,
+            score=self.counters.score,
+        )
+        checkpoint.save(self.setup.checkpoints, snapshot, self.context, self.setup.config.keep_last)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        weights = {f"draft.{name}": tensor for name, tensor in self.model.draft.state_dict().items()}
+        moments = optimizer_tensors(self.model.draft, self.optimizer)
+        return weights | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+
+
+def global_norm(grads: Sequence[Tensor]) -> Tensor:
+    """2-norm of gradients sharded over ranks, a plain scalar on every rank."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    whole = getattr(norm, "full_tensor", None)
+    return whole() if whole is not None else norm

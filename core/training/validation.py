@@ -1,0 +1,87 @@
+"""Validation by real decoding: every rank decodes its share of the prompts, the counts are added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchspec.core.config.schema import EvalConfig
+from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, evaluate
+from torchspec.core.decoding.measure import Progress, PromptLike
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training.sharding import unsharded_state
+from torchspec.core.training.window import Model
+
+MICROSECONDS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validator:
+    """Decodes validation prompts with an unsharded fp32 copy of the draft as it stands. Calling it is a collective.
+
+    The result depends on the weights alone (and on `seed` at a temperature above 0); the caller keeps the random
+    states apart (`random_state.untouched`), since building the copy draws from them.
+    """
+
+    model: Model
+    vocabulary: VocabularyMap
+    prompts: Sequence[PromptLike]
+    settings: EvalConfig
+    seed: int
+    context: ParallelContext
+    progress: Progress | None = None
+
+    def __call__(self) -> dict[str, Any]:
+        """A row for metrics.jsonl, the same on every rank; tokens per second are of all ranks together."""
+        drafter = self.model.algorithm.drafter(self._copy(), self.model.head, self.context.device)
+        share = list(self.prompts[self.context.rank :: self.context.world_size])
+        result = None
+        if share:
+            settings = EvalSettings(
+                max_new_tokens=self.settings.max_new_tokens,
+                draft_length=self.settings.draft_length,
+                temperature=self.settings.temperature,
+                batch_size=self.settings.batch_size,
+                seed=self.seed + self.context.rank,
+                warmup=0,
+                compare_draftless=False,
+            )
+            result = evaluate(self.model.engine, drafter, share, settings, progress=self.progress)
+        return self._merge(result)
+
+    def _copy(self) -> nn.Module:
+        state = unsharded_state(self.model.draft)
+        draft = self.model.algorithm.build_draft(self.vocabulary, self.model.head)
+        draft.load_state_dict(state)
+        return draft.to(self.context.torch_device).requires_grad_(False).eval()
+
+    def _merge(self, result: EvalResult | None) -> dict[str, Any]:
+        counts = [0] * (6 + self.settings.draft_length)
+        slowest = 0
+        if result is not None:
+            accepted = [count for record in result.records for count in record.accepted]
+            reached = [sum(count > place for count in accepted) for place in range(self.settings.draft_length)]
+            counts = [result.rounds, result.proposed, result.accepted, result.tokens, result.prompts, result.skipped]
+            counts += reached
+            slowest = int(result.seconds.total * MICROSECONDS)
+        rounds, proposed, accepted_total, tokens, prompts, skipped, *reached = self.context.sum(counts)
+        seconds = self.context.max([slowest])[0] / MICROSECONDS
+        return {
+            "acceptance_length": 1.0 + (accepted_total / rounds if rounds else 0.0),
+            "acceptance_per_position": [count / rounds if rounds else 0.0 for count in reached],
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "seconds": seconds,
+            "rounds": rounds,
+            "proposed": proposed,
+            "accepted": accepted_total,
+            "tokens": tokens,
+            "prompts": prompts,
+            "skipped": skipped,
+            "draft_length": self.settings.draft_length,
+            "temperature": self.settings.temperature,
+            "max_new_tokens": self.settings.max_new_tokens,
+        }

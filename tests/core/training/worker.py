@@ -1,0 +1,182 @@
+"""One rank of tiny runs: `worker.py cells.json results/`.
+
+Every cell runs in a fork, so it may be killed, and meets its peers at its own port; rank 0 writes what came of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchspec.core import settings
+from torchspec.core.errors import TorchspecError
+from torchspec.core.parallel import mesh
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training import checkpoint
+from torchspec.core.training.metrics import MetricsLog
+from torchspec.core.training.sharding import unsharded_state
+from torchspec.core.training.signals import StopRequest
+from torchspec.core.training.timing import StepTimer
+from torchspec.core.training.window import run_window
+
+Cell = dict[str, Any]
+
+
+def load_tiny_run() -> ModuleType:
+    path = Path(__file__).with_name("tiny_run.py")
+    spec = importlib.util.spec_from_file_location("tiny_run", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_job(tiny: ModuleType, cell: Cell, results: Path) -> Any:
+    samples = tiny.TinySamples(count=cell.get("count", 13), unsupervised=cell.get("unsupervised", ()))
+    return tiny.Job(
+        directory=results / cell.get("directory", cell["name"]),
+        config=cell.get("config", {}),
+        dtype=getattr(torch, cell.get("dtype", "float32")),
+        dropout=cell.get("dropout", 0.0),
+        samples=samples,
+        compute=cell.get("compute", "float32"),
+        facts=cell.get("facts", {}),
+    )
+
+
+def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
+    """Undivided gradients of the first window, then parameters, losses and norms of `steps` updates."""
+    trainer = tiny.make_trainer(make_job(tiny, cell, results), context)
+    config = trainer.setup.config
+    batch = trainer._batches(0)[0]
+    timer = StepTimer(context.torch_device)
+    window = run_window(trainer.model, trainer.samples, batch, config.micro_batch_size, context, timer)
+    tensors: dict[str, Tensor] = {f"sum.{name}": value for name, value in window.sums.values.items()}
+    tensors["batch"] = torch.tensor(batch)
+    for name, parameter in trainer.model.draft.named_parameters():
+        assert isinstance(parameter.grad, DTensor)
+        tensors[f"grad.{name}"] = parameter.grad.full_tensor()
+    trainer.optimizer.zero_grad()
+    tensors |= {f"start.{name}": value for name, value in unsharded_state(trainer.model.draft).items()}
+    rows = [trainer._step() for _ in range(cell.get("steps", 3))]
+    tensors |= {f"param.{name}": value for name, value in unsharded_state(trainer.model.draft).items()}
+    tensors["norms"] = torch.tensor([row["grad_norm"] or 0.0 for row in rows], dtype=torch.float64)
+    tensors["losses"] = torch.tensor([row["loss"] or 0.0 for row in rows], dtype=torch.float64)
+    tensors["tokens"] = torch.tensor([row["tokens"] for row in rows])
+    if context.is_main:
+        whole = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(whole, results / f"{cell['name']}.safetensors")
+
+
+def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
+    """A run with metrics and checkpoints that continues what is there.
+
+    kill = [step, signal name, rank]; kill_after = seconds until SIGKILL; file_limit = bytes from the second step on;
+    scores = acceptance length to report at each step.
+    """
+    job = make_job(tiny, cell, results)
+    scores = cell.get("scores")
+    validate = None if scores is None else (lambda: {"acceptance_length": scores[str(trainer.counters.step)]})
+    trainer = tiny.make_trainer(job, context, validate, cell.get("validate_every", 0))
+    if "kill_after" in cell:
+        threading.Timer(cell["kill_after"], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    chosen = checkpoint.choose(trainer.setup.checkpoints, context)
+    if chosen is not None:
+        trainer.resume(chosen)
+    counters = trainer.counters
+    started = counters.step
+    path = job.directory / "metrics.jsonl" if context.is_main else None
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(path, after_step=started, validated=counters.validated_step == started)
+
+    def progress(stage: str, step: int, total: int) -> None:
+        if step > 1 and "file_limit" in cell:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (cell["file_limit"], resource.RLIM_INFINITY))
+        if "kill" in cell and step == cell["kill"][0] and context.rank == cell["kill"][2]:
+            os.kill(os.getpid(), getattr(signal, f"SIG{cell['kill'][1]}"))
+
+    with log, StopRequest() as stop:
+        outcome = trainer.run(log, stop, progress)
+    if context.is_main:
+        report(results, cell, {"step": outcome.step, "signal": outcome.signal, "started": started})
+
+
+def agreement(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
+    """What the ranks tell each other."""
+    mesh.HEARTBEAT_SECONDS = 0.05
+    found: dict[str, Any] = {
+        "sum": context.sum([context.rank, 1]),
+        "max": context.max([context.rank, -context.rank]),
+        "broadcast": context.broadcast({"who": context.rank, "text": "ü"}),
+        "gather": context.gather("x" * context.rank),
+        "main_only": context.main_only(lambda: threading.Event().wait(0.3)),
+        "main_first": context.main_first(lambda: context.rank),
+    }
+    for name, failing in (("last", context.world_size - 1), ("main", 0)):
+        run = context.agree if name == "last" else context.main_only
+
+        def work(failing: int = failing) -> None:
+            if context.rank == failing:
+                raise TorchspecError("no luck")
+
+        try:
+            run(work)
+        except TorchspecError as error:
+            found[f"failure_{name}"] = f"{type(error).__name__}: {error}"
+    gathered = context.gather(found)
+    if context.is_main:
+        report(results, cell, {"ranks": gathered})
+
+
+def report(results: Path, cell: Cell, found: dict[str, Any]) -> None:
+    (results / f"{cell['name']}.json").write_text(json.dumps(found))
+
+
+def run_cell(cell: Cell, results: Path) -> None:
+    os.environ["MASTER_PORT"] = str(cell["port"])
+    tiny = load_tiny_run()
+    context = mesh.start(tiny.cpu(), settings.launch())
+    kinds = {"gradients": gradients, "train": train, "agreement": agreement}
+    try:
+        kinds[cell["kind"]](tiny, cell, context, results)
+    except TorchspecError as error:
+        report(results, cell, {"error": type(error).__name__, "message": str(error)})
+    mesh.shutdown(context)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = Path(sys.argv[2])
+    for cell in json.loads(Path(sys.argv[1]).read_text()):
+        child = os.fork()
+        if child == 0:
+            try:
+                run_cell(cell, results)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code != 0 and "kill" not in cell and "kill_after" not in cell:
+            raise SystemExit(f"cell {cell['name']} ended with {code}")
+
+
+if __name__ == "__main__":
+    main()
