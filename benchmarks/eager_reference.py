@@ -2,7 +2,7 @@
 
 What most trainers do, written for reading; the measure of what the product's step saves.
 
-Shape letters: B sequences, T slots, K steps, S = (k + 1) T keys, Hq/Hk heads, D head size, N draft, V target vocabulary.
+Shape letters: B sequences, T slots, Z concatenated taps, H hidden size, N draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def step_loss(
 ) -> Tensor:
     """sum_k w_k CE_k / sum_k w_k n_k over counted slots (coverage `drop`)."""
     tokens, mask = batch.input_ids_BT, batch.loss_mask_BT
-    rows, length = tokens.shape
+    length = tokens.shape[1]
     feature = F.linear(batch.taps_BTZ, weights["fc.weight"])
     logits_BTV = batch.last_BTH @ head_VH.T
     probs_BTN = logits_BTV[..., ids_N].softmax(-1)
