@@ -99,9 +99,12 @@ class Drafter(Protocol):
 class Algorithm(Protocol):
     """Everything specific to one algorithm, made from its validated options and the target's facts."""
 
-    name: str
-    taps: tuple[int, ...]
-    options: Any
+    @property
+    def name(self) -> str: ...
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+    @property
+    def options(self) -> Any: ...
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:
         """A freshly initialised float32 draft on the CPU, from torch's global random state.

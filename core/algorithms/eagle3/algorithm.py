@@ -1,0 +1,130 @@
+"""EAGLE-3 for the trainer: builds the draft, runs a micro-batch, sums the metrics, hands out drafters.
+
+Shape letters: B rows, T positions, K unroll steps, M supervised (slot, step) pairs, R target rows, H draft hidden
+size, N draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchspec.core.algorithms.eagle3 import serving
+from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch
+from torchspec.core.algorithms.eagle3.drafter import Eagle3Drafter
+from torchspec.core.algorithms.eagle3.geometry import Geometry, derive
+from torchspec.core.algorithms.eagle3.initialise import initialise
+from torchspec.core.algorithms.eagle3.metrics import pair_sums, summarise
+from torchspec.core.algorithms.eagle3.model import Eagle3Draft
+from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.interfaces.algorithm import DraftFiles, StepResult
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.features import Features
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.objectives.chunks import chunk_rows
+from torchspec.core.objectives.distillation import Supervision, distil
+from torchspec.core.objectives.teacher import Teacher
+from torchspec.core.objectives.weighting import PairWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3:
+    """The algorithm for one target. `geometry` fixes the draft; `create` derives it."""
+
+    options: Eagle3Options
+    target: TargetSpec
+    geometry: Geometry
+    taps: tuple[int, ...]
+    name: str = "eagle3"
+
+    @classmethod
+    def create(cls, options: Eagle3Options, target: TargetSpec) -> Eagle3:
+        """Raises ConfigError with everything about the options that does not fit the target."""
+        geometry, taps = derive(options, target)
+        return cls(options=options, target=target, geometry=geometry, taps=taps)
+
+    def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
+        """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
+        self._check(vocabulary)
+        draft = Eagle3Draft(self.geometry, vocabulary)
+        initialise(draft, head)
+        return draft
+
+    def step(
+        self,
+        draft: nn.Module,
+        head: TargetHead,
+        features: Sequence[Features],
+        loss_masks: Sequence[Tensor],
+        device: Device,
+    ) -> StepResult:
+        """The training forward of one micro-batch; see `Algorithm.step`."""
+        plan = Plan(
+            steps=self.options.unroll,
+            chunk_rows=chunk_rows(self.geometry.draft_vocab_size, device.attention.temporary_bytes),
+            device=head.embedding_VH.device,
+        )
+        return self.run(draft, head, build_batch(features, loss_masks, plan), device)
+
+    def run(self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device) -> StepResult:
+        """The training forward of an assembled micro-batch."""
+        survey_rows = chunk_rows(self.geometry.vocab_size, device.attention.temporary_bytes)
+        vocabulary = VocabularyMap.from_offsets(draft.get_buffer("d2t"), self.geometry.vocab_size)
+        teacher = Teacher(head, head.normed(batch.last_RH, batch.norm_state), vocabulary, survey_rows)
+        coverage_M = teacher.weight_R(self.options.coverage)[batch.pairs.row_M]
+        weights = PairWeights.of(
+            coverage_M,
+            batch.pairs.sizes,
+            self.options.step_decay,
+            batch.pairs.document_M,
+            batch.documents,
+            self.options.normalisation,
+        )
+        supervision = Supervision(
+            teacher=teacher, chunks=batch.chunks, row_M=batch.pairs.row_M, weight_M=weights.pair_M
+        )
+
+        def objective(hidden_MH: Tensor, head_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            numerator, terms = distil(hidden_MH, head_NH, supervision, device.ops)
+            return numerator, pair_sums(batch, terms, weights)
+
+        steps = torch.split(batch.pairs.slot_M, list(batch.pairs.sizes))
+        numerator, sums = draft(batch.inputs, head.embedding_VH, steps, device, objective)
+        loss = {"loss_numerator": numerator.detach(), "loss_denominator": weights.denominator}
+        return StepResult(numerator=numerator, denominator=weights.denominator, sums=sums | loss)
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
+        """See `metrics.summarise`."""
+        return summarise(sums, self.options.step_decay)
+
+    def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> Eagle3Drafter:
+        """Drafts with the parameters `draft` holds now, in their precision; `draft` must not be sharded."""
+        assert isinstance(draft, Eagle3Draft)
+        return Eagle3Drafter(draft, head, device, self.taps)
+
+    def to_files(self, draft_state: dict[str, Tensor], layout: str) -> DraftFiles:
+        from torchspec.core.algorithms.eagle3 import convert
+
+        return convert.to_files(self, draft_state, layout)
+
+    def serve(
+        self, files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
+    ) -> Tensor:
+        return serving.serve(files, head, taps_TNH, next_tokens_T, drafted_L)
+
+    def _check(self, vocabulary: VocabularyMap) -> None:
+        wanted = (self.geometry.draft_vocab_size, self.geometry.vocab_size)
+        if (vocabulary.size, vocabulary.target_size) != wanted:
+            problem = Problem(
+                field="draft.vocab_size",
+                value=wanted[0],
+                message=f"the vocabulary map holds {vocabulary.size} of {vocabulary.target_size} tokens, "
+                f"the draft is to have {wanted[0]} of {wanted[1]}",
+                remedy="use the map that belongs to this draft and target",
+            )
+            raise ConfigError([problem])

@@ -1,0 +1,277 @@
+"""Chains of drafted tokens with a key/value cache: the training unroll, one slot at a time, in as few operations as
+possible. A draft step is a handful of small matrix products, so on a CPU the number of calls decides its speed.
+
+What is prepared once: q, k, v as one matrix, gate and up as one; every norm's weight folded into the matrix that
+follows it; and, for each token the draft can say, the embedding's whole share of q, k, v.
+
+Shape letters: B sequences, M newly confirmed positions, L drafted tokens, S cached positions, H draft hidden size,
+Z = (Hq + 2 Hk) D, D head size, N draft vocabulary, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from torchspec.core.algorithms.eagle3.geometry import Geometry
+from torchspec.core.algorithms.eagle3.model import Eagle3Draft
+from torchspec.core.interfaces.algorithm import Proposal
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.interfaces.target import TargetHead
+
+
+class UnitNorm:
+    """x / sqrt(sum(x^2) + H eps): an RMS norm without its weight and its sqrt(H), which belong to the next matrix."""
+
+    def __init__(self, size: int, eps: float, like: Tensor) -> None:
+        self.floor = like.new_tensor(size * eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.floor, length, length).rsqrt()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DraftWeights:
+    """A draft's matrices, laid out for products from the left: [in, out], contiguous.
+
+    embedded_NZ      each draft token's share of q, k, v
+    hidden_scale_H   what turns a unit-normed feature into hidden_norm's output
+    ids_N            target ids of the draft vocabulary
+    """
+
+    geometry: Geometry
+    unit: UnitNorm
+    embedding_VH: Tensor
+    fc_FH: Tensor
+    embed_HZ: Tensor
+    feature_HZ: Tensor
+    embedded_NZ: Tensor
+    hidden_scale_H: Tensor
+    out_XH: Tensor
+    gate_up_HX: Tensor
+    down_XH: Tensor
+    head_HN: Tensor
+    ids_N: Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, draft: Eagle3Draft, head: TargetHead) -> DraftWeights:
+        layer, size = draft.midlayer, draft.geometry.hidden_size
+        attention, mlp = layer.self_attn, layer.mlp
+        # Folding multiplies two rounded numbers: done in fp32, rounded once.
+        dtype = draft.fc.weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def scale(norm_weight_H: Tensor) -> Tensor:
+            return norm_weight_H.to(wide) * size**0.5
+
+        def folded(matrix_XH: Tensor, norm_weight_H: Tensor) -> Tensor:
+            return (matrix_XH.to(wide) * scale(norm_weight_H)).to(dtype).T.contiguous()
+
+        qkv_ZX = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
+        embed_HZ = folded(qkv_ZX[:, :size], layer.input_layernorm.weight)
+        unit = UnitNorm(size, draft.geometry.rms_norm_eps, draft.fc.weight)
+        embedding_VH = draft.embedding(head.embedding_VH)
+        ids_N = draft.vocabulary.ids_N
+        return cls(
+            geometry=draft.geometry,
+            unit=unit,
+            embedding_VH=embedding_VH,
+            fc_FH=draft.fc.weight.T.contiguous(),
+            embed_HZ=embed_HZ,
+            feature_HZ=folded(qkv_ZX[:, size:], layer.hidden_norm.weight),
+            embedded_NZ=unit(embedding_VH[ids_N].to(dtype)) @ embed_HZ,
+            hidden_scale_H=scale(layer.hidden_norm.weight).to(dtype),
+            out_XH=attention.o_proj.weight.T.contiguous(),
+            gate_up_HX=folded(
+                torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), layer.post_attention_layernorm.weight
+            ),
+            down_XH=mlp.down_proj.weight.T.contiguous(),
+            head_HN=folded(draft.lm_head.weight, draft.norm.weight),
+            ids_N=ids_N,
+        )
+
+
+class Eagle3Drafter:
+    """Implements `Drafter` with the parameters that the draft holds when this is made."""
+
+    def __init__(self, draft: Eagle3Draft, head: TargetHead, device: Device, taps: tuple[int, ...]) -> None:
+        self.taps = taps
+        self._weights = DraftWeights.of(draft, head)
+        self._rotary = RotaryRows(draft)
+        self._device = device
+
+    def open(self, batch_size: int) -> Eagle3Session:
+        return Eagle3Session(self._weights, self._rotary, self._device, batch_size)
+
+
+class RotaryRows:
+    """cos and signed sin of every position so far needed: rotate(x) = x * cos + roll(x, D / 2) * sin."""
+
+    def __init__(self, draft: Eagle3Draft) -> None:
+        self._rotary, self._like, self._half = draft.rotary, draft.fc.weight, draft.geometry.head_dim // 2
+        self.reserve(256)
+
+    def reserve(self, positions: int) -> None:
+        position_S = torch.arange(positions, device=self._like.device)
+        cos_SD, sin_SD = (rows[0] for rows in self._rotary.tables(position_S[None], self._like.dtype))
+        sin_SD[:, : self._half].neg_()
+        self.cos_SHD, self.sin_SHD = cos_SD[:, None], sin_SD[:, None]
+
+    def __call__(self, x_BMHD: Tensor, where: slice | Tensor) -> Tensor:
+        """`where`: one range of positions for all rows, or [B, M]."""
+        turned = x_BMHD.roll(self._half, -1) * self.sin_SHD[where]
+        return turned.addcmul_(x_BMHD, self.cos_SHD[where])
+
+
+class Eagle3Session:
+    """Implements `DraftSession`. The cache holds the step-0 keys of every confirmed position; the keys of a round's
+    later steps are written behind them and overwritten by the next round.
+    """
+
+    def __init__(self, weights: DraftWeights, rotary: RotaryRows, device: Device, batch_size: int) -> None:
+        self._weights, self._rotary, self._device = weights, rotary, device
+        geometry = weights.geometry
+        self._heads, self._kv_heads = geometry.num_attention_heads, geometry.num_key_value_heads
+        self._scale = geometry.head_dim**-0.5
+        self._lengths = [0] * batch_size
+        self._keys = weights.fc_FH.new_empty(batch_size, 0, self._kv_heads, geometry.head_dim)
+        self._values = torch.empty_like(self._keys)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        taps: Sequence[Tensor],
+        next_tokens: Sequence[Tensor],
+        length: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Proposal:
+        """See `DraftSession.propose`."""
+        weights = self._weights
+        counts = [tokens.numel() for tokens in next_tokens]
+        self._reserve(max(kept + count for kept, count in zip(self._lengths, counts, strict=True)) + length)
+        out_BH = self._confirm(taps, next_tokens, counts)
+        chosen: list[Tensor] = []
+        probs: list[Tensor] = []
+        for step in range(length):
+            if step:
+                out_BH = self._follow(out_BH, chosen[-1], step)
+            logits_BN = weights.unit(out_BH) @ weights.head_HN
+            if temperature == 0.0:
+                chosen.append(logits_BN.max(-1).indices)
+                continue
+            wide = torch.promote_types(logits_BN.dtype, torch.float32)
+            probs.append(torch.softmax(logits_BN.to(wide) / temperature, -1))
+            chosen.append(torch.multinomial(probs[-1], 1, generator=generator)[:, 0])
+        if not chosen:
+            return Proposal(tokens_BL=next_tokens[0].new_empty(len(counts), 0))
+        tokens_BL = weights.ids_N[torch.stack(chosen, 1)]
+        return Proposal(tokens_BL=tokens_BL, probs_BLV=self._whole(probs) if probs else None)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `DraftSession.keep`."""
+        self._lengths = [self._lengths[row] for row in rows]
+        with torch.inference_mode():
+            self._keys, self._values = self._keys[list(rows)], self._values[list(rows)]
+
+    def _confirm(self, taps: Sequence[Tensor], next_tokens: Sequence[Tensor], counts: list[int]) -> Tensor:
+        """Step 0: cache every new position's key, run the layer at each row's last; -> its output [B, H]."""
+        weights = self._weights
+        dtype = weights.fc_FH.dtype
+        if len(counts) == 1:
+            taps_BMF, tokens_BM = taps[0].flatten(1)[None], next_tokens[0][None]
+        else:
+            taps_BMF = pad_sequence([tap.flatten(1) for tap in taps], batch_first=True)
+            tokens_BM = pad_sequence(list(next_tokens), batch_first=True)
+        feature_BMH = taps_BMF.to(dtype) @ weights.fc_FH
+        embedded_BMH = weights.unit(F.embedding(tokens_BM, weights.embedding_VH).to(dtype))
+        share_BMZ = embedded_BMH @ weights.embed_HZ
+        starts = self._lengths
+        self._lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+        unit_BMH = weights.unit(feature_BMH)
+        qkv_BMZ = share_BMZ + unit_BMH @ weights.feature_HZ
+        query_BMHD = self._cached(qkv_BMZ, starts)
+        if min(counts) == max(counts):
+            last: tuple[slice | Tensor, int | Tensor] = (slice(None), -1)
+        else:
+            counted = torch.tensor(counts, device=tokens_BM.device)
+            last = (torch.arange(len(counts), device=tokens_BM.device), counted - 1)
+        return self._layer(feature_BMH[last], unit_BMH[last], query_BMHD[last], 0)
+
+    def _follow(self, feature_BH: Tensor, chosen_B: Tensor, step: int) -> Tensor:
+        """A later step: the layer reads its own output and the token it chose."""
+        weights = self._weights
+        unit_BH = weights.unit(feature_BH)
+        qkv_BZ = torch.addmm(weights.embedded_NZ.index_select(0, chosen_B), unit_BH, weights.feature_HZ)
+        starts = self._lengths if step == 1 else [length + step - 1 for length in self._lengths]
+        query_BMHD = self._cached(qkv_BZ[:, None], starts)
+        return self._layer(feature_BH, unit_BH, query_BMHD[:, 0], step)
+
+    def _cached(self, qkv_BMZ: Tensor, starts: list[int]) -> Tensor:
+        """Rotate q and k, write k and v at positions starts[b]..; -> q [B, M, Hq, D].
+
+        Rows with fewer new positions than M write rubbish behind their own, which no mask shows and later writes cover.
+        """
+        heads_BMHD = qkv_BMZ.view(*qkv_BMZ.shape[:2], -1, self._keys.shape[-1])
+        turning, count = self._heads + self._kv_heads, qkv_BMZ.shape[1]
+        if min(starts) == max(starts):
+            at = slice(starts[0], starts[0] + count)
+            turned = self._rotary(heads_BMHD[:, :, :turning], at)
+            self._keys[:, at] = turned[:, :, self._heads :]
+            self._values[:, at] = heads_BMHD[:, :, turning:]
+        else:
+            place_BM = torch.tensor(starts, device=qkv_BMZ.device)[:, None] + torch.arange(count, device=qkv_BMZ.device)
+            turned = self._rotary(heads_BMHD[:, :, :turning], place_BM)
+            row_B1 = torch.arange(len(starts), device=qkv_BMZ.device)[:, None]
+            self._keys[row_B1, place_BM] = turned[:, :, self._heads :]
+            self._values[row_B1, place_BM] = heads_BMHD[:, :, turning:]
+        return turned[:, :, : self._heads]
+
+    def _layer(self, feature_BH: Tensor, unit_BH: Tensor, query_BHD: Tensor, step: int) -> Tensor:
+        """Attention over everything cached up to this step, then the MLP; -> the layer's output [B, H]."""
+        weights = self._weights
+        ends = [length + step for length in self._lengths] if step else self._lengths
+        longest = max(ends)
+        if min(ends) == longest:
+            mask = MaskSpec.full()
+        else:
+            end_BQ = torch.tensor(ends, device=query_BHD.device)[:, None]
+            mask = MaskSpec.limits(torch.zeros_like(end_BQ), end_BQ)
+        keys, values = self._keys[:, :longest], self._values[:, :longest]
+        mixed, _ = self._device.attention.forward(query_BHD[:, None], keys, values, mask, self._scale)
+        residual_BH = unit_BH * weights.hidden_scale_H if weights.geometry.norm_before_residual else feature_BH
+        residual_BH = torch.addmm(residual_BH, mixed.flatten(1), weights.out_XH)
+        gate, up = (weights.unit(residual_BH) @ weights.gate_up_HX).chunk(2, -1)
+        return torch.addmm(residual_BH, self._device.ops.swiglu(gate, up), weights.down_XH)
+
+    def _reserve(self, positions: int) -> None:
+        """Room for so many positions in every row; doubles, so that a decoding copies each key a few times at most."""
+        room = self._keys.shape[1]
+        if positions > room:
+            grown = max(positions, 2 * room, 256)
+            self._keys, self._values = (_grown(cache, grown) for cache in (self._keys, self._values))
+            if grown > self._rotary.cos_SHD.shape[0]:
+                self._rotary.reserve(grown)
+
+    def _whole(self, probs: list[Tensor]) -> Tensor:
+        """Probabilities over the target vocabulary [B, L, V]; zero for tokens the draft cannot say."""
+        probs_BLN = torch.stack(probs, 1)
+        if probs_BLN.shape[-1] == self._weights.geometry.vocab_size:
+            return probs_BLN
+        whole_BLV = probs_BLN.new_zeros(*probs_BLN.shape[:2], self._weights.geometry.vocab_size)
+        return whole_BLV.index_copy_(2, self._weights.ids_N, probs_BLN)
+
+
+def _grown(cache_BSHD: Tensor, positions: int) -> Tensor:
+    grown = cache_BSHD.new_empty(cache_BSHD.shape[0], positions, *cache_BSHD.shape[2:])
+    grown[:, : cache_BSHD.shape[1]] = cache_BSHD
+    return grown

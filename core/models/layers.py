@@ -1,0 +1,140 @@
+"""Pieces of a Llama-style decoder layer that drafts are built from. Parameter names are the checkpoints' own.
+
+Elementwise work goes through the device's `FusedOps`; linear maps are stock `nn.Linear` without bias.
+
+Shape letters: B rows, S positions, Hq query heads, Hk key/value heads, D head size, I MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from torchspec.core.interfaces.device import FusedOps
+
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Frequencies that do not depend on the length of the text, so that keys can be rotated once and kept."""
+
+_ROPE_KEYS = frozenset(
+    {
+        "rope_type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "low_freq_factor",
+        "high_freq_factor",
+    }
+)
+
+
+class RMSNorm(nn.Module):
+    """A weight for `FusedOps.rms_norm`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, ops: FusedOps) -> Tensor:
+        normed: Tensor = ops.rms_norm(x, self.weight, self.eps)
+        return normed
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), 2002.05202."""
+
+    def __init__(self, size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+
+    def forward(self, x: Tensor, ops: FusedOps) -> Tensor:
+        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+
+class AttentionProjections(nn.Module):
+    """q, k, v from `input_size` features and o back to `output_size`; grouped queries when Hk < Hq."""
+
+    def __init__(self, input_size: int, output_size: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(input_size, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(input_size, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, output_size, bias=False)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, S, in] -> [B, S, Hq, D]."""
+        return self._split(self.q_proj(x))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, in] -> two of [B, S, Hk, D]."""
+        return self._split(self.k_proj(x)), self._split(self.v_proj(x))
+
+    def output(self, x_BSHD: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(x_BSHD.flatten(-2))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rotary:
+    """Rotary position embedding (2104.09864) with the frequencies stock transformers computes for a Llama."""
+
+    inv_freq_d: Tensor  # fp32 [D / 2], on the CPU
+    attention_scaling: float
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, object], head_dim: int, max_positions: int) -> Rotary:
+        """From a checkpoint's `rope_parameters`. Raises ValueError for a kind that is not static."""
+        kind = str(parameters.get("rope_type", "default"))
+        if kind not in STATIC_ROPE_TYPES:
+            raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(STATIC_ROPE_TYPES)}")
+        config = LlamaConfig(
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rope_parameters=dict(parameters) | {"rope_type": kind},
+        )
+        initial = (
+            LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        )
+        inv_freq_d, scaling = initial(config)
+        return cls(inv_freq_d=inv_freq_d.float().cpu(), attention_scaling=float(scaling))
+
+    def tables(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, D] at these positions; angles in fp32 (fp64 for fp64), the result in `dtype`."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        half_BSd = positions_BS[..., None].to(wide) * self.inv_freq_d.to(positions_BS.device, wide)
+        angle_BSD = torch.cat((half_BSd, half_BSd), dim=-1)
+        return (
+            (angle_BSD.cos() * self.attention_scaling).to(dtype),
+            (angle_BSD.sin() * self.attention_scaling).to(dtype),
+        )
+
+
+def llama_rope(parameters: Mapping[str, object]) -> dict[str, object]:
+    """A target's rope parameters as a Llama-style draft takes them over.
+
+    Base and length scaling stay; what only the target's own architecture reads (a partial rotary factor, sections of
+    multimodal positions) goes: a Llama layer rotates whole heads by text positions.
+    """
+    return {key: value for key, value in parameters.items() if key in _ROPE_KEYS}
