@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +33,37 @@ def problems(tree: Mapping[str, Any]) -> list[Problem]:
     for field in _INPUT_FILES:
         section, _, key = field.partition(".")
         value = tree.get(section, {}).get(key)
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, str | Path):
-                found += _file_problems(field, Path(item))
+        items = value if isinstance(value, list | tuple) else [value]
+        found += file_problems(field, [Path(item) for item in items if isinstance(item, str | Path)])
     output = tree.get("output")
     if isinstance(output, str | Path):
         found += output_problems("output", Path(output))
     return found
 
 
-def adapter_problems(kind: str, name: str, known: Registry[Any]) -> list[Problem]:
+def adapter_problems(field: str, name: str, known: Registry[Any]) -> list[Problem]:
     """Why a device or backend of this name cannot be used here; [] if it can."""
     try:
         availability = known.spec(name).probe()
     except ConfigError as error:
-        return list(error.problems)
+        return [replace(problem, field=field) for problem in error.problems]
     except TorchspecError as error:
-        return [Problem(field=kind, value=name, message=str(error))]
+        return [Problem(field=field, value=name, message=str(error))]
     if availability.ok:
         return []
     message = f"not available here: {availability.reason}"
-    return [Problem(field=kind, value=name, message=message, remedy=availability.hint)]
+    return [Problem(field=field, value=name, message=message, remedy=availability.hint)]
 
 
-def _file_problems(field: str, path: Path) -> list[Problem]:
-    if path.is_dir():
-        return [Problem(field=field, value=str(path), message="is a directory", remedy="name the files in it")]
-    if not path.exists():
-        return [Problem(field=field, value=str(path), message="no such file")]
-    return []
+def file_problems(field: str, paths: Iterable[Path]) -> list[Problem]:
+    """Which of the input files are not there."""
+    found: list[Problem] = []
+    for path in paths:
+        if path.is_dir():
+            found.append(Problem(field=field, value=str(path), message="is a directory", remedy="name the files in it"))
+        elif not path.exists():
+            found.append(Problem(field=field, value=str(path), message="no such file"))
+    return found
 
 
 def output_problems(field: str, path: Path) -> list[Problem]:

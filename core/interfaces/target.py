@@ -49,8 +49,10 @@ class VocabularyMap:
 class TargetHead(Protocol):
     """The target's embedding, final norm and output head, read from its safetensors; frozen."""
 
-    embedding_VH: Tensor
-    head_VH: Tensor
+    @property
+    def embedding_VH(self) -> Tensor: ...
+    @property
+    def head_VH(self) -> Tensor: ...
 
     def normed(self, last_TH: Tensor, state: NormState) -> Tensor:
         """The last hidden states after the final norm, which is applied exactly when `state` is pre_norm."""

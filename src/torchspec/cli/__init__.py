@@ -73,7 +73,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"torchspec {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1)
         remedy = f"did you mean {near[0]}?" if near else ""
         message = "no such option" if name.startswith("-") else "no such command"
         raise ConfigError([Problem(field=name, message=message, choices=tuple(COMMANDS), remedy=remedy)])

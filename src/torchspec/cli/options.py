@@ -8,12 +8,12 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from torchspec.core.config.fields import choices, default_text, settings
+from torchspec.core.config.fields import choices, default_text, settings, type_text
 from torchspec.core.config.validation import validate
 from torchspec.core.errors import ConfigError, Problem
 
@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     """Raises ConfigError where argparse would print and exit."""
 
     def __init__(self, command: str, description: str, **arguments: Any) -> None:
+        self.listed: list[argparse.Action] = []  # argparse's own __init__ adds --help
         super().__init__(
             prog=f"torchspec {command}",
             description=description,
@@ -35,6 +36,12 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **arguments,
         )
+
+    def add_argument(self, *names: Any, **shape: Any) -> argparse.Action:
+        """As argparse's; also keeps what the generated reference lists."""
+        action = super().add_argument(*names, **shape)
+        self.listed.append(action)
+        return action
 
     def error(self, message: str) -> NoReturn:
         named = re.fullmatch(r"argument (\S+): (.*)", message)
@@ -57,9 +64,10 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-"):
                 problems.append(self._unknown(word.partition("=")[0]))
                 after_unknown = "=" not in word
-            elif is_override(word) or not after_unknown:
+                continue
+            if is_override(word) or not after_unknown:
                 loose.append(word)
-                after_unknown = False
+            after_unknown = False  # one word is taken for the unknown option's value
         return values, loose, problems
 
     def surplus(self, words: Sequence[str]) -> list[Problem]:
@@ -79,11 +87,11 @@ def is_override(word: str) -> bool:
 
 
 def flag_of(path: str) -> str:
-    """`draft_length` -> `--draft-length`."""
-    return "--" + path.replace("_", "-")
+    """`draft_length` -> `--draft-length`; `json` is taken in Python, so the setting is `json_output`."""
+    return "--json" if path == "json_output" else "--" + path.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, schema: type[BaseModel], flags: Mapping[str, str]) -> None:
+def add_options(parser: Parser, schema: type[BaseModel], flags: Mapping[str, str]) -> None:
     """One option per entry of `flags` (dotted path -> flag), described by the schema's field."""
     fields = settings(schema)
     for path, flag in flags.items():
@@ -115,10 +123,10 @@ def _metavar(flag: str, info: FieldInfo) -> str:
     name = flag.removeprefix("--").replace("-", "_")
     if name in _METAVARS:
         return _METAVARS[name]
-    kinds = {info.annotation, *get_args(info.annotation)}
-    if Path in kinds:
+    kind = type_text(info)
+    if "path" in kind:
         return "PATH"
-    return "N" if kinds & {int, float} else "VALUE"
+    return "N" if "number" in kind else "VALUE"
 
 
 def all_flags(schema: type[BaseModel]) -> dict[str, str]:

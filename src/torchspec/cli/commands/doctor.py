@@ -8,19 +8,13 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from pydantic import Field
-
 from torchspec.cli.console import announce, print_table
-from torchspec.cli.options import Parser, add_options, read_options
-from torchspec.core.config.schema import Section
+from torchspec.cli.options import Parser, add_options, all_flags, read_options
+from torchspec.cli.schemas import JsonOption
 from torchspec.core.errors import TorchspecError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
-
-
-class DoctorOptions(Section):
-    json_output: bool = Field(False, description="print one JSON object instead of tables")
 
 
 def parser() -> Parser:
@@ -29,12 +23,12 @@ def parser() -> Parser:
         "List every registered device and engine: whether it can be used here, why not, and what to install.\n"
         "Exit code 0 if at least one of each can be used, 1 otherwise.",
     )
-    add_options(made, DoctorOptions, {"json_output": "--json"})
+    add_options(made, JsonOption, all_flags(JsonOption))
     return made
 
 
 def run(words: Sequence[str]) -> int:
-    options = read_options(parser(), DoctorOptions, words)
+    options = read_options(parser(), JsonOption, words)
     announce("looking at devices and engines")
     found = examine()
     if options.json_output:
@@ -47,20 +41,25 @@ def run(words: Sequence[str]) -> int:
 
 def examine() -> dict[str, Any]:
     """Versions, and per device, backend and algorithm: name, available, reason, remedy, where it is registered."""
-    import torch
-
     from torchspec.core import registry
 
     return {
         "torchspec": metadata.version("torchspec"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "torch_build": torch.__config__.show().strip().splitlines(),
+        "torch_build": _torch_build(),
         "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)},
         "devices": [_adapter(registry.devices(), name) for name in registry.devices().names()],
         "backends": [_adapter(registry.backends(), name) for name in registry.backends().names()],
         "algorithms": list(registry.algorithms().names()),
     }
+
+
+def _torch_build() -> str:
+    import torch
+
+    versions = ((name, getattr(torch.version, name, None)) for name in ("cuda", "hip", "xpu"))
+    return next((f"{name} {version}" for name, version in versions if version), "cpu only")
 
 
 def _version(name: str) -> str | None:
@@ -89,6 +88,7 @@ def _adapter(known: Any, name: str) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     print(f"torchspec {found['torchspec']}, Python {found['python']}, {found['platform']}")
+    print(f"torch build: {found['torch_build']}")
     print(", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items()))
     print()
     for kind in ("devices", "backends"):
@@ -96,7 +96,7 @@ def _show(found: dict[str, Any]) -> None:
             (
                 entry["name"],
                 "yes" if entry["available"] else "no",
-                ". ".join(part for part in (entry["reason"], entry["remedy"]) if part),
+                "; ".join(part for part in (entry["reason"], entry["remedy"]) if part),
             )
             for entry in found[kind]
         ]

@@ -1,0 +1,136 @@
+"""Measuring a draft for `eval` and `quickstart`: which ways of decoding are compared, eval.json, the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchspec.cli.console import ProgressDisplay, print_table
+from torchspec.cli.target import Target
+from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, Variant, best_length, compare
+from torchspec.core.decoding.measure import PromptLike
+from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
+from torchspec.core.errors import TorchspecError
+from torchspec.core.export.layout import read_draft
+from torchspec.core.models.target_head import load_target_head
+
+# Of a result in a sweep; the rest is common to all of them.
+_SWEPT = (
+    "draft_length", "acceptance_length", "acceptance_per_position", "tokens_per_second",
+    "tokens_per_second_draftless", "speedup", "speedup_median", "lossless",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`result` at the draft length asked for; the others were measured side by side with it."""
+
+    result: EvalResult
+    sweep: dict[int, EvalResult]
+    prompt_lookup: EvalResult | None
+
+    @property
+    def best_draft_length(self) -> int:
+        """The fastest chain length measured."""
+        return best_length(self.sweep)
+
+    def to_json(self) -> dict[str, Any]:
+        """eval.json: the result's own keys, `sweep`, `best_draft_length` and, if measured, `prompt_lookup`."""
+        values = self.result.to_json()
+        values["sweep"] = [_figures(result) for _, result in sorted(self.sweep.items())]
+        values["best_draft_length"] = self.best_draft_length
+        if self.prompt_lookup is not None:
+            values["prompt_lookup"] = _figures(self.prompt_lookup)
+        return values
+
+    def write(self, path: Path) -> None:
+        """eval.json, whole or not at all."""
+        aside = path.with_name(f".{path.name}.new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+            aside.replace(path)
+        except OSError as error:
+            raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _figures(result: EvalResult) -> dict[str, Any]:
+    values = result.to_json()
+    return {name: values[name] for name in _SWEPT}
+
+
+def evaluate_draft(
+    target: Target,
+    draft: Path,
+    prompts: Sequence[PromptLike],
+    settings: EvalSettings,
+    progress: ProgressDisplay,
+    *,
+    lengths: Sequence[int] = (),
+    prompt_lookup: bool = False,
+) -> Evaluation:
+    """Decode the prompts with the draft at every length, with n-gram drafting if asked, and without a draft."""
+    spec = target.engine.describe()
+    algorithm, module = read_draft(draft, spec)
+    module = module.to(device=target.torch_device, dtype=spec.dtype).eval()
+    head = load_target_head(target.path, dtype=spec.dtype, device=target.torch_device)
+    drafter = algorithm.drafter(module, head, target.device)
+    wanted = sorted({settings.draft_length, *lengths})
+    variants = {f"draft {length}": Variant(drafter=drafter, draft_length=length) for length in wanted}
+    if prompt_lookup:
+        variants["lookup"] = Variant(drafter=PromptLookupDrafter(), draft_length=settings.draft_length)
+    results = compare(target.engine, variants, prompts, settings, progress=progress)
+    sweep = {length: results[f"draft {length}"] for length in wanted}
+    return Evaluation(result=sweep[settings.draft_length], sweep=sweep, prompt_lookup=results.get("lookup"))
+
+
+def show(evaluation: Evaluation) -> None:
+    """The table a run ends with, and what its figures are."""
+    result = evaluation.result
+    best = evaluation.best_draft_length
+    rows = [
+        _row(f"draft, chain of {length}" + (" (fastest)" if length == best and len(evaluation.sweep) > 1 else ""), item)
+        for length, item in sorted(evaluation.sweep.items())
+    ]
+    if evaluation.prompt_lookup is not None:
+        rows.append(_row(f"prompt lookup, {evaluation.prompt_lookup.draft_length}", evaluation.prompt_lookup))
+    if result.tokens_per_second_draftless is not None:
+        rows.append(("no draft", "1.00", f"{result.tokens_per_second_draftless:.1f}", "1.00x", ""))
+    print_table("", ("", "acceptance length", "tokens/s", "speed-up", "lossless"), rows)
+    positions = [f"{rate:.2f}" for rate in result.acceptance_per_position]
+    print_table(
+        f"acceptance per position, chain of {result.draft_length} (share of rounds that accept at least so many)",
+        ("position", *(str(place + 1) for place in range(len(positions)))),
+        [("accepted", *positions)],
+    )
+    print(_conditions(result))
+
+
+def _row(name: str, result: EvalResult) -> tuple[str, ...]:
+    return (
+        name,
+        f"{result.acceptance_length:.2f}",
+        f"{result.tokens_per_second:.1f}",
+        "" if result.speedup is None else f"{result.speedup:.2f}x",
+        _lossless(result),
+    )
+
+
+def _lossless(result: EvalResult) -> str:
+    if result.lossless is None:
+        return ""
+    if result.lossless:
+        return "yes"
+    return f"no: {result.tie_mismatches} ties, {result.other_mismatches} others"
+
+
+def _conditions(result: EvalResult) -> str:
+    how = "greedy" if result.temperature == 0 else f"temperature {result.temperature:g}"
+    machine = result.machine
+    return (
+        f"{result.prompts} prompts, {result.tokens} tokens, {how}, batch {result.batch_size}, {result.dtype}, "
+        f"{machine['device_name'] or machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+    )

@@ -1,0 +1,79 @@
+"""Checking and loading what the commands that run a target name: eval, generate, quickstart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchspec.cli.schemas import TargetOptions
+from torchspec.core import registry, settings
+from torchspec.core.config import environment
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.engine import EngineOptions, TargetEngine
+from torchspec.core.models.target_spec import resolve_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A loaded target."""
+
+    path: Path
+    device: Device
+    torch_device: torch.device
+    engine: TargetEngine
+    tokenizer: PreTrainedTokenizerBase
+
+
+def check(options: TargetOptions, capability: str, files: Sequence[Path] = (), *, output: Path | None = None) -> None:
+    """Raise ConfigError with everything that cannot work: adapters, the capability needed, files, the target."""
+    problems: list[Problem] = []
+    backend = registry.backends()
+    faults = environment.adapter_problems("--backend", options.backend, backend)
+    if not faults and capability not in backend.spec(options.backend).capabilities:
+        able = tuple(name for name in backend.names() if _has(name, capability))
+        message = f"cannot {capability}"
+        faults = [Problem(field="--backend", value=options.backend, message=message, choices=able)]
+    problems += faults
+    try:
+        name, _ = registry.choose_device(options.device, settings.default_device())
+        problems += environment.adapter_problems("--device", name, registry.devices())
+    except ConfigError as error:
+        problems += error.problems
+    problems += environment.file_problems("--data", files)
+    problems += environment.output_problems("--output", output) if output is not None else []
+    try:
+        resolve_target(options.target)
+    except TorchspecError as error:
+        problems.append(Problem(field="--target", message=str(error)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _has(name: str, capability: str) -> bool:
+    try:
+        return capability in registry.backends().spec(name).capabilities
+    except TorchspecError:
+        return False
+
+
+def load_target(options: TargetOptions) -> Target:
+    """Load device, tokenizer and engine; the options have been checked."""
+    from torchspec.core.data.tokenizer import load_tokenizer
+
+    path = resolve_target(options.target)
+    tokenizer = load_tokenizer(path, chat_template=options.chat_template, trust_remote_code=options.trust_remote_code)
+    device = registry.load_device(registry.choose_device(options.device, settings.default_device())[0])
+    torch_device = device.runtime.bind(0)
+    engine = registry.load_engine(
+        options.backend,
+        EngineOptions(target=path, device=device, dtype=options.dtype, trust_remote_code=options.trust_remote_code),
+    )
+    return Target(path=path, device=device, torch_device=torch_device, engine=engine, tokenizer=tokenizer)
