@@ -81,15 +81,14 @@ class Renderer:
     def prompt(self, row: Row) -> RenderedText | Rendered:
         """What the target is to answer: everything before the last assistant turn, with the generation prompt.
 
-        A conversation without an assistant turn is a prompt as a whole; of a tokenised row it is the part before the
-        last supervised run. RowError for rows that have no such cut.
+        A conversation that ends with another's message is a prompt as a whole; of a tokenised row the prompt is the
+        part before the last supervised run. RowError for rows that have no such cut.
         """
         if isinstance(row, TextRow):
             raise RowError("a pre-rendered text has no turns, so no prompt can be cut from it")
         if isinstance(row, TokenRow):
             return self._token_prompt(row)
-        turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
-        messages = row.messages[: turns[-1]] if turns else row.messages
+        messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
         if not messages:
             raise RowError("nothing stands before the assistant's turn")
         text, _ = self._template(row).render(messages, row.tools, prompt=True)

@@ -35,9 +35,9 @@ def load_prompts(
 ) -> list[Prompt]:
     """Every conversation cut before its last assistant turn, with the generation prompt added; the first `limit`.
 
-    A conversation without an assistant turn is a prompt as it is. Prompts longer than `settings.max_length` are left
-    out, never cut: a cut one would ask something else. Bad rows are skipped; what was left out goes to the log.
-    Raises DataError for files that cannot be read at all and when no prompt is left.
+    A conversation that ends with another's message is a prompt as it is. Prompts longer than `settings.max_length`
+    are left out, never cut: a cut one would ask something else. Bad rows are skipped; what was left out goes to the
+    log. Raises DataError for files that cannot be read at all and when no prompt is left.
     """
     reader, renderer = RowReader(files), Renderer(tokenizer)
     tally, unique = Tally(), UniqueIds()

@@ -50,8 +50,9 @@ def find_turns(text: str, messages: Sequence[Message], marks: TurnMarks) -> list
         content = message["content"]
         if message["role"] != "assistant":
             # Only a message that quotes the header can be taken for a turn, and has to be passed by.
-            quoted = next((form for form in _forms(content) if marks.header in form and form in text[at:]), None)
-            at = text.index(quoted, at) + len(quoted) if quoted else at
+            quoting = [form for form in _forms(content) if marks.header.strip() in form]
+            places = [place + len(form) for form in quoting if (place := text.find(form, at)) >= 0]
+            at = places[0] if places else at
             continue
         span = _find_turn(text, at, message, marks)
         if span is None:
@@ -79,8 +80,11 @@ def _find_turn(text: str, at: int, message: Message, marks: TurnMarks) -> Span |
     for head in _occurrences(text, marks.header, at, len(text)):
         first = head + len(marks.header)
         start = head + len(marks.prompt) if marks.prompt and text.startswith(marks.prompt, head) else first
-        # Content that begins behind an end of turn belongs to another turn.
-        limit = min((stop for mark in marks.ends if (stop := text.find(mark, first)) >= 0), default=len(text))
+        # Content that begins behind an end of turn, or behind the next header, belongs to another turn.
+        limits = [stop for mark in marks.ends if (stop := text.find(mark, first)) >= 0]
+        following = text.find(marks.header, first)
+        limits += [following + len(marks.header) - 1] if following >= 0 else []
+        limit = min(limits, default=len(text))
         for form in _forms(message["content"]):
             for found in _occurrences(text, form, first, limit):
                 end = found + len(form)
