@@ -168,7 +168,12 @@ def _charts(record: RunRecord) -> list[Chart]:
         length = [(float(row["draft_length"]), float(row["acceptance_length"])) for row in result["sweep"]]
         svg = charts.lines({"speed-up": speed, "acceptance length": length}, x="draft length", y="")
         drawn.append(Chart(title="Which draft length pays", note="Decoded with each chain length.", svg=svg))
-    add("Loss", "Cross-entropy against the target's distribution.", {"loss": _series(record.train, "loss")}, "nats")
+    add(
+        "Loss",
+        "Cross-entropy against the target's distribution, and how far it is above that distribution's own entropy (KL).",
+        {"loss": _series(record.train, "loss"), "KL": _series(record.train, "kl")},
+        "nats",
+    )
     add(
         "Acceptance length",
         "Simulated: the walk decoding would take over the training text. Decoded: real speculative decoding of "
@@ -179,7 +184,12 @@ def _charts(record: RunRecord) -> list[Chart]:
         },
         "tokens per round",
     )
-    add("Accuracy per position", "Draft and target agree on the next token.", _positions(record.train, "accuracy"), "")
+    add(
+        "Accuracy per position",
+        "Draft and target agree on the next token.",
+        _positions(record.train, "accuracy_per_position"),
+        "",
+    )
     add("Learning rate", "", {"lr": _series(record.train, "lr")}, "", smooth=False)
     add("Gradient norm", "Before clipping.", {"norm": _series(record.train, "grad_norm")}, "")
     add("Throughput", "", {"tokens/s": _series(record.train, "tokens_per_second")}, "tokens/s")
