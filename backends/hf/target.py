@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 
 from torchspec.backends.api import EngineOptions, TargetError, TargetSpec
 from torchspec.backends.hf.attention import use_grouped_attention
@@ -85,7 +86,7 @@ def load_target(options: EngineOptions) -> HfTarget:
     device = options.device.runtime.bind(options.local_rank)
     dtype = choose_dtype(options.dtype, spec.dtype, device)
     model, report = _from_pretrained(options, dtype)
-    missing = sorted([*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])])
+    missing = [*sorted(report["missing_keys"]), *(_mismatch(*key) for key in sorted(report["mismatched_keys"]))]
     if missing:
         raise TargetError(
             f"{options.target}: {len(missing)} parameters of {type(model).__name__} are missing from the checkpoint "
@@ -103,26 +104,41 @@ def load_target(options: EngineOptions) -> HfTarget:
     )
 
 
+def _mismatch(name: str, stored: torch.Size, expected: torch.Size) -> str:
+    return f"{name} (stored {list(stored)}, expected {list(expected)})"
+
+
 def _from_pretrained(options: EngineOptions, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model on the CPU, and what transformers found missing or misshapen."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the caller shows its own
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            options.target,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise TargetError(f"transformers cannot load {options.target}: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    """The model on the CPU, and what transformers found missing or misshapen, which the caller reports."""
+    with _quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                options.target,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise TargetError(f"transformers cannot load {options.target}: {error}") from error
     model, report = loaded
     return model, report
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports of transformers' own: the caller shows progress and raises errors."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _base(model: PreTrainedModel) -> nn.Module:

@@ -1,0 +1,22 @@
+"""Engines whose adapters are not part of this release are registered, and refuse with the reason and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchspec.backends.api import EngineOptions, UnavailableError
+from torchspec.core.registry import backends, load_device, load_engine
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_refused_with_reason_and_remedy(name: str, tmp_path: Path) -> None:
+    options = EngineOptions(target=tmp_path, device=load_device("cpu"))
+    spec = backends().spec(name)
+    assert not spec.probe().ok
+    assert spec.capabilities == frozenset()
+    for refuse in (lambda: load_engine(name, options), lambda: spec.load(options)):
+        with pytest.raises(UnavailableError, match=f"no adapter for {name} yet\n.*--backend hf") as caught:
+            refuse()
+        assert caught.value.exit_code == 2
