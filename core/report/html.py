@@ -170,7 +170,7 @@ def _charts(record: RunRecord) -> list[Chart]:
         drawn.append(Chart(title="Which draft length pays", note="Decoded with each chain length.", svg=svg))
     add(
         "Loss",
-        "Cross-entropy against the target's distribution, and how far it is above that distribution's own entropy (KL).",
+        "Cross-entropy against the target's distribution; KL is what it is above that distribution's own entropy.",
         {"loss": _series(record.train, "loss"), "KL": _series(record.train, "kl")},
         "nats",
     )
