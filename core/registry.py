@@ -6,6 +6,7 @@ An explicitly chosen name either works or fails with the cause and the remedy; n
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,8 @@ from torchspec.core.interfaces.algorithm import AlgorithmSpec
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device, DeviceSpec
 from torchspec.core.interfaces.engine import EngineOptions, EngineSpec, TargetEngine
 
+log = logging.getLogger(__name__)
+
 Spec = TypeVar("Spec", DeviceSpec, EngineSpec, AlgorithmSpec)
 
 
@@ -24,12 +27,13 @@ Spec = TypeVar("Spec", DeviceSpec, EngineSpec, AlgorithmSpec)
 class Registry(Generic[Spec]):
     """One entry-point group. Nothing is imported before a name is asked for."""
 
-    group: str
     kind: str
+    spec_type: type[Spec]
     entries: Mapping[str, metadata.EntryPoint]
 
     @classmethod
-    def discover(cls, group: str, kind: str) -> Registry[Spec]:
+    def discover(cls, group: str, kind: str, spec_type: type[Spec]) -> Registry[Spec]:
+        """Every entry of the group. Raises ConfigError if two distributions register one name differently."""
         entries: dict[str, metadata.EntryPoint] = {}
         for entry in metadata.entry_points(group=group):
             known = entries.setdefault(entry.name, entry)
@@ -45,7 +49,7 @@ class Registry(Generic[Spec]):
                         )
                     ]
                 )
-        return cls(group, kind, entries)
+        return cls(kind, spec_type, entries)
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self.entries))
@@ -53,37 +57,39 @@ class Registry(Generic[Spec]):
     def spec(self, name: str) -> Spec:
         """The light description of `name`.
 
-        Raises ConfigError for an unknown name, UnavailableError when its plug-in cannot be imported or speaks
-        another version of the adapter API.
+        Raises ConfigError for an unknown name, UnavailableError when its plug-in cannot be imported, does not hold a
+        spec of this name, or speaks another version of the adapter API.
         """
         entry = self.entries.get(name)
         if entry is None:
-            near = difflib.get_close_matches(name, self.entries, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"`torchspec doctor` lists every {self.kind}"
-            raise ConfigError(
-                [
-                    Problem(
-                        field=self.kind,
-                        value=name,
-                        message=f"no {self.kind} of this name is registered",
-                        choices=self.names(),
-                        remedy=remedy,
-                    )
-                ]
-            )
+            raise ConfigError([self._unknown(name)])
+        origin = f"{self.kind} {name!r} ({_distribution(entry)}, {entry.value})"
         try:
-            spec: Spec = entry.load()
+            spec = entry.load()
         except Exception as error:  # a plug-in may fail in any way; the cause goes to the user
+            raise UnavailableError(f"{origin} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not isinstance(spec, self.spec_type):
             raise UnavailableError(
-                f"{self.kind} {name!r} ({_distribution(entry)}, {entry.value}) cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"{origin} is a {type(spec).__name__}, not a {self.spec_type.__name__}: the entry point must name one"
+            )
         if spec.api_version != API_VERSION:
             raise UnavailableError(
-                f"{self.kind} {name!r} ({_distribution(entry)}) is written for adapter API {spec.api_version}, "
-                f"this torchspec speaks {API_VERSION}: install a matching version of one of them"
+                f"{origin} is written for adapter API {spec.api_version}, this torchspec speaks {API_VERSION}: "
+                f"install a matching version of one of them"
             )
+        if spec.name != name:
+            raise UnavailableError(f"{origin} calls itself {spec.name!r}: the entry point must have the same name")
         return spec
+
+    def _unknown(self, name: str) -> Problem:
+        near = difflib.get_close_matches(name, self.entries, n=1)
+        return Problem(
+            field=self.kind,
+            value=name,
+            message=f"no {self.kind} of this name is registered",
+            choices=self.names(),
+            remedy=f"did you mean {near[0]!r}?" if near else f"`torchspec doctor` lists every {self.kind}",
+        )
 
 
 def _distribution(entry: metadata.EntryPoint) -> str:
@@ -92,49 +98,59 @@ def _distribution(entry: metadata.EntryPoint) -> str:
 
 @cache
 def devices() -> Registry[DeviceSpec]:
-    return Registry.discover("torchspec.devices", "device")
+    return Registry.discover("torchspec.devices", "device", DeviceSpec)
 
 
 @cache
 def backends() -> Registry[EngineSpec]:
-    return Registry.discover("torchspec.backends", "backend")
+    return Registry.discover("torchspec.backends", "backend", EngineSpec)
 
 
 @cache
 def algorithms() -> Registry[AlgorithmSpec]:
-    return Registry.discover("torchspec.algorithms", "algorithm")
+    return Registry.discover("torchspec.algorithms", "algorithm", AlgorithmSpec)
 
 
-def _require(kind: str, name: str, availability: Availability) -> None:
+def probe(spec: DeviceSpec | EngineSpec) -> Availability:
+    """The spec's own answer; a probe that raises is an answer too."""
+    try:
+        return spec.probe()
+    except Exception as error:  # a plug-in may fail in any way; the cause becomes the reason  # noqa: BLE001
+        return Availability(ok=False, reason=f"its probe failed with {type(error).__name__}: {error}")
+
+
+def _require(kind: str, spec: DeviceSpec | EngineSpec) -> None:
+    availability = probe(spec)
     if not availability.ok:
         hint = f"\n    remedy: {availability.hint}" if availability.hint else ""
-        raise UnavailableError(f"{kind} {name!r} is not available here: {availability.reason}{hint}")
+        raise UnavailableError(f"{kind} {spec.name!r} is not available here: {availability.reason}{hint}")
 
 
 def load_device(name: str) -> Device:
     """The device of this name, or UnavailableError with its probe's reason and hint."""
     spec = devices().spec(name)
-    _require("device", name, spec.probe())
+    _require("device", spec)
     return spec.load()
 
 
 def load_engine(name: str, options: EngineOptions) -> TargetEngine:
     """The engine of this name with the target loaded, or UnavailableError with its probe's reason and hint."""
     spec = backends().spec(name)
-    _require("backend", name, spec.probe())
+    _require("backend", spec)
     return spec.load(options)
 
 
 def choose_device(configured: str | None, environment: str | None) -> tuple[str, str]:
     """(name, where the choice came from): configuration, TORCHSPEC_DEVICE, the one accelerator here, or cpu.
 
-    More than one available accelerator is an error: the choice is the user's.
+    More than one available accelerator is an error: the choice is the user's. A plug-in that cannot be loaded was not
+    asked for, so it is no error here: it is named in a warning and passed over.
     """
     if configured:
         return configured, "configuration"
     if environment:
         return environment, "TORCHSPEC_DEVICE"
-    found = [name for name in devices().names() if name != "cpu" and devices().spec(name).probe().ok]
+    found = [name for name in devices().names() if name != "cpu" and _found_by_itself(name)]
     if len(found) > 1:
         raise ConfigError(
             [
@@ -147,3 +163,12 @@ def choose_device(configured: str | None, environment: str | None) -> tuple[str,
             ]
         )
     return (found[0], "the only accelerator found") if found else ("cpu", "no accelerator found")
+
+
+def _found_by_itself(name: str) -> bool:
+    try:
+        spec = devices().spec(name)
+    except UnavailableError as error:
+        log.warning("%s", error)
+        return False
+    return probe(spec).ok

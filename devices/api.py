@@ -12,6 +12,7 @@ from torchspec.core.interfaces.device import (
     Runtime,
 )
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.settings import Launch, launch
 
 __all__ = [
     "API_VERSION",
@@ -21,7 +22,9 @@ __all__ = [
     "Device",
     "DeviceSpec",
     "FusedOps",
+    "Launch",
     "MaskSpec",
     "MemoryStats",
     "Runtime",
+    "launch",
 ]

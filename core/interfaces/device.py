@@ -54,9 +54,12 @@ class Runtime(Protocol):
     def synchronize(self) -> None: ...
     def memory(self) -> MemoryStats: ...
     def reset_peak_memory(self) -> None: ...
-    def manual_seed(self, seed: int) -> None: ...
+    def manual_seed(self, seed: int) -> None:
+        """Seed the host's generator and this device's."""
+        ...
+
     def rng_state(self) -> Tensor:
-        """uint8 on the CPU."""
+        """This device's generator, uint8 on the CPU; the host's is torch.get_rng_state()."""
         ...
 
     def set_rng_state(self, state: Tensor) -> None: ...
@@ -87,6 +90,9 @@ class Attention(Protocol):
     `backward` may be given a merged (global) `out` and `lse` of a softmax over more keys than these;
     it then returns this key set's exact share of the gradients.
     """
+
+    temporary_bytes: int
+    """How large a temporary of a derived form should be: what a CPU's cache holds, what an accelerator can spare."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> tuple[Tensor, Tensor]:
         """-> out [B, Q, Hq, D] in q's dtype, lse [B, Hq, Q] fp32 (fp64 for fp64); natural log, -inf if no key."""
@@ -124,6 +130,11 @@ class FusedOps:
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
+
+    def wide_mm(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b of two matrices, accumulated and returned in fp32 (fp64 for fp64) whatever their precision."""
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return a.to(wide) @ b.to(wide)
 
 
 @dataclass(frozen=True, kw_only=True)

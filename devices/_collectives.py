@@ -1,0 +1,85 @@
+"""`Communication` over torch.distributed, for any collective backend it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import P2POp, ProcessGroup
+
+from torchspec.core.errors import TorchspecError
+from torchspec.devices.api import launch
+
+
+class TorchCommunication:
+    """Collectives of one backend name, e.g. "gloo" or "cpu:gloo,cuda:nccl". Groups are always explicit."""
+
+    def __init__(self, backend: str, *, supports_ipc: bool = False) -> None:
+        self.backend = backend
+        self.supports_ipc = supports_ipc
+
+    def init(self, device: torch.device, timeout: timedelta) -> None:
+        """Create the world: torchrun's from its environment, else a world of one that opens no port.
+
+        `timeout` bounds the rendezvous here and every later collective of the world. A world that exists already (the
+        program is embedded in one) is used if it has this backend. Raises TorchspecError where ranks do not meet.
+        """
+        if dist.is_initialized():
+            existing = dist.get_backend_config()
+            if existing != str(dist.BackendConfig(dist.Backend(self.backend))):
+                raise TorchspecError(
+                    f"torch.distributed is already initialised with {existing!r}, this device needs {self.backend!r}: "
+                    f"initialise it with that backend, or leave it to torchspec"
+                )
+            return
+        here = launch()
+        bound = None if device.type == "cpu" else device
+        if here.world_size == 1:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound)
+            return
+        try:
+            dist.init_process_group(self.backend, init_method="env://", timeout=timeout, device_id=bound)
+        except (dist.DistError, ValueError) as error:
+            raise TorchspecError(
+                f"rank {here.rank} of {here.world_size} could not join the others over {self.backend} within "
+                f"{timeout.total_seconds():.0f} s: {error}\n    remedy: start the ranks with torchrun (it sets RANK, "
+                f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT) and look at the first rank that failed"
+            ) from error
+
+    def all_to_all(self, parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+        """Send parts[r] to group rank r and receive one from each. All parts of all ranks have one shape and dtype."""
+        assert len(parts) == group.size(), f"{len(parts)} parts for a group of {group.size()}"
+        sent = torch.stack(list(parts))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return list(received.unbind(0))
+
+    def ring_exchange(self, tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
+        """Start sending to the next group rank and receiving from the previous: (buffer, wait).
+
+        Neither `tensor` nor the buffer may be touched before `wait` has returned. Several exchanges may be under way
+        if every rank starts them in the same order. Shapes and dtypes are equal on all ranks.
+        """
+        rank, size = group.rank(), group.size()
+        sent = tensor.contiguous()
+        received = torch.empty_like(sent)
+        if size == 1:
+            received.copy_(sent)
+            return received, lambda: None
+        works = dist.batch_isend_irecv(
+            [
+                P2POp(dist.isend, sent, group=group, group_peer=(rank + 1) % size),
+                P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size),
+            ]
+        )
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            works.clear()
+
+        return received, wait

@@ -1,0 +1,74 @@
+"""The host as a device: memory is this process's resident set."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchspec.devices.api import MemoryStats
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class CpuRuntime:
+    """Implements `Runtime`. Any number of ranks may share the CPU."""
+
+    device_type = "cpu"
+    visible_devices_variable: str | None = None
+    allocator_variable: str | None = None
+    ray_resource: str | None = "CPU"
+
+    def device_count(self) -> int:
+        return 1
+
+    def bind(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Operators on the CPU have finished when they return."""
+
+    def memory(self) -> MemoryStats:
+        """Resident bytes, their peak, and the machine's memory.
+
+        Where the kernel offers no resettable peak (macOS, some sandboxes), the peak is the process's since it started.
+        """
+        sizes = _status_sizes()
+        peak_ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        resident = sizes.get("VmRSS", peak_ever)
+        return MemoryStats(
+            allocated=resident,
+            peak=max(resident, sizes.get("VmHWM", peak_ever)),
+            total=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        )
+
+    def reset_peak_memory(self) -> None:
+        """Linux: writing 5 to clear_refs sets the peak to the present resident set (proc(5)); elsewhere nothing."""
+        try:
+            _CLEAR_REFS.write_text("5")
+        except OSError:
+            return  # memory() documents what the peak then means
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def rng_state(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+def _status_sizes() -> dict[str, int]:
+    """The `Vm...` lines of /proc/self/status in bytes; empty where there is no such file."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.startswith("Vm"))
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in fields}

@@ -1,0 +1,59 @@
+"""NVIDIA GPUs through CUDA and NCCL.
+
+What was run: the tile planning, the ladder's choices and the sums over tiles (shared with the CPU, on the CPU); the
+calls to PyTorch's CUDA attention operators, against CPU emulations of their documented behaviour registered under the
+operators' real schemas; the math rung. What was not run: any CUDA kernel, NCCL, device memory or random state, and the
+flash-attn package. tests/devices runs all of it where a GPU is present (marker `gpu`).
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from torchspec.devices.api import Availability, Device, DeviceSpec
+
+
+def _probe() -> Availability:
+    if torch.version.cuda is None:
+        return Availability(
+            ok=False,
+            reason=f"this PyTorch ({torch.__version__}) is built without CUDA",
+            hint="install a CUDA build of PyTorch: https://pytorch.org/get-started/locally",
+        )
+    with warnings.catch_warnings(record=True) as caught:  # PyTorch tells why CUDA cannot start as a warning
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        cause = "; ".join(str(warning.message).strip() for warning in caught) or "no usable GPU was found"
+        return Availability(
+            ok=False,
+            reason=f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}, but {cause}",
+            hint="`nvidia-smi` must list a GPU with a driver for this CUDA version, and CUDA_VISIBLE_DEVICES must not "
+            "hide it",
+        )
+    return Availability(ok=True)
+
+
+def _load() -> Device:
+    from torchspec.devices._collectives import TorchCommunication
+    from torchspec.devices._tiled_attention import TiledAttention
+    from torchspec.devices.cuda.attention import ladder
+    from torchspec.devices.cuda.runtime import CudaRuntime
+
+    return Device(
+        name="cuda",
+        runtime=CudaRuntime(),
+        communication=TorchCommunication("cpu:gloo,cuda:nccl", supports_ipc=True),
+        attention=TiledAttention(ladder(torch.cuda.get_device_capability()), temporary_bytes=256 << 20),
+    )
+
+
+SPEC = DeviceSpec(
+    name="cuda",
+    device_type="cuda",
+    probe=_probe,
+    load=_load,
+    capabilities=frozenset({"bf16", "fp16", "fp64", "ipc"}),
+)
