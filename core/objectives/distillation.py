@@ -56,7 +56,9 @@ def distil(hidden_MH: Tensor, head_NH: Tensor, supervision: Supervision, ops: Fu
     logits, softmax and sums are fp32 (fp64 for fp64). With M = 0 the sum is 0 and the gradients are zeros.
     Differentiable once, in `hidden_MH` and `head_NH`.
     """
-    outputs: tuple[Tensor, ...] = _Distillation.apply(hidden_MH, head_NH, supervision, ops, torch.is_grad_enabled())
+    outputs: tuple[Tensor, ...] = _Distillation.apply(  # type: ignore[no-untyped-call]
+        hidden_MH, head_NH, supervision, ops, torch.is_grad_enabled()
+    )
     loss, cross_entropy_M, entropy_M, alpha_M, agree_M = outputs
     return loss, PairTerms(cross_entropy_M=cross_entropy_M, entropy_M=entropy_M, alpha_M=alpha_M, agree_M=agree_M)
 

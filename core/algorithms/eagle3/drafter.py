@@ -73,7 +73,8 @@ class DraftWeights:
             return norm_weight_H.to(wide) * size**0.5
 
         def folded(matrix_XH: Tensor, norm_weight_H: Tensor) -> Tensor:
-            return (matrix_XH.to(wide) * scale(norm_weight_H)).to(dtype).T.contiguous()
+            matrix: Tensor = (matrix_XH.to(wide) * scale(norm_weight_H)).to(dtype).T.contiguous()
+            return matrix
 
         qkv_ZX = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         embed_HZ = folded(qkv_ZX[:, :size], layer.input_layernorm.weight)
@@ -272,6 +273,7 @@ class Eagle3Session:
 
 
 def _grown(cache_BSHD: Tensor, positions: int) -> Tensor:
-    grown = cache_BSHD.new_empty(cache_BSHD.shape[0], positions, *cache_BSHD.shape[2:])
+    # Zeros: a kernel may multiply a masked value by its weight of 0, and what lay in memory may be no number.
+    grown = cache_BSHD.new_zeros(cache_BSHD.shape[0], positions, *cache_BSHD.shape[2:])
     grown[:, : cache_BSHD.shape[1]] = cache_BSHD
     return grown

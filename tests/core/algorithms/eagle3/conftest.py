@@ -1,0 +1,101 @@
+"""A draft on a tiny target, with features made up: everything but the target's layers is real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchspec.core.algorithms.eagle3.algorithm import Eagle3
+from torchspec.core.algorithms.eagle3.batch import Batch, Plan, Rows, assemble
+from torchspec.core.algorithms.eagle3.model import Eagle3Draft
+from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.features import Features, NormState
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.registry import load_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """An algorithm, its draft and the target's head, in one precision."""
+
+    algorithm: Eagle3
+    draft: Eagle3Draft
+    head: TargetHead
+    device: Device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.draft.fc.weight.dtype
+
+    def features(self, ids_T: Tensor, seed: int = 0, norm_state: NormState = "pre_norm") -> Features:
+        generator = torch.Generator().manual_seed(seed)
+        size, taps = self.algorithm.geometry.target_hidden_size, self.algorithm.taps
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+
+        return Features(
+            input_ids_T=ids_T,
+            taps_TNH=random(len(ids_T), len(taps), size),
+            last_TH=2 * random(len(ids_T), size),
+            tap_layers=taps,
+            norm_state=norm_state,
+        )
+
+    def tokens(self, length: int, seed: int = 0) -> Tensor:
+        return torch.randint(
+            0, self.algorithm.geometry.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
+        )
+
+    def assembled(self, rows: Rows, features: Sequence[Features], chunk_rows: int = 5) -> Batch:
+        pad = torch.nn.utils.rnn.pad_sequence
+        plan = Plan(steps=self.algorithm.options.unroll, chunk_rows=chunk_rows, device=torch.device("cpu"))
+        taps_BTF = pad([f.taps_TNH.flatten(1) for f in features], batch_first=True)
+        last_BTH = pad([f.last_TH for f in features], batch_first=True)
+        return assemble(rows, taps_BTF, last_BTH, features[0].norm_state, plan)
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Device:
+    return load_device("cpu")
+
+
+@pytest.fixture
+def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., World]:
+    """make_world(dtype=..., draft_config={...}, **options); `draft_config` becomes the file of options.config."""
+
+    def make(
+        dtype: torch.dtype = torch.float64,
+        draft_config: dict[str, Any] | None = None,
+        ids_N: Tensor | None = None,
+        **options: Any,
+    ) -> World:
+        if draft_config is not None:
+            path = tmp_path / "draft.json"
+            path.write_text(json.dumps(draft_config))
+            options["config"] = path
+        spec = read_target_spec(tiny_llama)
+        vocabulary = VocabularyMap.identity(spec.vocab_size)
+        if ids_N is not None:
+            vocabulary = VocabularyMap(ids_N=ids_N, target_size=spec.vocab_size)
+        algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
+        head = load_target_head(tiny_llama, dtype=dtype, device=torch.device("cpu"))
+        torch.manual_seed(0)
+        draft = algorithm.build_draft(vocabulary, head).to(dtype)
+        with torch.no_grad():  # norm weights of one would hide a norm applied with the wrong weight
+            for name, parameter in draft.named_parameters():
+                if "norm" in name:
+                    parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+        return World(algorithm=algorithm, draft=draft, head=head, device=cpu)
+
+    return make

@@ -1,0 +1,202 @@
+"""Which (slot, step) pairs learn from what, and that nothing about batching changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchspec.core.algorithms.eagle3.batch import Plan, Rows, build_batch
+from torchspec.core.interfaces.algorithm import StepResult
+from torchspec.core.interfaces.features import Features
+
+Worlds = Callable[..., Any]
+DEVICE = torch.device("cpu")
+
+
+def rows_of(*cases: tuple[list[int], list[int]]) -> Rows:
+    """Each row given as (mask, document)."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Rows(
+        input_ids_BT=pad([torch.arange(len(mask)) for mask, _ in cases], batch_first=True),
+        loss_mask_BT=pad([torch.tensor(mask, dtype=torch.bool) for mask, _ in cases], batch_first=True),
+        document_BT=pad([torch.tensor(doc) for _, doc in cases], batch_first=True, padding_value=-1),
+    )
+
+
+def supervised(rows: Rows, steps: int) -> set[tuple[int, int, int]]:
+    return {tuple(place) for place in rows.supervised_BTK(steps).nonzero().tolist()}
+
+
+def test_the_mask_belongs_to_the_predicted_token() -> None:
+    # Tokens 3, 4, 5 are the assistant's; token 6 is the newline after its end of turn.
+    rows = rows_of(([0, 0, 0, 1, 1, 1, 0], [0] * 7))
+    assert supervised(rows, 1) == {(0, 1, 0), (0, 2, 0), (0, 3, 0)}
+    assert supervised(rows, 3) == {(0, i, k) for i in range(7) for k in range(3) if i + 2 + k in (3, 4, 5)}
+
+
+def test_no_teacher_row_lies_behind_the_end() -> None:
+    """The last real token is predicted by nothing beyond it: rows of different lengths, everything supervised."""
+    rows = rows_of(([1] * 5, [0] * 5), ([1] * 9, [1] * 9))
+    assert supervised(rows, 4) == {
+        (b, i, k) for b, length in ((0, 5), (1, 9)) for i in range(9) for k in range(4) if i + 2 + k <= length - 1
+    }
+
+
+def test_supervision_stays_within_a_document() -> None:
+    rows = rows_of(([1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]))
+    assert supervised(rows, 2) == {(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 4, 0), (0, 5, 0), (0, 4, 1)}
+    assert rows.starts_BT.tolist() == [[0, 0, 0, 0, 4, 4, 4, 4]]
+
+
+def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worlds) -> None:
+    world = make_world(unroll=3)
+    lengths = (9, 6, 12)
+    features = [world.features(world.tokens(n, n), n) for n in lengths]
+    masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.6 for n in lengths]
+    batch = build_batch(features, masks, Plan(steps=3, chunk_rows=4, device=DEVICE))
+    queries, longest = batch.inputs.slots_BQ.shape[1], max(lengths)
+    seen = []
+    bounds = [0, *torch.tensor(batch.pairs.sizes).cumsum(0).tolist()]
+    for k in range(3):
+        for m in range(bounds[k], bounds[k + 1]):
+            b, q = divmod(int(batch.pairs.slot_M[m]), queries)
+            i = int(batch.inputs.slots_BQ[b, q])
+            assert divmod(int(batch.pairs.cell_M[m]), 3) == (b * longest + i, k)
+            r = int(batch.pairs.row_M[m])
+            assert int(batch.pairs.position_R[r]) == b * longest + i + 1 + k
+            assert torch.equal(batch.last_RH[r], features[b].last_TH[i + 1 + k])
+            assert int(batch.pairs.document_M[m]) == b
+            seen.append((b, i, k))
+    assert set(seen) == {
+        (b, i, k)
+        for b, n in enumerate(lengths)
+        for i in range(n)
+        for k in range(3)
+        if i + 2 + k < n and masks[b][i + 2 + k]
+    }
+    assert len(seen) == len(set(seen))
+    chunked = sorted(m for chunk in batch.chunks for lo, hi in chunk.pairs for m in range(lo, hi))
+    assert chunked == list(range(len(seen)))
+    for chunk in batch.chunks:
+        for lo, hi in chunk.pairs:
+            assert all(chunk.start <= r < chunk.stop for r in batch.pairs.row_M[lo:hi].tolist())
+
+
+def gradients(world: Any, results: list[StepResult]) -> dict[str, Tensor]:
+    """Of the sums of several micro-batches, divided once."""
+    world.draft.zero_grad(set_to_none=True)
+    numerator = sum((r.numerator for r in results), torch.zeros(()))
+    (numerator / sum(float(r.denominator) for r in results)).backward()
+    return {name: p.grad.clone() for name, p in world.draft.named_parameters()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 1e-12 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("normalisation", ["token", "per_sequence"])
+def test_gradients_do_not_depend_on_how_samples_are_batched(make_world: Worlds, normalisation: str) -> None:
+    world = make_world(unroll=3, ids_N=torch.arange(0, 300, 2), normalisation=normalisation)
+    lengths = (30, 8, 19, 3)
+    features = [world.features(world.tokens(n, n), n) for n in lengths]
+    masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5 for n in lengths]
+
+    def step(chosen: list[int]) -> StepResult:
+        return world.algorithm.step(
+            world.draft, world.head, [features[n] for n in chosen], [masks[n] for n in chosen], world.device
+        )
+
+    together = [step([0, 1, 2, 3])]
+    apart = [step([2]), step([3, 1]), step([0])]
+    assert_same(gradients(world, apart), gradients(world, together))
+    added = {name: sum(r.sums[name] for r in apart) for name in together[0].sums}
+    whole, parts = world.algorithm.summarise(together[0].sums), world.algorithm.summarise(added)
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-12), name
+
+
+def test_padding_changes_nothing(make_world: Worlds) -> None:
+    """Rubbish behind a row's end, as a longer neighbour makes room for it, is never looked at."""
+    world = make_world(unroll=3)
+    feature = world.features(world.tokens(12, 1), 1)
+    mask_T = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
+    alone = [world.algorithm.step(world.draft, world.head, [feature], [mask_T], world.device)]
+    longer = replace(
+        feature,
+        input_ids_T=torch.cat((feature.input_ids_T, world.tokens(5, 2))),
+        taps_TNH=torch.cat((feature.taps_TNH, torch.full_like(feature.taps_TNH[:5], 1e4))),
+        last_TH=torch.cat((feature.last_TH, torch.full_like(feature.last_TH[:5], 1e4))),
+    )
+    rows = Rows(
+        input_ids_BT=longer.input_ids_T[None],
+        loss_mask_BT=torch.cat((mask_T, torch.ones(5, dtype=torch.bool)))[None],
+        document_BT=torch.tensor([[0] * 12 + [-1] * 5]),
+    )
+    batch = world.assembled(rows, [longer])
+    assert_same(
+        gradients(world, [world.algorithm.run(world.draft, world.head, batch, world.device)]), gradients(world, alone)
+    )
+
+
+@pytest.mark.parametrize("ids", [None, torch.arange(0, 300, 7)])
+@pytest.mark.parametrize("lengths", [(1,), (2, 1), (9, 4)])
+def test_without_supervision_every_gradient_is_a_finite_zero(
+    make_world: Worlds, lengths: tuple[int, ...], ids: Tensor | None
+) -> None:
+    world = make_world(dtype=torch.float32, ids_N=ids, unroll=3, draft_config={"hidden_size": 32})
+    features = [world.features(world.tokens(n, n), n) for n in lengths]
+    masks = [torch.zeros(n, dtype=torch.bool) for n in lengths]
+    result = world.algorithm.step(world.draft, world.head, features, masks, world.device)
+    assert float(result.denominator) == 0.0
+    assert result.numerator.item() == 0.0
+    result.numerator.backward()
+    for name, parameter in world.draft.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+    figures = world.algorithm.summarise(result.sums)
+    assert figures["simulated_acceptance_length"] == 0.0
+    assert figures["loss"] == 0.0
+
+
+def test_samples_too_short_to_predict_anything_add_nothing(make_world: Worlds) -> None:
+    world = make_world(unroll=4)
+    ones = {n: torch.ones(n, dtype=torch.bool) for n in (1, 2, 20)}
+    features = {n: world.features(world.tokens(n, n), n) for n in ones}
+
+    def step(*lengths: int) -> StepResult:
+        return world.algorithm.step(
+            world.draft, world.head, [features[n] for n in lengths], [ones[n] for n in lengths], world.device
+        )
+
+    assert_same(gradients(world, [step(1, 20, 2)]), gradients(world, [step(20)]))
+
+
+def test_the_final_norm_is_applied_exactly_once(make_world: Worlds) -> None:
+    """States before the norm, and the same states after it, teach the same."""
+    world = make_world(unroll=2)
+    before: Features = world.features(world.tokens(14, 1), 1, "pre_norm")
+    after = replace(before, last_TH=world.head.normed(before.last_TH, "pre_norm"), norm_state="post_norm")
+    mask_T = torch.ones(14, dtype=torch.bool)
+    losses = [
+        world.algorithm.step(world.draft, world.head, [f], [mask_T], world.device).numerator.item()
+        for f in (before, after, replace(before, norm_state="post_norm"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the target's norm computes in fp32
+    assert abs(losses[2] - losses[0]) > 1e-4 * losses[0]
+
+
+def test_training_in_eval_mode_makes_no_graph(make_world: Worlds) -> None:
+    world = make_world(unroll=2)
+    feature = world.features(world.tokens(14, 1), 1)
+    with torch.no_grad():
+        result = world.algorithm.step(
+            world.draft, world.head, [feature], [torch.ones(14, dtype=torch.bool)], world.device
+        )
+    assert not result.numerator.requires_grad
+    assert float(result.numerator) > 0
