@@ -1,0 +1,103 @@
+"""Every sample once per epoch, whatever the number of ranks; the order a function of (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchspec.core.data.batches import global_batches, rank_micro_batches
+
+lengths_lists = st.lists(st.integers(1, 100), max_size=120)
+sizes = st.integers(1, 9)
+
+
+@given(lengths=lengths_lists, batch_size=sizes, bucket_size=sizes, seed=st.integers(-5, 2**70), epoch=st.integers(0, 9))
+def test_every_sample_exactly_once(
+    lengths: list[int], batch_size: int, bucket_size: int, seed: int, epoch: int
+) -> None:
+    batches = global_batches(lengths, batch_size=batch_size, bucket_size=bucket_size, seed=seed, epoch=epoch)
+    assert sorted(sample for batch in batches for sample in batch) == list(range(len(lengths)))
+    full, rest = divmod(len(lengths), batch_size)
+    assert sorted(len(batch) for batch in batches) == sorted([batch_size] * full + ([rest] if rest else []))
+    for batch in batches:
+        assert [lengths[sample] for sample in batch] == sorted(lengths[sample] for sample in batch)
+    again = global_batches(lengths, batch_size=batch_size, bucket_size=bucket_size, seed=seed, epoch=epoch)
+    assert again == batches
+
+
+@given(
+    batch=st.lists(st.integers(0, 1000), unique=True, min_size=1, max_size=40),
+    world_size=st.integers(1, 8),
+    micro=sizes,
+)
+def test_ranks_share_a_batch_without_loss(batch: list[int], world_size: int, micro: int) -> None:
+    shares = [
+        rank_micro_batches(batch, rank=rank, world_size=world_size, micro_batch_size=micro)
+        for rank in range(world_size)
+    ]
+    assert sorted(s for share in shares for part in share for s in part if s is not None) == sorted(batch)
+    assert {len(share) for share in shares} == {-(-len(batch) // (world_size * micro))}
+    for share in shares:
+        for part in share:
+            assert 1 <= len(part) <= micro
+            assert part == [None] or None not in part  # a hole only where nothing else is to be done
+
+
+def test_order_changes_with_seed_and_epoch_and_with_nothing_else() -> None:
+    lengths = [random.Random(n).randint(1, 500) for n in range(400)]
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return global_batches(lengths, batch_size=8, bucket_size=4, seed=seed, epoch=epoch)
+
+    orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(first != second for n, first in enumerate(orders) for second in orders[:n])
+    state = random.getstate()
+    random.seed(1)
+    assert order(1, 2) == orders[5]
+    random.setstate(state)
+
+
+def test_order_is_the_same_in_every_version() -> None:
+    """Resuming a run with another numpy must not reshuffle it."""
+    assert global_batches([5, 1, 4, 2, 3, 9, 7], batch_size=2, bucket_size=2, seed=3, epoch=1) == [
+        [5],
+        [3, 4],
+        [1, 2],
+        [0, 6],
+    ]
+
+
+def test_buckets_hold_similar_lengths() -> None:
+    lengths = [random.Random(n).randint(1, 1000) for n in range(2048)]
+
+    def padding(bucket_size: int) -> int:
+        batches = global_batches(lengths, batch_size=8, bucket_size=bucket_size, seed=0, epoch=0)
+        return sum(max(lengths[s] for s in batch) * len(batch) for batch in batches) - sum(lengths)
+
+    assert padding(16) < padding(1) / 8
+    batches = global_batches(lengths, batch_size=8, bucket_size=16, seed=0, epoch=0)
+    longest = [lengths[batch[-1]] for batch in batches]
+    ascents = sum(first < second for first, second in pairwise(longest))
+    assert 0.4 < ascents / len(batches) < 0.6  # batches are shuffled: lengths don't climb
+
+
+def test_neighbours_go_to_different_ranks() -> None:
+    shares = [rank_micro_batches(range(10, 20), rank=rank, world_size=2, micro_batch_size=3) for rank in (0, 1)]
+    assert shares == [[[10, 12, 14], [16, 18]], [[11, 13, 15], [17, 19]]]
+    assert rank_micro_batches([7], rank=1, world_size=3, micro_batch_size=4) == [[None]]
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"bucket_size": 0}])
+def test_impossible_sizes(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        global_batches([1], **{"batch_size": 1, "bucket_size": 1, "seed": 0, "epoch": 0, **wrong})
+
+
+@pytest.mark.parametrize(("rank", "micro"), [(2, 1), (-1, 1), (0, 0)])
+def test_impossible_shares(rank: int, micro: int) -> None:
+    with pytest.raises(ValueError, match="no share"):
+        rank_micro_batches([1], rank=rank, world_size=2, micro_batch_size=micro)
