@@ -105,6 +105,10 @@ class Algorithm(Protocol):
     def taps(self) -> tuple[int, ...]: ...
     @property
     def options(self) -> Any: ...
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens the draft can say."""
+        ...
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:
         """A freshly initialised float32 draft on the CPU, from torch's global random state.
@@ -123,8 +127,9 @@ class Algorithm(Protocol):
     ) -> StepResult:
         """Training forward of one micro-batch (never empty; a hole is a sample whose mask is all False).
 
-        Every use of the draft's parameters happens inside one `draft(...)` call, so that FSDP's hooks see it,
-        and the same collectives run whatever the masks hold.
+        Every use of the draft's parameters happens inside one `draft(...)` call, so that FSDP's hooks see it, and
+        the same collectives run whatever the masks hold. The call returns tensors, or tuples, lists or dicts of
+        them (FSDP looks into nothing else), and uses every trained parameter.
         """
         ...
 

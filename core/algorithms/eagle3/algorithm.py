@@ -48,6 +48,10 @@ class Eagle3:
         geometry, taps = derive(options, target)
         return cls(options=options, target=target, geometry=geometry, taps=taps)
 
+    @property
+    def vocabulary_size(self) -> int:
+        return self.geometry.draft_vocab_size
+
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
         self._check(vocabulary)
