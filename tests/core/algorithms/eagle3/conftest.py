@@ -91,11 +91,11 @@ def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., W
         algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
         head = load_target_head(tiny_llama, dtype=dtype, device=torch.device("cpu"))
         torch.manual_seed(0)
-        draft = algorithm.build_draft(vocabulary, head).to(dtype)
+        draft = algorithm.build_draft(vocabulary, head)
         with torch.no_grad():  # norm weights of one would hide a norm applied with the wrong weight
             for name, parameter in draft.named_parameters():
                 if "norm" in name:
                     parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
-        return World(algorithm=algorithm, draft=draft, head=head, device=cpu)
+        return World(algorithm=algorithm, draft=draft.to(dtype), head=head, device=cpu)
 
     return make
