@@ -27,12 +27,13 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    values_source: str = "python",
     probe: bool = True,
 ) -> tuple[RunConfig, dict[str, str]]:
     """The run configuration, and the source of every setting by its dotted path.
 
     file       YAML; its settings replace defaults
-    values     nested mapping from Python; replaces the file's
+    values     nested mapping from Python; replaces the file's; provenance calls it `values_source`
     flags      dotted path -> value of the command line's own flags
     overrides  `section.key=value` words of the command line; the last of two wins
     probe      also check that the device and the backend can be used here and that the files named exist
@@ -48,7 +49,7 @@ def load_config(
         except ConfigError as error:
             problems += error.problems
             whole = False
-    layers += sources.from_mapping(values or {}, "python")
+    layers += sources.from_mapping(values or {}, values_source)
     given = [Setting(path=path, value=value, source=COMMAND_LINE) for path, value in (flags or {}).items()]
     words, faults = sources.from_overrides(overrides)
     problems += faults + _contradictions(given, words)

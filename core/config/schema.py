@@ -77,7 +77,7 @@ class PrecisionConfig(Section):
 class DecodingConfig(Section):
     """How a draft is measured by decoding with it."""
 
-    samples: Positive = Field(16, description="prompts decoded")
+    samples: Positive = Field(16, description="prompts decoded, at even distances over the files")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
     draft_length: Positive = Field(5, description="tokens drafted per round (chain)")
     temperature: float = Field(0.0, ge=0, description="0: greedy")

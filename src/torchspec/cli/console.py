@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,20 +22,30 @@ from rich.progress import (
 from rich.table import Table
 
 _SECONDS_BETWEEN_LINES = 5.0
+_TRAINING = "train"  # the trainer's name for its stage
 
 
 class ProgressDisplay:
-    """Called with (stage, done, total); a total of 0 means unknown. Silent on ranks other than the first."""
+    """Called with (stage, done, total); a total of 0 means unknown. Silent on ranks other than the first.
 
-    def __init__(self, *, silent: bool = False) -> None:
+    `figures` says in a few words how a training stands; it is asked when its progress is shown. Log records of
+    torchspec appear above the bars.
+    """
+
+    def __init__(self, *, silent: bool = False, figures: Callable[[], str] = str) -> None:
         self._console = Console(stderr=True)
+        self._handler = RichHandler(console=self._console, show_time=False, show_path=False)
         self._silent = silent
+        self._figures = figures
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started = time.monotonic()
         self._last: tuple[str, float] = ("", 0.0)
 
     def __enter__(self) -> ProgressDisplay:
+        logger = logging.getLogger("torchspec")
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.ERROR if self._silent else logging.INFO)
         if self._console.is_terminal and not self._silent:
             self._bars = Progress(
                 TextColumn("{task.description}"),
@@ -49,6 +61,7 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        logging.getLogger("torchspec").removeHandler(self._handler)
         if self._bars is not None:
             self._bars.stop()
 
@@ -60,12 +73,7 @@ class ProgressDisplay:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total or None)
-        self._bars.update(self._tasks[stage], completed=done, total=total or None)
-
-    def say(self, text: str) -> None:
-        """One line, above the bars if there are any."""
-        if not self._silent:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, description=self._describe(stage))
 
     def _log(self, stage: str, done: int, total: int) -> None:
         """The first and the last report of a stage, and one every few seconds between them."""
@@ -75,7 +83,11 @@ class ProgressDisplay:
             return
         self._last = (stage, now)
         count = f"{done}/{total}" if total else str(done)
-        print(f"[{now - self._started:6.1f}s] {stage} {count}", file=sys.stderr, flush=True)
+        print(f"[{now - self._started:6.1f}s] {count} {self._describe(stage)}", file=sys.stderr, flush=True)
+
+    def _describe(self, stage: str) -> str:
+        figures = self._figures() if stage == _TRAINING else ""
+        return f"{stage}: {figures}" if figures else stage
 
 
 def announce(text: str) -> None:

@@ -136,10 +136,18 @@ def all_flags(schema: type[BaseModel]) -> dict[str, str]:
 
 def read_options(parser: Parser, schema: type[Options], words: Sequence[str]) -> Options:
     """The command's options, checked; ConfigError with everything that is wrong."""
-    values, loose, problems = parser.split(words)
+    options, loose, problems = collect_options(parser, schema, words)
     problems += parser.surplus(loose)
-    options, faults = validate(schema, values, label=flag_of)
-    problems += [dataclasses.replace(fault, field=flag_of(fault.field)) for fault in faults]
     if problems or options is None:
         raise ConfigError(problems)
     return options
+
+
+def collect_options(
+    parser: Parser, schema: type[Options], words: Sequence[str]
+) -> tuple[Options | None, list[str], list[Problem]]:
+    """(options, words that are none, what is wrong so far), for commands that also take settings."""
+    values, loose, problems = parser.split(words)
+    options, faults = validate(schema, values, label=flag_of)
+    problems += [dataclasses.replace(fault, field=flag_of(fault.field)) for fault in faults]
+    return options, loose, problems

@@ -72,7 +72,7 @@ def _section_table(model: type[BaseModel], prefix: str) -> str:
 
 
 def _setting_table(fields: Mapping[str, FieldInfo]) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for path, info in fields.items():
         flag = f" (`{FLAGS[path]}`)" if path in FLAGS else ""
         rows.append((f"`{path}`{flag}", type_text(info), f"`{default_text(info)}`", info.description or ""))

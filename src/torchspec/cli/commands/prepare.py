@@ -9,7 +9,6 @@ from pydantic import Field
 
 from torchspec.cli.console import announce
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
-from torchspec.core.config import environment
 from torchspec.core.config.schema import Section
 from torchspec.core.errors import ConfigError
 
@@ -33,10 +32,12 @@ def parser() -> Parser:
 
 def run(words: Sequence[str]) -> int:
     options = read_options(parser(), PrepareOptions, words)
+    announce(f"reading the standard library, writing {options.output}")
+    from torchspec.core.config import environment
+
     problems = environment.output_problems("--output", options.output)
     if problems:
         raise ConfigError(problems)
-    announce(f"reading the standard library, writing {options.output}")
     prepare(options.output)
     return 0
 

@@ -1,0 +1,48 @@
+"""Running a training from the command line: progress with figures, the exit code of a stopped run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torchspec.cli.console import ProgressDisplay, announce
+from torchspec.core.config.schema import RunConfig
+
+_TAIL_BYTES = 1 << 14
+
+
+def train(config: RunConfig, provenance: Mapping[str, str], *, silent: bool = False) -> int:
+    """Train in this process; -> 0, or 128 + the signal that stopped the run."""
+    from torchspec.core.pipeline.inprocess import train as run
+
+    metrics = config.output / "metrics.jsonl"
+    with ProgressDisplay(silent=silent, figures=lambda: latest_figures(metrics)) as progress:
+        outcome = run(config, provenance=provenance, progress=progress)
+    if outcome.signal:
+        if not silent:
+            announce(f"stopped at step {outcome.step} of {outcome.total_steps}; the same command continues the run")
+        return 128 + outcome.signal
+    return 0
+
+
+def latest_figures(metrics: Path) -> str:
+    """Loss, simulated acceptance length and speed of the newest step in metrics.jsonl; empty if there is none."""
+    try:
+        with metrics.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - _TAIL_BYTES))
+            lines = stream.read().splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # being written, or cut by the start of the tail
+        if isinstance(row, dict) and row.get("kind") == "train" and row.get("loss") is not None:
+            return (
+                f"loss {row['loss']:.3f}, simulated acceptance {row.get('simulated_acceptance_length', 0):.2f}, "
+                f"{row['tokens_per_second']:.0f} tokens/s"
+            )
+    return ""
