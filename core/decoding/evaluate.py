@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from torchspec.core.decoding.lossless import Mismatch, find_mismatch
+from torchspec.core.decoding.lossless import Mismatch, Texts, find_mismatch
 from torchspec.core.decoding.measure import (
     Batch,
     EvalSettings,
@@ -125,7 +125,7 @@ def _summarise(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        dtype=str(engine.describe().dtype).removeprefix("torch."),
+        dtype=str(run.decoded[0].dtype).removeprefix("torch."),
         seconds=run.seconds,
         seconds_draftless=None if baseline is None else baseline.seconds,
         machine=machine_facts(run.decoded[0].device, engine),
@@ -173,10 +173,12 @@ def _mismatches(
 ) -> list[Mismatch] | None:
     if baseline is None:
         return None
-    found = (
-        find_mismatch(engine, name, prompt, generation.tokens, draftless.tokens)
+    dtype = run.decoded[0].dtype
+    texts = (
+        Texts(sample_id=name, prompt=prompt, tokens=generation.tokens, draftless=draftless.tokens)
         for name, prompt, generation, draftless in zip(
             names, prompts, run.generations, baseline.generations, strict=True
         )
     )
+    found = (find_mismatch(engine, entry, dtype) for entry in texts)
     return [mismatch for mismatch in found if mismatch is not None]

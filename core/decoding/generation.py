@@ -86,11 +86,12 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """One generation per prompt, in order, where the time went, and the device the target's logits were on."""
+    """One generation per prompt, in order, where the time went, and the device and precision the target ran in."""
 
     generations: list[Generation]
     seconds: Seconds
     device: torch.device
+    dtype: torch.dtype
 
     @property
     def tokens(self) -> int:

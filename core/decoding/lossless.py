@@ -36,11 +36,23 @@ class Mismatch:
     tie: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """One prompt and what was generated after it, with and without a draft."""
+
+    sample_id: str
+    prompt: Sequence[int]
+    tokens: Sequence[int]
+    draftless: Sequence[int]
+
+
 @torch.no_grad()
-def find_mismatch(
-    engine: TargetEngine, sample_id: str, prompt: Sequence[int], tokens: Sequence[int], draftless: Sequence[int]
-) -> Mismatch | None:
-    """None if the texts are equal; else their first difference, judged by the target's logits at that place."""
+def find_mismatch(engine: TargetEngine, texts: Texts, dtype: torch.dtype) -> Mismatch | None:
+    """None if the texts are equal; else their first difference, judged by the target's logits at that place.
+
+    `dtype` is the precision the target runs in.
+    """
+    tokens, draftless = texts.tokens, texts.draftless
     if list(tokens) == list(draftless):
         return None
     shared = 0
@@ -50,8 +62,8 @@ def find_mismatch(
     other = draftless[shared] if shared < len(draftless) else None
     gap, tie = None, False
     if token is not None and other is not None:
-        logits_V = engine.open([[*prompt, *tokens[:shared]]], ()).prefill.logits_BV[0]
+        logits_V = engine.open([[*texts.prompt, *tokens[:shared]]], ()).prefill.logits_BV[0]
         pair = logits_V[[token, other]].double()
         gap = float((pair[0] - pair[1]).abs())
-        tie = gap <= TIE_ULPS * torch.finfo(engine.describe().dtype).eps * float(pair.abs().max())
-    return Mismatch(sample_id=sample_id, position=shared, token=token, token_draftless=other, gap=gap, tie=tie)
+        tie = gap <= TIE_ULPS * torch.finfo(dtype).eps * float(pair.abs().max())
+    return Mismatch(sample_id=texts.sample_id, position=shared, token=token, token_draftless=other, gap=gap, tie=tie)

@@ -45,4 +45,9 @@ def decode_plain(
         with watch("target"):
             logits_BnV = session.step(token_B[:, None]).logits_BnV
         token_B = choose(logits_BnV[:, -1], settings.temperature, generator)
-    return Decoded(generations=[row.generation() for row in rows], seconds=watch.seconds(), device=watch.device)
+    return Decoded(
+        generations=[row.generation() for row in rows],
+        seconds=watch.seconds(),
+        device=watch.device,
+        dtype=session.prefill.taps[0].dtype,
+    )

@@ -77,7 +77,12 @@ def decode(
             session.rollback(proposal.tokens_BL.shape[1] - verdict.accepted_B)
         pending_B = verdict.next_B
         taps, next_tokens = _confirm(alive, proposal, output, verdict)
-    return Decoded(generations=[row.generation() for row in rows], seconds=watch.seconds(), device=watch.device)
+    return Decoded(
+        generations=[row.generation() for row in rows],
+        seconds=watch.seconds(),
+        device=watch.device,
+        dtype=session.prefill.taps[0].dtype,
+    )
 
 
 def _check(proposal: Proposal, rows: int, length: int) -> None:

@@ -10,15 +10,32 @@ Shape letters: B sequences, L drafted tokens, M hash states, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchspec.core.interfaces.algorithm import Proposal
-from torchspec.core.interfaces.engine import CaptureRequest, Prefill, StepOutput, TargetSpec
-from torchspec.core.interfaces.features import FeatureSink, RecordRef
+from torchspec.core.algorithms.eagle3.algorithm import Eagle3
+from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.interfaces.algorithm import Algorithm, Drafter, Proposal, StepResult
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.engine import (
+    CaptureRequest,
+    EngineOptions,
+    Prefill,
+    StepOutput,
+    TargetEngine,
+    TargetSpec,
+)
+from torchspec.core.interfaces.features import Features, FeatureSink, RecordRef
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.registry import load_device, load_engine
 
 STATES = 4099
 
@@ -226,3 +243,60 @@ def make_target() -> Callable[..., HashTarget]:
 @pytest.fixture
 def make_drafter() -> type[ScriptedDrafter]:
     return ScriptedDrafter
+
+
+@dataclass(kw_only=True)
+class RealParts:
+    """The hf engine over a target and an EAGLE-3 draft for it, float32 on the CPU, trained as far as asked."""
+
+    engine: TargetEngine
+    head: TargetHead
+    device: Device
+    algorithm: Algorithm
+    draft: nn.Module
+    context: int
+
+    def drafter(self) -> Drafter:
+        return self.algorithm.drafter(self.draft, self.head, self.device)
+
+    def features(self, sequences: Sequence[Sequence[int]]) -> list[Features]:
+        sink = MemoryFeatureSink()
+        requests = [CaptureRequest(record_id=str(at), input_ids=ids) for at, ids in enumerate(sequences)]
+        return [sink.take(ref) for ref in self.engine.capture(requests, self.algorithm.taps, sink)]
+
+    def step(self, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> StepResult:
+        return self.algorithm.step(self.draft, self.head, self.features(sequences), masks, self.device)
+
+    def train(self, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor], steps: int, lr: float = 3e-3) -> None:
+        features = self.features(sequences)
+        optimizer = torch.optim.AdamW(self.draft.parameters(), lr=lr)
+        for _ in range(steps):
+            result = self.algorithm.step(self.draft, self.head, features, masks, self.device)
+            (result.numerator / result.denominator).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def make_parts() -> Callable[..., RealParts]:
+    """make_parts(target, ids_N=..., **options of the draft): an untrained draft on the target's engine."""
+
+    def make(path: Path, *, ids_N: Tensor | None = None, seed: int = 0, **options: Any) -> RealParts:
+        device = load_device("cpu")
+        spec = read_target_spec(path)
+        vocabulary = VocabularyMap.identity(spec.vocab_size)
+        if ids_N is not None:
+            vocabulary = VocabularyMap(ids_N=ids_N, target_size=spec.vocab_size)
+        algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
+        head = load_target_head(path, dtype=torch.float32, device=torch.device("cpu"))
+        torch.manual_seed(seed)
+        return RealParts(
+            engine=load_engine("hf", EngineOptions(target=path, device=device, dtype="float32")),
+            head=head,
+            device=device,
+            algorithm=algorithm,
+            draft=algorithm.build_draft(vocabulary, head),
+            context=spec.max_position_embeddings,
+        )
+
+    return make

@@ -1,0 +1,160 @@
+"""What training reports is what decoding does: on text the target generated greedily, round by round.
+
+For every drafting round of real decoding that lies inside the text (i + 1 + K <= e, the last position of its span)
+the number of accepted tokens equals the prefix hits A_i of the training forward at the round's slot i, the next round
+starts at i + 1 + A_i, and the simulated acceptance length is the mean over those rounds. Greedy, float32, exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
+from torchspec.core.decoding.generation import DecodeSettings, Generation
+from torchspec.core.decoding.speculative import decode
+from torchspec.core.models.target_spec import resolve_target
+
+K = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Texts of the target after prompts, and a draft trained on some of them.
+
+    `turns` [row][turn] are (prompt, text): a later turn's prompt holds the earlier turns, as in a conversation.
+    """
+
+    parts: Any
+    turns: list[list[tuple[list[int], list[int]]]]
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return [turns[-1][0] + turns[-1][1] for turns in self.turns]
+
+    @property
+    def masks(self) -> list[Tensor]:
+        masks = [torch.zeros(len(ids), dtype=torch.bool) for ids in self.sequences]
+        for mask, turns in zip(masks, self.turns, strict=True):
+            for prompt, text in turns:
+                mask[len(prompt) : len(prompt) + len(text)] = True
+        return masks
+
+    def decoded(self, batch_size: int) -> list[tuple[int, list[int], Generation]]:
+        """Every turn decoded with the draft: its row, the text it should be, and what came."""
+        places = [(row, *turn) for row, turns in enumerate(self.turns) for turn in turns]
+        drafter, out = self.parts.drafter(), []
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            settings = DecodeSettings(max_new_tokens=max(len(text) for _, _, text in batch), draft_length=K)
+            decoded = decode(self.parts.engine, drafter, [prompt for _, prompt, _ in batch], settings)
+            out += [(row, text, g) for (row, _, text), g in zip(batch, decoded.generations, strict=True)]
+        return out
+
+
+def random_prompts(count: int, seed: int, vocabulary: int = 296) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        for length in torch.randint(2, 24, (count,), generator=generator).tolist()
+    ]
+
+
+def make_case(make_parts: Callable[..., Any], path: Path, prompts: list[list[int]], **options: Any) -> Case:
+    """Train on the greedy texts of half the prompts; the case is about all of them."""
+    steps, limit, turns = options.pop("steps"), options.pop("max_new_tokens"), options.pop("turns", 1)
+    parts = make_parts(path, unroll=K, **options)
+    rows: list[list[tuple[list[int], list[int]]]] = [[] for _ in prompts]
+    for turn in range(turns):
+        texts = parts.engine.generate(prompts, max_new_tokens=limit)
+        for row, prompt, text in zip(rows, prompts, texts, strict=True):
+            row.append((prompt, text))
+        asked = random_prompts(len(prompts), 50 + turn)
+        prompts = [prompt + text + more for prompt, text, more in zip(prompts, texts, asked, strict=True)]
+    case = Case(parts=parts, turns=rows)
+    half = len(rows) // 2
+    parts.train(case.sequences[:half], case.masks[:half], steps)
+    return case
+
+
+@pytest.fixture(scope="module", params=["qwen3, two turns", "llama, small vocabulary", "embedded"])
+def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_target: Path, tiny_llama: Path) -> Case:
+    if request.param == "qwen3, two turns":
+        return make_case(make_parts, tiny_target, random_prompts(6, 1), steps=30, max_new_tokens=30, turns=2)
+    if request.param == "llama, small vocabulary":
+        ids_N = torch.arange(0, 300, 2)
+        return make_case(make_parts, tiny_llama, random_prompts(6, 2), ids_N=ids_N, steps=30, max_new_tokens=50)
+    path = resolve_target("embedded")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    questions = [
+        "Write the function add(a, b) that returns the sum of two numbers.",
+        "What does this function do?\n\ndef f(x):\n    return sorted(x)[:3]",
+        "Write a method close(self): Close the file.",
+        "Write the function is_valid(name): Return True if the name is valid.",
+    ]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in questions
+    ]
+    return make_case(make_parts, path, prompts, steps=15, max_new_tokens=50)
+
+
+def training_hits(parts: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> list[list[int]]:
+    """A_i of every slot, counted here from the draft's outputs in the training forward: a step is a hit if the
+    predicted token is supervised and the draft's first choice is the text's own token, which is the target's argmax."""
+    batch = build_batch(parts.features(sequences), masks, Plan(steps=K, chunk_rows=64, device=torch.device("cpu")))
+    steps = torch.split(batch.pairs.slot_M, list(batch.pairs.sizes))
+
+    def first_choices(hidden_MH: Tensor, head_NH: Tensor) -> Tensor:
+        return parts.draft.vocabulary.ids_N[(hidden_MH @ head_NH.T).argmax(-1)]
+
+    with torch.no_grad():
+        choice_M = parts.draft(batch.inputs, parts.head.embedding_VH, steps, parts.device, first_choices)
+    length = max(map(len, sequences))
+    said: dict[tuple[int, int, int], int] = {}
+    for cell, token in zip(batch.pairs.cell_M.tolist(), choice_M.tolist(), strict=True):
+        said[cell // K // length, cell // K % length, cell % K] = token
+    return [
+        [
+            next((k for k in range(K) if said.get((row, i, k)) != (ids[i + 2 + k] if i + 2 + k < len(ids) else -1)), K)
+            for i in range(len(ids))
+        ]
+        for row, ids in enumerate(sequences)
+    ]
+
+
+def whole_rounds(generation: Generation, length: int) -> list[Any]:
+    """The rounds that lie inside the first `length` tokens of the text."""
+    last = generation.prompt_tokens + length - 1
+    return [entry for entry in generation.rounds if entry.slot + 1 + K <= last]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_round_accepts_what_the_training_forward_says(case: Case, batch_size: int) -> None:
+    hits = training_hits(case.parts, case.sequences, case.masks)
+    seen = []
+    for row, text, generation in case.decoded(batch_size):
+        assert list(generation.tokens[: len(text)]) == text
+        rounds = whole_rounds(generation, len(text))
+        for at, entry in enumerate(rounds):
+            assert entry.accepted == hits[row][entry.slot], (row, entry)
+            if at + 1 < len(generation.rounds):
+                assert generation.rounds[at + 1].slot == entry.slot + 1 + hits[row][entry.slot]
+        seen += [entry.accepted for entry in rounds]
+    assert len(seen) > 40
+    assert len(set(seen)) >= 3, f"the draft is too good or too bad to tell rounds apart: {seen}"
+
+    figures = case.parts.step(case.sequences, case.masks).sums
+    assert int(figures["walk_rounds"]) == len(seen)
+    assert figures["walk_hits"].tolist() == [sum(accepted > k for accepted in seen) for k in range(K)]
+    simulated = case.parts.algorithm.summarise(figures)["simulated_acceptance_length"]
+    assert simulated == pytest.approx(1 + sum(seen) / len(seen), abs=1e-12)
