@@ -20,6 +20,7 @@ from torchspec.core.errors import DataError
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 _CHUNK = 1 << 20  # characters of a JSON array decoded at a time
 _PARQUET_ROWS = 256
+_BLANK = 4096  # bytes that may be blank at the beginning of a file
 
 # Undecodable bytes become lone surrogates, as half an escaped pair does, and are refused where text is checked:
 # one broken row then costs one row.
@@ -83,15 +84,18 @@ def _size(file: Path) -> int:
         raise DataError(f"{file} is not a file: name the files in it")
     if file.suffix.lower() not in SUFFIXES:
         raise DataError(f"{file} is of an unknown kind ({file.suffix or 'no suffix'}): one of {', '.join(SUFFIXES)}")
-    with file.open("rb") as stream:
-        if not stream.read(4096).strip():
-            raise DataError(f"{file} is empty")
-    return file.stat().st_size
+    size = file.stat().st_size
+    if size <= _BLANK and not file.read_bytes().strip():
+        raise DataError(f"{file} is empty")
+    return size
 
 
 def _is_lines(file: Path) -> bool:
     """Many .json files hold one object per line: so does this one if its first line is a whole object."""
     with file.open("rb") as stream:
+        if stream.read(_BLANK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return False  # the whole list may stand in one line, which must not be read at once
+        stream.seek(0)
         first = next((line for line in stream if line.strip()), b"")
     try:
         return isinstance(json.loads(first.decode("utf-8-sig", _DECODING)), dict)

@@ -49,6 +49,13 @@ TEMPLATES = {
         "{% else %}{{ m['content'] }}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
     ),
+    # a header that ends with spaces, which are a token of their own or part of the first word
+    "generation_spaced": (
+        "{% for m in messages %}{{ m['role'] + ':  ' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:  ' }}{% endif %}"
+    ),
     "chatml": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
         "{% for call in m.get('tool_calls', []) %}"

@@ -41,6 +41,12 @@ def chatml_pieces(turns: Sequence[Turn]) -> list[Piece]:
     return pieces
 
 
+def spaced_pieces(turns: Sequence[Turn]) -> list[Piece]:
+    return [
+        piece for role, text in turns for piece in ((f"{role}:  ", False), (f"{text}<|im_end|>", role == "assistant"))
+    ]
+
+
 def llama3_pieces(turns: Sequence[Turn]) -> list[Piece]:
     pieces = [("<s>", False)]
     for role, text in turns:
@@ -98,6 +104,7 @@ PIECES: dict[str, Callable[[Sequence[Turn]], list[Piece]]] = {
     "generation": chatml_pieces,
     "generation_short": chatml_pieces,
     "generation_long": chatml_pieces,
+    "generation_spaced": spaced_pieces,
     "chatml": chatml_pieces,
     "llama3": llama3_pieces,
     "thinking": thinking_pieces,
