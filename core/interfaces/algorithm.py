@@ -110,6 +110,11 @@ class Algorithm(Protocol):
         """Tokens the draft can say."""
         ...
 
+    @property
+    def passes_per_token(self) -> float:
+        """How often a token goes through the draft's layers in one training forward; for estimates of memory."""
+        ...
+
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:
         """A freshly initialised float32 draft on the CPU, from torch's global random state.
 

@@ -52,6 +52,10 @@ class Eagle3:
     def vocabulary_size(self) -> int:
         return self.geometry.draft_vocab_size
 
+    @property
+    def passes_per_token(self) -> float:
+        return self.options.unroll
+
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
         self._check(vocabulary)
