@@ -32,8 +32,8 @@ STAND_IN_TOKENS = 16
 class Samples(Protocol):
     """A tokenised dataset."""
 
-    lengths: Sequence[int]
-
+    @property
+    def lengths(self) -> Sequence[int]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> TrainingSample: ...
 

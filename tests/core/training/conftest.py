@@ -60,6 +60,19 @@ def run_cells() -> RunCells:
     return run
 
 
+@pytest.fixture(scope="session")
+def cells() -> ModuleType:
+    """cells.py."""
+    return _by_path("cells")
+
+
+@pytest.fixture(scope="session")
+def runs(cells: ModuleType, run_cells: RunCells, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Results of all cells of cells.py by number of ranks; 3 ranks first, whose checkpoint 1 rank takes over."""
+    directory = tmp_path_factory.mktemp("runs")
+    return {ranks: run_cells(cells.CELLS[ranks], ranks, directory / f"{ranks}-ranks") for ranks in (3, 2, 1)}
+
+
 @pytest.fixture
 def context(tiny: ModuleType) -> Iterator[ParallelContext]:
     """A world of one in this process."""

@@ -15,28 +15,12 @@ from torch.nn import functional as F
 # fp64 sums in another order differ by a few units in the last place; fp32 by as much, amplified by Adam's division.
 TOLERANCE = {"float64": 1e-13, "float32": 2e-6}
 
-BASE = {"kind": "gradients", "config": {"batch_size": 7, "micro_batch_size": 2}}
-CELLS: list[dict[str, Any]] = [
-    {**BASE, "name": "float64", "dtype": "float64"},
-    {**BASE, "name": "float32", "dtype": "float32"},
-    # Batches of 7, 7 and 7 of 21: with 3 ranks a micro-batch of 1 leaves holes; half of the samples teach nothing.
-    {**BASE, "name": "holes", "dtype": "float64", "config": {"batch_size": 7, "micro_batch_size": 1}, "count": 21,
-     "unsupervised": list(range(0, 21, 2))},
-    {**BASE, "name": "whole", "dtype": "float64", "config": {"batch_size": 7, "micro_batch_size": 7}},
-    # Nothing supervised in the whole window: no update, and nobody waits.
-    {**BASE, "name": "nothing", "dtype": "float64", "unsupervised": list(range(13))},
-    {**BASE, "name": "bfloat16", "compute": "bfloat16"},
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, run_cells: Any) -> dict[int, dict[str, dict[str, Tensor]]]:
+def results(runs: dict[int, Path], cells: ModuleType) -> dict[int, dict[str, dict[str, Tensor]]]:
     """results[ranks][cell]: the tensors."""
-    found = {}
-    for ranks in (1, 2, 3):
-        directory = run_cells(CELLS, ranks, tmp_path_factory.mktemp("gradients") / str(ranks))
-        found[ranks] = {cell["name"]: load_file(directory / f"{cell['name']}.safetensors") for cell in CELLS}
-    return found
+    names = [cell["name"] for cell in cells.GRADIENTS]
+    return {ranks: {name: load_file(path / f"{name}.safetensors") for name in names} for ranks, path in runs.items()}
 
 
 def distance(got: dict[str, Tensor], expected: dict[str, Tensor], prefixes: tuple[str, ...]) -> float:
@@ -84,10 +68,10 @@ def test_bfloat16_compute_keeps_fp32_parameters_and_sums(results: Any, ranks: in
 
 
 @pytest.mark.parametrize("cell", ["float64", "holes"])
-def test_gradients_are_those_of_the_definition(results: Any, tiny: ModuleType, cell: str) -> None:
+def test_gradients_are_those_of_the_definition(results: Any, tiny: ModuleType, cells: ModuleType, cell: str) -> None:
     """One explicit loop over samples, steps and positions in float64, without micro-batches, sums or sharding."""
     found = results[1][cell]
-    options = next(entry for entry in CELLS if entry["name"] == cell)
+    options = next(entry for entry in cells.GRADIENTS if entry["name"] == cell)
     samples = tiny.TinySamples(count=options.get("count", 13), unsupervised=options.get("unsupervised", ()))
     target = tiny.RecurrentTarget(torch.float64)
     weights = {n.removeprefix("start."): v.clone() for n, v in found.items() if n.startswith("start.")}

@@ -164,6 +164,8 @@ class TinyAlgorithm:
     name: str = "tiny"
     taps: tuple[int, ...] = (0, 1)
     options: Any = None
+    vocabulary_size: int = V
+    passes_per_token: float = 1.0
 
     def build_draft(self, vocabulary: VocabularyMap, head: Any) -> nn.Module:
         return TinyDraft(vocabulary, self.dropout).to(self.dtype)

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch._dynamo  # the optimizer imports it at its first step: once here instead of in every fork
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -87,15 +88,15 @@ def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: P
 def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
     """A run with metrics and checkpoints that continues what is there.
 
-    kill = [step, signal name, rank]; kill_after = seconds until SIGKILL; file_limit = bytes from the second step on;
-    scores = acceptance length to report at each step.
+    kill = [step, signal name, rank]; kill_after = Python calls until SIGKILL; file_limit = largest file from the second
+    step on, in bytes; scores = acceptance length to report at each step.
     """
     job = make_job(tiny, cell, results)
     scores = cell.get("scores")
     validate = None if scores is None else (lambda: {"acceptance_length": scores[str(trainer.counters.step)]})
     trainer = tiny.make_trainer(job, context, validate, cell.get("validate_every", 0))
     if "kill_after" in cell:
-        threading.Timer(cell["kill_after"], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        kill_after(cell["kill_after"])
     chosen = checkpoint.choose(trainer.setup.checkpoints, context)
     if chosen is not None:
         trainer.resume(chosen)
@@ -116,6 +117,19 @@ def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path)
         outcome = trainer.run(log, stop, progress)
     if context.is_main:
         report(results, cell, {"step": outcome.step, "signal": outcome.signal, "started": started})
+
+
+def kill_after(calls: int) -> None:
+    """SIGKILL at a function call counted from here: a point in the program, whatever the machine's speed."""
+    left = calls
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
 
 
 def agreement(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
@@ -169,7 +183,7 @@ def main() -> None:
         if child == 0:
             try:
                 run_cell(cell, results)
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)

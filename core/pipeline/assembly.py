@@ -1,0 +1,185 @@
+"""The parts of a run, loaded and fitted together on one rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchspec.core import registry
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, load_dataset, load_prompts
+from torchspec.core.data.tokenizer import load_tokenizer
+from torchspec.core.data.vocabulary import build_vocabulary, coverage
+from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_spec import read_target_spec, resolve_target
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.pipeline.identity import draft_facts
+from torchspec.core.pipeline.rebuild import load_state, read_initial
+from torchspec.core.training import checkpoint
+from torchspec.core.training.random_state import seed_rank
+from torchspec.core.training.sharding import shard_draft
+from torchspec.core.training.trainer import Setup
+from torchspec.core.training.validation import Validator
+from torchspec.core.training.window import Model
+
+logger = logging.getLogger(__name__)
+
+ProgressSink = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Tokenised samples and the prompts to validate on (empty: no validation)."""
+
+    train: TokenDataset
+    prompts: Sequence[Prompt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The target on this rank's device."""
+
+    spec: TargetSpec
+    engine: TargetEngine
+    head: TargetHead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What training starts from: a fresh draft, or tensors to begin with. `checkpoint`: the one to resume, if any."""
+
+    vocabulary: VocabularyMap
+    state: dict[str, Tensor] | None
+    checkpoint: Path | None
+
+
+def load_data(config: RunConfig, context: ParallelContext, progress: ProgressSink | None) -> Data:
+    """Rank 0 tokenises, the others find its work in the cache."""
+    target = resolve_target(config.target.path)
+    tokenizer = load_tokenizer(
+        target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
+    )
+    settings = DatasetSettings.from_config(config.data)
+    train = context.main_first(lambda: load_dataset(config.data.train, tokenizer, settings, progress))
+    if not config.data.validation:
+        return Data(train=train, prompts=())
+    prompts = context.main_first(
+        lambda: load_prompts(config.data.validation, tokenizer, settings, progress, limit=config.eval.samples)
+    )
+    return Data(train=train, prompts=prompts)
+
+
+def load_target(config: RunConfig, context: ParallelContext) -> Target:
+    """The engine with the target in it, and the target's own embedding, norm and head for the trainer."""
+    path = resolve_target(config.target.path)
+    trusted = config.target.trust_remote_code
+    spec = read_target_spec(path, trusted)
+    options = EngineOptions(
+        target=path,
+        device=context.device,
+        local_rank=context.local_rank,
+        dtype=config.target.dtype,
+        trust_remote_code=trusted,
+    )
+    dtype = head_dtype(config, spec, context.torch_device)
+    head = load_target_head(path, dtype=dtype, device=context.torch_device, trust_remote_code=trusted)
+    return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
+
+
+def head_dtype(config: RunConfig, target: TargetSpec, device: torch.device) -> torch.dtype:
+    """The precision the target runs in, resolved as engines resolve it."""
+    if config.target.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.target.dtype]
+    return torch.float32 if device.type == "cpu" else target.dtype
+
+
+def create_algorithm(config: RunConfig, target: TargetSpec) -> Algorithm:
+    return registry.algorithms().spec(config.algorithm).create(config.draft, target)
+
+
+def initial_path(config: RunConfig) -> Path | None:
+    """`draft.init_from`, which every algorithm's options may have."""
+    path: Path | None = getattr(config.draft, "init_from", None)
+    return path
+
+
+def find_start(config: RunConfig, algorithm: Algorithm, target: TargetSpec, data: Data, resumed: Path | None) -> Start:
+    """Vocabulary map and first weights.
+
+    The map is made from the data, unless the draft starts from another one: then it is that one's. A resumed run
+    makes it again only to be compared with the checkpoint's (`checkpoint.load` refuses a difference).
+    """
+    path = initial_path(config)
+    if path is not None and resumed is not None:
+        return Start(vocabulary=checkpoint.load_vocabulary(resumed), state=None, checkpoint=resumed)
+    if path is not None:
+        state, vocabulary = read_initial(path, target)
+        return Start(vocabulary=vocabulary, state=state, checkpoint=None)
+    vocabulary = build_vocabulary(data.train.token_counts_V, algorithm.vocabulary_size, target.vocab_size)
+    return Start(vocabulary=vocabulary, state=None, checkpoint=resumed)
+
+
+def build_model(
+    config: RunConfig, algorithm: Algorithm, target: Target, start: Start, context: ParallelContext
+) -> Model:
+    """The sharded draft; every rank builds the same one from the seed, then draws from a random state of its own."""
+    torch.manual_seed(config.seed)
+    draft = algorithm.build_draft(start.vocabulary, target.head)
+    if start.state is not None:
+        load_state(draft, start.state, initial_path(config) or Path())
+    sharded = shard_draft(draft, context, config.precision.compute)
+    seed_rank(context.device.runtime, config.seed, 0, context.rank)
+    return Model(algorithm=algorithm, draft=sharded, head=target.head, engine=target.engine)
+
+
+def build_setup(
+    config: RunConfig, model: Model, target: Target, data: Data, start: Start, context: ParallelContext,
+    progress: ProgressSink | None,
+) -> Setup:  # fmt: skip
+    validator = Validator(
+        model=model,
+        vocabulary=start.vocabulary,
+        prompts=data.prompts,
+        settings=config.eval,
+        seed=config.seed,
+        context=context,
+        progress=_named("validate", progress),
+    )
+    facts = draft_facts(config, model.algorithm, target.spec, start.vocabulary, data.train.fingerprint)
+    return Setup(
+        config=config.train,
+        seed=config.seed,
+        bucket_size=config.data.bucket_size,
+        checkpoints=config.output / "checkpoints",
+        facts=facts,
+        vocabulary=start.vocabulary,
+        validate=validator if data.prompts else None,
+        validate_every=config.eval.every,
+    )
+
+
+def _named(stage: str, progress: ProgressSink | None) -> ProgressSink | None:
+    """The same sink under our name for the stage."""
+    if progress is None:
+        return None
+    return lambda _, done, total: progress(stage, done, total)
+
+
+def data_facts(data: TokenDataset, files: Sequence[Path], vocabulary: VocabularyMap) -> dict[str, Any]:
+    """data.json: what became of the rows, and how much of the supervised text the draft can say."""
+    return {
+        **data.report.to_json(tuple(files)),
+        "files": [str(file) for file in files],
+        "fingerprint": data.fingerprint,
+        "vocabulary_size": vocabulary.size,
+        "vocabulary_coverage": coverage(data.token_counts_V, vocabulary),
+    }

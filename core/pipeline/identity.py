@@ -1,0 +1,101 @@
+"""draft.json: what a checkpoint belongs to. A resume compares its `identity`, an export rebuilds the draft from it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.pipeline.run_dir import versions
+
+BLOCK, BLOCKS = 4096, 64
+
+
+def draft_facts(
+    config: RunConfig, algorithm: Algorithm, target: TargetSpec, vocabulary: VocabularyMap, data_fingerprint: str
+) -> dict[str, Any]:
+    """JSON. `identity` is everything that a resumed run must share; the rest is for people and for rebuilding."""
+    target_facts = {name: _plain(value) for name, value in asdict(target).items() if name != "path"}
+    return {
+        "identity": {
+            "algorithm": algorithm.name,
+            "draft": options_facts(algorithm.options),
+            "taps": list(algorithm.taps),
+            "target": {**target_facts, "weights": weights_fingerprint(target.path)},
+            "vocabulary": vocabulary_facts(vocabulary),
+            "data": {"fingerprint": data_fingerprint},
+            "order": {
+                "seed": config.seed,
+                "batch_size": config.train.batch_size,
+                "bucket_size": config.data.bucket_size,
+            },
+        },
+        "option_files": _option_files(algorithm.options),
+        "target_path": str(target.path.resolve()),
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def options_facts(options: BaseModel) -> dict[str, Any]:
+    """The draft section; a file it names is known by its contents, not by its place."""
+    values = options.model_dump(mode="json")
+    for name, path in _named_files(options).items():
+        values[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return values
+
+
+def _named_files(options: BaseModel) -> dict[str, Path]:
+    named = {name: getattr(options, name) for name in type(options).model_fields}
+    return {name: value for name, value in named.items() if isinstance(value, Path) and value.is_file()}
+
+
+def _option_files(options: BaseModel) -> dict[str, str]:
+    """Text of the (small, textual) files that options name, so that a checkpoint stands alone."""
+    texts = {}
+    for name, path in _named_files(options).items():
+        try:
+            texts[name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            message = f"{path} is not a text file"
+            raise ConfigError([Problem(field=f"draft.{name}", value=str(path), message=message)]) from error
+    return texts
+
+
+def vocabulary_facts(vocabulary: VocabularyMap) -> dict[str, Any]:
+    ids_N = vocabulary.ids_N.cpu().contiguous()
+    digest = hashlib.sha256(ids_N.numpy().tobytes()).hexdigest()
+    return {"size": vocabulary.size, "target_size": vocabulary.target_size, "sha256": digest}
+
+
+def weights_fingerprint(target: Path) -> str:
+    """A digest that tells a target from a fine-tuned one: size and sampled blocks of each weight file.
+
+    64 blocks of 4 KiB per file, evenly spread: any training changes nearly every block.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(target.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            for block in range(BLOCKS):
+                stream.seek(max(0, size - BLOCK) * block // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON will hold it, so that a fresh value equals a stored one."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

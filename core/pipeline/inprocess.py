@@ -1,0 +1,170 @@
+"""The `inprocess` topology: each rank runs the engine and trains, in one process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchspec.core import registry, settings
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.export.layout import ExportContext, write_draft
+from torchspec.core.export.selfcheck import Probe
+from torchspec.core.parallel import mesh
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.pipeline import assembly, run_dir
+from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
+from torchspec.core.pipeline.rebuild import rebuild
+from torchspec.core.pipeline.run_dir import RunDirectory
+from torchspec.core.training import checkpoint, checkpoint_files
+from torchspec.core.training.metrics import MetricsLog
+from torchspec.core.training.signals import StopRequest
+from torchspec.core.training.trainer import Outcome, Trainer
+from torchspec.core.training.window import Model, capture
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """What a run came to. `signal` is 0 unless it stopped early because of one; then nothing was exported.
+
+    `acceptance_length` is the best validated one, None without validation data.
+    """
+
+    directory: Path
+    step: int
+    total_steps: int
+    signal: int
+    empty_windows: int
+    acceptance_length: float | None
+    draft: Path | None
+    report: Path | None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal: an interrupted run is not to be taken for a finished one."""
+        return 128 + self.signal if self.signal else 0
+
+
+def train(config: RunConfig, *, provenance: Mapping[str, str], progress: ProgressSink | None = None) -> RunOutcome:
+    """Train a draft into `config.output`, or continue the run there; every rank calls this.
+
+    Under torchrun or `launch` the ranks find each other through the environment; otherwise this is the only one.
+    SIGINT or SIGTERM finishes the step, writes a checkpoint and returns; the same call continues.
+    Raises TorchspecError for everything a user can act on.
+    """
+    name, _ = registry.choose_device(config.device, settings.default_device())
+    context = mesh.start(registry.load_device(name), settings.launch())
+    try:
+        return _train(config, provenance, context, progress if context.is_main else None)
+    finally:
+        mesh.shutdown(context)
+
+
+def _train(
+    config: RunConfig, provenance: Mapping[str, str], context: ParallelContext, progress: ProgressSink | None
+) -> RunOutcome:
+    run = context.main_only(lambda: run_dir.open_run(config))
+    checkpoints = config.output / run_dir.CHECKPOINTS
+    resumed = checkpoint.choose(checkpoints, context)
+    data = assembly.load_data(config, context, progress)
+    with _loaded(config, context, progress) as target:
+        algorithm = assembly.create_algorithm(config, target.spec)
+        start = context.agree(lambda: assembly.find_start(config, algorithm, target.spec, data, resumed))
+        model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context))
+        setup = assembly.build_setup(config, model, target, data, start, context, progress)
+        trainer = Trainer(model, data.train, setup, context)
+        if resumed is not None:
+            trainer.resume(resumed)
+            logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
+        context.main_only(lambda: _record(run, config, provenance, trainer, data, start))
+        outcome = _run(run, trainer, progress)
+        if outcome.signal:
+            logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
+            return _outcome(config, outcome, finished=False)
+        context.main_only(lambda: _finish(config, context, target, progress))
+    return _outcome(config, outcome, finished=True)
+
+
+@contextmanager
+def _loaded(config: RunConfig, context: ParallelContext, progress: ProgressSink | None) -> Iterator[Target]:
+    """The target, closed at the end."""
+    if progress is not None:
+        progress("load target", 0, 1)
+    target = context.agree(lambda: assembly.load_target(config, context))
+    if progress is not None:
+        progress("load target", 1, 1)
+    try:
+        yield target
+    finally:
+        target.engine.close()
+
+
+def _record(
+    run: RunDirectory | None,
+    config: RunConfig,
+    provenance: Mapping[str, str],
+    trainer: Trainer,
+    data: Data,
+    start: Start,
+) -> None:
+    """Everything the run directory says about this session; rank 0 only."""
+    assert run is not None
+    context = trainer.context
+    environment = run_dir.describe_environment(context.device.name, context.torch_device, context.world_size)
+    run_dir.record_session(run, config, provenance, environment, trainer.counters.step)
+    facts = assembly.data_facts(data.train, config.data.train, start.vocabulary)
+    checkpoint_files.write_json(run.path / run_dir.DATA, facts)
+    _record_probe(run.path / run_dir.PROBE, trainer.model, data)
+
+
+def _record_probe(path: Path, model: Model, data: Data) -> None:
+    """A piece of one sample's features, which the export's self-check replays."""
+    sample = data.train[0]
+    if sample.input_ids_T.numel() > 1:
+        Probe.record(capture(model, [sample])[0]).save(path)
+
+
+def _run(run: RunDirectory | None, trainer: Trainer, progress: ProgressSink | None) -> Outcome:
+    counters = trainer.counters
+    log = MetricsLog(
+        None if run is None else run.metrics,
+        after_step=counters.step,
+        validated=counters.validated_step == counters.step,
+    )
+    with log, StopRequest() as stop:
+        return trainer.run(log, stop, progress)
+
+
+def _finish(config: RunConfig, context: ParallelContext, target: Target, progress: ProgressSink | None) -> None:
+    """Export the best (else the last) checkpoint's draft and write the report; rank 0 only."""
+    from torchspec.core.report.html import write_report
+
+    if progress is not None:
+        progress("export", 0, 1)
+    rebuilt = rebuild(config.output, target=target.spec.path)
+    probe = config.output / run_dir.PROBE
+    export = ExportContext(
+        head=rebuilt.head, device=context.device, probe=Probe.load(probe) if probe.is_file() else None
+    )
+    write_draft(rebuilt.algorithm, rebuilt.draft, "plain", config.output / run_dir.DRAFT, export)
+    write_report(config.output)
+    if progress is not None:
+        progress("export", 1, 1)
+
+
+def _outcome(config: RunConfig, outcome: Outcome, *, finished: bool) -> RunOutcome:
+    draft, report = config.output / run_dir.DRAFT, config.output / "report.html"
+    return RunOutcome(
+        directory=config.output,
+        step=outcome.step,
+        total_steps=outcome.total_steps,
+        signal=outcome.signal,
+        empty_windows=outcome.empty_windows,
+        acceptance_length=checkpoint.best_score(config.output / run_dir.CHECKPOINTS),
+        draft=draft if finished else None,
+        report=report if finished else None,
+    )

@@ -1,0 +1,179 @@
+"""The run directory: what is in it, who may use it, and what is written at the start of each session.
+
+RUN/
+    config.yaml        the resolved configuration; `--config` reads it back
+    provenance.json    where each setting came from
+    environment.json   versions, device, git revision, and every session's command line and starting step
+    data.json          what became of the rows
+    metrics.jsonl      see core/training/metrics.py
+    probe.safetensors  a recorded piece of target features, for the export's self-check
+    checkpoints/       see core/training/checkpoint_files.py
+    draft/             the exported draft of the best (else the last) checkpoint
+    report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import TorchspecError
+from torchspec.core.training.checkpoint_files import write_json
+
+CONFIG, PROVENANCE, ENVIRONMENT, DATA = "config.yaml", "provenance.json", "environment.json", "data.json"
+METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
+WRITTEN = (CONFIG, PROVENANCE, DATA, PROBE, DRAFT)
+DISTRIBUTIONS = ("torchspec", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+_SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[_-]?key|credential)[\w.-]*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """An opened run directory. `lock` is held until the process ends."""
+
+    path: Path
+    lock: IO[str]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+
+def open_run(config: RunConfig) -> RunDirectory:
+    """Create the directory, or take up the run in it; rank 0 only.
+
+    Raises TorchspecError when it cannot be written, another process is training in it, it holds files that a
+    run would overwrite, or it holds a run and `train.resume` is `never`.
+    """
+    path = config.output
+    reason = refusal(config)
+    if reason is not None:
+        raise TorchspecError(f"the output {path} {reason}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / CHECKPOINTS).mkdir(exist_ok=True)
+        lock = (path / LOCK).open("w")
+    except OSError as error:
+        raise TorchspecError(f"the output directory {path} cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise TorchspecError(f"another process is training in {path}: wait for it, or name another --output") from error
+    return RunDirectory(path=path, lock=lock)
+
+
+def refusal(config: RunConfig) -> str | None:
+    """Why a run must not start in its output directory as it is; None if it may."""
+    path = config.output
+    if path.exists() and not path.is_dir():
+        return "is a file: name a directory with --output"
+    if is_run(path):
+        if config.train.resume == "never":
+            return "holds a run already, and train.resume is `never`: name another, or leave train.resume at `auto`"
+        return None
+    foreign = [name for name in WRITTEN if (path / name).exists()]
+    if foreign:
+        return f"holds {', '.join(foreign)}, which a run would overwrite, but no run: name another directory"
+    return None
+
+
+def is_run(path: Path) -> bool:
+    return (path / ENVIRONMENT).is_file() or (path / METRICS).is_file()
+
+
+def record_session(
+    run: RunDirectory, config: RunConfig, provenance: Mapping[str, str], environment: Mapping[str, Any], step: int
+) -> None:
+    """Write the resolved configuration, where it came from, and this session's circumstances."""
+    earlier: list[Any] = []
+    path = run.path / ENVIRONMENT
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8")).get("sessions", [])
+    session = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": step,
+        "command": command_line(sys.argv),
+    }
+    try:
+        write_json(path, {**environment, "sessions": [*earlier, session]})  # first: it makes the directory a run's
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        (run.path / CONFIG).write_text(text, encoding="utf-8")
+        write_json(run.path / PROVENANCE, dict(provenance))
+    except OSError as error:
+        raise TorchspecError(f"cannot write into {run.path}: {error.strerror}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's result may depend on."""
+    found = {name: metadata.version(name) for name in DISTRIBUTIONS}
+    return {"python": platform.python_version(), **found}
+
+
+def describe_environment(device: str, torch_device: torch.device, world_size: int) -> dict[str, Any]:
+    """Flat facts about where a run takes place."""
+    name = platform.processor() or platform.machine()
+    if torch_device.type != "cpu":
+        name = str(torch.get_device_module(torch_device).get_device_name(torch_device))
+    return {
+        **versions(),
+        "git_revision": git_revision(),
+        "device": device,
+        "device_name": name,
+        "ranks": world_size,
+        "threads_per_rank": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+    }
+
+
+def git_revision() -> str | None:
+    """The revision torchspec itself runs from, "-dirty" if tracked files differ; None where it is not a checkout."""
+    here = Path(__file__)
+    try:
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        revision = _git(here.parent, "rev-parse", "HEAD")
+        dirty = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("-dirty" if dirty else "")
+
+
+def _git(directory: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=directory, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def command_line(words: Sequence[str]) -> list[str]:
+    """The words of a command with the values of anything named like a secret blanked."""
+    shown: list[str] = []
+    hide_next = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = _SECRET.search(name) is not None
+        if hide_next:
+            shown.append("***")
+        elif equals and secret:
+            shown.append(f"{name}=***")
+        else:
+            shown.append(word)
+        hide_next = secret and not equals and word.startswith("-")
+    return shown

@@ -1,0 +1,62 @@
+"""The tiny runs of test_parallel_gradients.py and test_resume.py, so that one process per rank serves them all."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+Cell = dict[str, Any]
+
+WINDOW = {"kind": "gradients", "config": {"batch_size": 7, "micro_batch_size": 2}}
+GRADIENTS: list[Cell] = [
+    {**WINDOW, "name": "float64", "dtype": "float64"},
+    {**WINDOW, "name": "float32", "dtype": "float32"},
+    # With 3 ranks and micro-batches of 1 a batch of 7 leaves holes; half of the samples teach nothing.
+    {**WINDOW, "name": "holes", "dtype": "float64", "config": {"batch_size": 7, "micro_batch_size": 1}, "count": 21,
+     "unsupervised": list(range(0, 21, 2))},
+    {**WINDOW, "name": "whole", "dtype": "float64", "config": {"batch_size": 7, "micro_batch_size": 7}},
+    {**WINDOW, "name": "nothing", "dtype": "float64", "unsupervised": list(range(13))},
+    {**WINDOW, "name": "bfloat16", "compute": "bfloat16"},
+]  # fmt: skip
+
+# Dropout draws from each rank's own random state; 5 epochs of 4 steps, and the last batch of each is short.
+STEPS, EVERY = 20, 3
+CONFIG = {"epochs": 5, "batch_size": 4, "micro_batch_size": 1, "checkpoint_every": EVERY, "keep_last": 2}
+RUN: Cell = {"kind": "train", "config": CONFIG, "dropout": 0.3}
+KILLS = (1, 7, 15)  # before the first checkpoint, between two, where one is due
+# Python calls after which a SIGKILL falls, wherever the run is then: in a step, in a checkpoint, while it resumes.
+# A whole run makes about 700,000.
+MOMENTS = [random.Random(moment).randrange(20_000, 350_000) for moment in range(6)]
+
+
+def resume_cells(ranks: int) -> list[Cell]:
+    last = ranks - 1
+    made = [{**RUN, "name": "reference"}]
+    for step in KILLS:
+        made += [
+            {**RUN, "name": f"kill-{step}-a", "directory": f"kill-{step}", "kill": [step, "KILL", last]},
+            {**RUN, "name": f"kill-{step}-b", "directory": f"kill-{step}"},
+        ]
+    for name in ("TERM", "INT"):
+        made += [
+            {**RUN, "name": f"{name}-a", "directory": name, "kill": [8, name, last]},
+            {**RUN, "name": f"{name}-b", "directory": name},
+        ]
+    made += [{**RUN, "name": f"moment-{n}", "directory": "moment", "kill_after": s} for n, s in enumerate(MOMENTS)]
+    return [*made, {**RUN, "name": "moment-end", "directory": "moment"}]
+
+
+# Half a run on 3 ranks and the rest on 1, without randomness.
+RESHARD: Cell = {**RUN, "dropout": 0.0, "dtype": "float64", "directory": "../reshard"}
+AGREEMENT: Cell = {"name": "agreement", "kind": "agreement"}
+
+CELLS: dict[int, list[Cell]] = {
+    3: [*GRADIENTS, AGREEMENT, {**RESHARD, "name": "reshard-a", "kill": [10, "TERM", 0]}],
+    2: [*GRADIENTS, *resume_cells(2)],
+    1: [
+        *GRADIENTS,
+        *resume_cells(1),
+        {**RESHARD, "name": "reshard-b"},
+        {**RESHARD, "name": "whole", "directory": "alone"},
+    ],
+}
