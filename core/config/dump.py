@@ -7,7 +7,15 @@ from typing import Any
 
 import yaml
 
+from torchspec.core.config import sources
 from torchspec.core.config.schema import RunConfig
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either kind of YAML, 1.1 or 1.2, would take for something else."""
+
+
+sources.add_scalars(_Dumper)
 
 
 def to_yaml(config: RunConfig, provenance: Mapping[str, str]) -> str:
@@ -25,7 +33,7 @@ def _lines(values: Mapping[str, Any], provenance: Mapping[str, str], prefix: str
             lines.append(f"{indent}{key}:")
             _lines(value, provenance, f"{path}.", lines)
             continue
-        text = yaml.safe_dump(value, default_flow_style=True, width=2**16, allow_unicode=True)
+        text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=2**16, allow_unicode=True)
         text = text.removesuffix("\n").removesuffix("\n...")
         source = provenance.get(path)
         lines.append(f"{indent}{key}: {text}" + (f"  # {source}" if source else ""))

@@ -13,6 +13,9 @@ from torchspec.core import settings as variables
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 from torchspec.core.registry import Registry
 
+EMBEDDED = "embedded"
+"""The name of the target that ships with torchspec."""
+
 _INPUT_FILES = ("data.train", "data.validation", "target.chat_template")
 
 
@@ -27,6 +30,9 @@ def problems(tree: Mapping[str, Any]) -> list[Problem]:
     device = tree.get("device") or variables.default_device()
     if isinstance(device, str):
         found += adapter_problems("device", device, registry.devices())
+    target = tree.get("target", {}).get("path")
+    if isinstance(target, str | Path):
+        found += target_problems("target.path", Path(target))
     backend = tree.get("backend", "hf")
     if isinstance(backend, str):
         found += adapter_problems("backend", backend, registry.backends())
@@ -44,7 +50,7 @@ def problems(tree: Mapping[str, Any]) -> list[Problem]:
 def adapter_problems(field: str, name: str, known: Registry[Any]) -> list[Problem]:
     """Why a device or backend of this name cannot be used here; [] if it can."""
     try:
-        availability = known.spec(name).probe()
+        availability = registry.probe(known.spec(name))
     except ConfigError as error:
         return [replace(problem, field=field) for problem in error.problems]
     except TorchspecError as error:
@@ -53,6 +59,15 @@ def adapter_problems(field: str, name: str, known: Registry[Any]) -> list[Proble
         return []
     message = f"not available here: {availability.reason}"
     return [Problem(field=field, value=name, message=message, remedy=availability.hint)]
+
+
+def target_problems(field: str, path: Path) -> list[Problem]:
+    """What shows at a glance that no target is at `path`; its contents are checked where they are read."""
+    if str(path) == EMBEDDED or (path.expanduser() / "config.json").is_file():
+        return []
+    message = "no config.json in this directory" if path.expanduser().is_dir() else "no such directory"
+    remedy = f"name a directory with config.json, safetensors and tokenizer, or `{EMBEDDED}`; nothing is downloaded"
+    return [Problem(field=field, value=str(path), message=message, remedy=remedy)]
 
 
 def file_problems(field: str, paths: Iterable[Path]) -> list[Problem]:

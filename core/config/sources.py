@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  PyYAML's own name
 
 
-for _tag, _pattern, _first in (
+_SCALARS = (
     ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
@@ -40,8 +40,16 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
     ("merge", r"<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+)
+
+
+def add_scalars(kind: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
+    """Teach a loader or dumper the scalars of YAML 1.2's core schema."""
+    for tag, pattern, first in _SCALARS:
+        kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), first)
+
+
+add_scalars(_Loader)
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:

@@ -31,9 +31,11 @@ def load_prompts(
     settings: DatasetSettings,
     progress: ProgressSink | None = None,
     *,
-    limit: int | None = None,
+    count: int | None = None,
 ) -> list[Prompt]:
-    """Every conversation cut before its last assistant turn, with the generation prompt added; the first `limit`.
+    """Every conversation cut before its last assistant turn, with the generation prompt added.
+
+    `count` takes that many of them at even distances, not the first ones: neighbours in a file are often alike.
 
     A conversation that ends with another's message is a prompt as it is. Prompts longer than `settings.max_length`
     are left out, never cut: a cut one would ask something else. Bad rows are skipped; what was left out goes to the
@@ -43,8 +45,6 @@ def load_prompts(
     tally, unique = Tally(), UniqueIds()
     prompts: list[Prompt] = []
     for outcome in tokenise(reader, renderer, renderer.prompt, progress):
-        if limit is not None and len(prompts) == limit:
-            break
         if isinstance(outcome, BadRow):
             tally.refuse(outcome)
         elif outcome[1].input_ids.size > settings.max_length:
@@ -59,4 +59,6 @@ def load_prompts(
         raise nothing_left(report, f"are prompts of more than {settings.max_length} tokens")
     if report.bad_count or report.filtered:
         logger.warning("prompts: %s", report.describe())
-    return prompts
+    if count is None or count >= len(prompts):
+        return prompts
+    return [prompts[place * len(prompts) // count] for place in range(count)]

@@ -10,10 +10,9 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from torchspec.core.config.environment import EMBEDDED
 from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.engine import TargetSpec
-
-EMBEDDED = "embedded"
 
 _CONTENTS = (
     "a target directory holds config.json, the weights as model.safetensors (or model.safetensors.index.json and its "
@@ -130,11 +129,13 @@ def _rope_parameters(text: PreTrainedConfig) -> dict[str, object]:
     embedding gives Llama's default: its draft still rotates.
     """
     parameters = dict(_first(text, "rope_parameters", "rope_scaling") or {})
-    if parameters and all(isinstance(value, dict) for value in parameters.values()):
-        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    of_layer_types = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    if of_layer_types:
+        parameters = dict(of_layer_types.get("full_attention") or next(iter(of_layer_types.values())))
     parameters.setdefault("rope_type", parameters.get("type", "default"))
-    parameters.setdefault("rope_theta", _first(text, "rope_theta") or 10000.0)
     parameters.pop("type", None)
+    if parameters.get("rope_theta") is None:
+        parameters["rope_theta"] = _first(text, "rope_theta") or 10000.0
     return parameters
 
 

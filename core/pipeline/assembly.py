@@ -73,7 +73,7 @@ def load_data(config: RunConfig, context: ParallelContext, progress: ProgressSin
     if not config.data.validation:
         return Data(train=train, prompts=())
     prompts = context.main_first(
-        lambda: load_prompts(config.data.validation, tokenizer, settings, progress, limit=config.eval.samples)
+        lambda: load_prompts(config.data.validation, tokenizer, settings, progress, count=config.eval.samples)
     )
     return Data(train=train, prompts=prompts)
 

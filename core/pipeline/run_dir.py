@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
+from torchspec.core.config.dump import to_yaml
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import TorchspecError
 from torchspec.core.training.checkpoint_files import write_json
@@ -115,8 +115,7 @@ def record_session(
     }
     try:
         write_json(path, {**environment, "sessions": [*earlier, session]})  # first: it makes the directory a run's
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (run.path / CONFIG).write_text(text, encoding="utf-8")
+        (run.path / CONFIG).write_text(to_yaml(config, provenance), encoding="utf-8")
         write_json(run.path / PROVENANCE, dict(provenance))
     except OSError as error:
         raise TorchspecError(f"cannot write into {run.path}: {error.strerror}") from error

@@ -34,7 +34,7 @@ class ProgressDisplay:
 
     def __init__(self, *, silent: bool = False, figures: Callable[[], str] = str) -> None:
         self._console = Console(stderr=True)
-        self._handler = RichHandler(console=self._console, show_time=False, show_path=False)
+        self._handler = self._log_handler()
         self._silent = silent
         self._figures = figures
         self._bars: Progress | None = None
@@ -73,7 +73,15 @@ class ProgressDisplay:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total or None)
-        self._bars.update(self._tasks[stage], completed=done, total=total or None, description=self._describe(stage))
+        text = f"{stage} {self._current(stage)}"
+        self._bars.update(self._tasks[stage], completed=done, total=total or None, description=text)
+
+    def _log_handler(self) -> logging.Handler:
+        if self._console.is_terminal:
+            return RichHandler(console=self._console, show_time=False, show_path=False)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        return handler
 
     def _log(self, stage: str, done: int, total: int) -> None:
         """The first and the last report of a stage, and one every few seconds between them."""
@@ -83,11 +91,11 @@ class ProgressDisplay:
             return
         self._last = (stage, now)
         count = f"{done}/{total}" if total else str(done)
-        print(f"[{now - self._started:6.1f}s] {count} {self._describe(stage)}", file=sys.stderr, flush=True)
+        line = f"[{now - self._started:6.1f}s] {stage} {count} {self._current(stage)}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
-    def _describe(self, stage: str) -> str:
-        figures = self._figures() if stage == _TRAINING else ""
-        return f"{stage}: {figures}" if figures else stage
+    def _current(self, stage: str) -> str:
+        return self._figures() if stage == _TRAINING else ""
 
 
 def announce(text: str) -> None:

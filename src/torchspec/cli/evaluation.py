@@ -62,12 +62,6 @@ def _figures(result: EvalResult) -> dict[str, Any]:
     return {name: values[name] for name in _SWEPT}
 
 
-def spread(prompts: Sequence[PromptLike], count: int) -> list[PromptLike]:
-    """`count` of them at even distances: neighbours in a file are often alike."""
-    count = min(count, len(prompts))
-    return [prompts[place * len(prompts) // count] for place in range(count)]
-
-
 def evaluate_draft(
     target: Target,
     draft: Path,

@@ -49,10 +49,7 @@ def check(options: TargetOptions, capability: str, files: Sequence[Path] = (), *
         problems += error.problems
     problems += environment.file_problems("--data", files)
     problems += environment.output_problems("--output", output) if output is not None else []
-    try:
-        resolve_target(options.target)
-    except TorchspecError as error:
-        problems.append(Problem(field="--target", message=str(error)))
+    problems += environment.target_problems("--target", options.target)
     if problems:
         raise ConfigError(problems)
 

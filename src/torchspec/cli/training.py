@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.core.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from torchspec.core.pipeline.inprocess import RunOutcome
 
 _TAIL_BYTES = 1 << 14
 
@@ -19,11 +23,18 @@ def train(config: RunConfig, provenance: Mapping[str, str], *, silent: bool = Fa
     metrics = config.output / "metrics.jsonl"
     with ProgressDisplay(silent=silent, figures=lambda: latest_figures(metrics)) as progress:
         outcome = run(config, provenance=provenance, progress=progress)
+    if not silent:
+        _say_how_it_ended(outcome)
+    return outcome.exit_code
+
+
+def _say_how_it_ended(outcome: RunOutcome) -> None:
     if outcome.signal:
-        if not silent:
-            announce(f"stopped at step {outcome.step} of {outcome.total_steps}; the same command continues the run")
-        return 128 + outcome.signal
-    return 0
+        announce(f"stopped at step {outcome.step} of {outcome.total_steps}; the same command continues the run")
+        return
+    length = outcome.acceptance_length
+    decoded = "" if length is None else f", best decoded acceptance length {length:.2f}"
+    announce(f"trained {outcome.step} steps{decoded}; draft in {outcome.draft}, report in {outcome.report}")
 
 
 def latest_figures(metrics: Path) -> str:

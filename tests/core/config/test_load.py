@@ -213,7 +213,7 @@ def test_every_setting_is_described_and_typed() -> None:
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
     config, source = load_config(
         flags=REQUIRED,
-        overrides=["train.lr=3e-5", "draft.taps=[1, 2, 4]", "data.validation=['# x', 'a: b']"],
+        overrides=["train.lr=3e-5", "draft.taps=[1, 2, 4]", "data.validation=['# x', 'a: b', '1e-3', '07', 'no']"],
         probe=False,
     )
     text = to_yaml(config, source)

@@ -190,7 +190,8 @@ def test_prompts(make_tokenizer: MakeTokenizer, write_rows: WriteRows, chat: Cha
         "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompts[2].input_ids == (5,)
-    assert load_prompts([path], tokenizer, settings, limit=2) == prompts[:2]
+    assert load_prompts([path], tokenizer, settings, count=2) == [prompts[0], prompts[1]]
+    assert load_prompts([path], tokenizer, settings, count=9) == prompts
     with pytest.raises(DataError, match="none of the 1 rows can be used: 1 are bad"):
         load_prompts([write_rows([{"text": "t"}])], tokenizer, settings)
 

@@ -6,12 +6,15 @@ import json
 import platform
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchspec.cli.console import announce, print_table
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
 from torchspec.cli.schemas import JsonOption
 from torchspec.core.errors import TorchspecError
+
+if TYPE_CHECKING:
+    from torchspec.core.registry import Registry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
@@ -69,12 +72,14 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _adapter(known: Any, name: str) -> dict[str, Any]:
+def _adapter(known: Registry[Any], name: str) -> dict[str, Any]:
+    from torchspec.core import registry
+
     entry = known.entries[name]
     facts: dict[str, Any] = {"name": name, "registered_by": entry.dist.name if entry.dist else None}
     try:
         spec = known.spec(name)
-        answer = spec.probe()
+        answer = registry.probe(spec)
     except TorchspecError as error:
         return {**facts, "available": False, "reason": str(error), "remedy": "", "capabilities": []}
     return {

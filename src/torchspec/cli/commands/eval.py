@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> int:
     options = read_options(parser(), EvalOptions, words)
     announce("torchspec eval: loading")
 
-    from torchspec.cli.evaluation import evaluate_draft, show, spread
+    from torchspec.cli.evaluation import evaluate_draft, show
     from torchspec.cli.target import check, load_target
     from torchspec.core.data.dataset import DatasetSettings, load_prompts
     from torchspec.core.decoding.evaluate import EvalSettings
@@ -56,11 +56,11 @@ def run(words: Sequence[str]) -> int:
         target = load_target(options)
         try:
             data = DatasetSettings(max_length=options.max_length)
-            prompts = load_prompts(options.data, target.tokenizer, data, progress)
+            prompts = load_prompts(options.data, target.tokenizer, data, progress, count=options.samples)
             evaluation = evaluate_draft(
                 target,
                 options.draft,
-                spread(prompts, options.samples),
+                prompts,
                 settings,
                 progress,
                 lengths=options.sweep,

@@ -132,7 +132,7 @@ def _on_generated_text(options: QuickstartOptions, config: RunConfig, data: Path
 
 
 def _evaluate(options: QuickstartOptions, config: RunConfig, data: Path) -> Evaluation:
-    from torchspec.cli.evaluation import evaluate_draft, spread
+    from torchspec.cli.evaluation import evaluate_draft
     from torchspec.cli.target import load_target
     from torchspec.core.data.dataset import DatasetSettings, load_prompts
     from torchspec.core.decoding.evaluate import EvalSettings
@@ -142,11 +142,11 @@ def _evaluate(options: QuickstartOptions, config: RunConfig, data: Path) -> Eval
         target = load_target(_target_options(config))
         try:
             reading = DatasetSettings.from_config(config.data)
-            prompts = load_prompts([data / "test.jsonl"], target.tokenizer, reading, progress)
+            prompts = load_prompts([data / "test.jsonl"], target.tokenizer, reading, progress, count=options.samples)
             return evaluate_draft(
                 target,
                 options.output / "draft",
-                spread(prompts, options.samples),
+                prompts,
                 settings,
                 progress,
                 lengths=options.sweep,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchspec.cli.console import announce
 from torchspec.cli.options import Parser, add_options
+from torchspec.cli.training import train
 from torchspec.core.config.fields import FLAGS, default_text, settings, type_text
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from torchspec.core.pipeline.plan import Plan
 
 _INTRODUCTION = """\
 Train a draft for a target on conversations.
@@ -33,6 +38,7 @@ def bare_parser() -> Parser:
     made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     made.add_argument("--nproc", metavar="N", default="1", help="start N ranks on this machine [default: 1]")
     made.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
+    made.add_argument("--json", action="store_true", help="with --dry-run: print the plan as one JSON object")
     return made
 
 
@@ -60,7 +66,9 @@ def run(words: Sequence[str]) -> int:
     wants_help = "--help" in words or "-h" in words
     made = parser() if wants_help else bare_parser()
     values, overrides, problems = made.split(words)
-    file, dry_run = values.pop("config"), values.pop("dry_run")
+    file, dry_run, as_json = values.pop("config"), values.pop("dry_run"), values.pop("json")
+    if as_json and not dry_run:
+        problems.append(Problem(field="--json", message="means the plan of --dry-run", remedy="give both or neither"))
     nproc = _nproc(values.pop("nproc"), problems)
 
     from torchspec import __version__
@@ -80,12 +88,19 @@ def run(words: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     if dry_run:
-        return _show_plan(config, provenance, nproc)
+        from torchspec.core.pipeline.plan import make_plan
+
+        return _show_plan(make_plan(config, provenance, ranks=max(nproc, place().world_size)), as_json)
     if nproc > 1:
         from torchspec.core.pipeline.launch import launch, torchspec_command
 
         return launch(torchspec_command(["train", *_without_nproc(words)]), nproc)
     return train(config, provenance, silent=not first)
+
+
+def _show_plan(plan: Plan, as_json: bool) -> int:
+    print(json.dumps(plan.to_json(), indent=2) if as_json else plan.to_text())
+    return 0
 
 
 def _nproc(text: str, problems: list[Problem]) -> int:

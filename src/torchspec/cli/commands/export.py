@@ -1,0 +1,105 @@
+"""`torchspec export`: from a checkpoint to what an engine serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from torchspec.cli.console import announce
+from torchspec.cli.options import Parser, add_options, all_flags, read_options
+from torchspec.core.config.schema import Section
+from torchspec.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torchspec.core.export.layout import ExportContext
+    from torchspec.core.interfaces.algorithm import Algorithm
+
+
+class ExportOptions(Section):
+    checkpoint: Path = Field(
+        description="a run directory (its best checkpoint, else its newest), one checkpoint of it, or an exported draft"
+    )
+    format: Literal["hf", "sglang", "vllm"] = Field(
+        description="hf and sglang: plain EAGLE-3, which vLLM reads too; vllm: the speculators layout"
+    )
+    output: Path = Field(description="the directory to write; an earlier draft there is replaced")
+    target: Path | None = Field(
+        None, description="directory of the target; default: where it was in training. An exported draft needs it"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the stored tensors")
+
+
+def parser() -> Parser:
+    made = Parser(
+        "export",
+        "Write a checkpoint as a draft that an engine loads, and check it: the written files are read back by an\n"
+        "independent reader, which must predict what the trained draft predicts.",
+    )
+    add_options(made, ExportOptions, all_flags(ExportOptions))
+    return made
+
+
+def run(words: Sequence[str]) -> int:
+    options = read_options(parser(), ExportOptions, words)
+    announce(f"torchspec export: reading {options.checkpoint}")
+
+    import torch
+
+    from torchspec.core.config import environment
+    from torchspec.core.export.layout import FORMATS, write_draft
+
+    problems = environment.output_problems("--output", options.output.parent)
+    if problems:
+        raise ConfigError(problems)
+    algorithm, draft, context = _read(options)
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    outcome = write_draft(algorithm, draft, FORMATS[options.format], options.output, context, dtype)
+    features = "recorded features of the training" if outcome.recorded else "random features"
+    print(
+        f"{options.output}: checked on {features}, {outcome.drafted} drafted tokens; probabilities differ by at most "
+        f"{outcome.max_probability_difference:.1e} (limit {outcome.tolerance:.0e})"
+    )
+    return 0
+
+
+def _read(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
+    """The draft in memory, and what the check of the export needs."""
+    from torchspec.core import registry
+    from torchspec.core.export.layout import CONFIG, ExportContext
+    from torchspec.core.export.selfcheck import Probe
+    from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild
+    from torchspec.core.pipeline.run_dir import PROBE
+
+    if (options.checkpoint / CONFIG).is_file():
+        return _read_exported(options)
+    rebuilt = rebuild(options.checkpoint, target=options.target)
+    recorded = find_checkpoint(options.checkpoint).parent.parent / PROBE
+    probe = Probe.load(recorded) if recorded.is_file() else None
+    return (
+        rebuilt.algorithm,
+        rebuilt.draft,
+        ExportContext(head=rebuilt.head, device=registry.load_device("cpu"), probe=probe),
+    )
+
+
+def _read_exported(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
+    import torch
+
+    from torchspec.core import registry
+    from torchspec.core.errors import Problem
+    from torchspec.core.export.layout import ExportContext, read_draft
+    from torchspec.core.models.target_head import load_target_head
+    from torchspec.core.models.target_spec import read_target_spec, resolve_target
+
+    if options.target is None:
+        message = "required: an exported draft does not say where its target is"
+        raise ConfigError([Problem(field="--target", message=message, remedy="give --target")])
+    target = resolve_target(options.target)
+    algorithm, draft = read_draft(options.checkpoint, read_target_spec(target))
+    head = load_target_head(target, dtype=torch.float32, device=torch.device("cpu"))
+    return algorithm, draft.float(), ExportContext(head=head, device=registry.load_device("cpu"))
