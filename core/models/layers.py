@@ -117,8 +117,9 @@ class Rotary:
         initial = (
             LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
         )
-        inv_freq_d, scaling = initial(config)
-        return cls(inv_freq_d=inv_freq_d.float().cpu(), attention_scaling=float(scaling))
+        with torch.device("cpu"):  # also where a draft of shapes alone is being built
+            inv_freq_d, scaling = initial(config)
+        return cls(inv_freq_d=inv_freq_d.float(), attention_scaling=float(scaling))
 
     def tables(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, S, D] at these positions; angles in fp32 (fp64 for fp64), the result in `dtype`."""

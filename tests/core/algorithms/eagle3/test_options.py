@@ -214,6 +214,16 @@ def test_a_draft_of_another_width_brings_its_embedding(spec: TargetSpec, tiny_ll
     assert draft.state_dict()["fc.weight"].shape == (32, 192)
 
 
+def test_a_draft_of_shapes_alone_can_be_built(spec: TargetSpec, tiny_llama: Path) -> None:
+    """For plans: on the meta device nothing takes memory."""
+    algorithm = Eagle3.create(Eagle3Options(), spec)
+    with torch.device("meta"):
+        head = load_target_head(tiny_llama, dtype=torch.float32, device=torch.device("meta"))
+        vocabulary = VocabularyMap(ids_N=torch.arange(300), target_size=300)
+        draft = algorithm.build_draft(vocabulary, head)
+    assert {parameter.device.type for parameter in draft.parameters()} == {"meta"}
+
+
 def test_initialisation_is_reproducible(spec: TargetSpec, tiny_llama: Path) -> None:
     algorithm = Eagle3.create(Eagle3Options(), spec)
     head = load_target_head(tiny_llama, dtype=torch.float32, device=torch.device("cpu"))
