@@ -22,18 +22,13 @@ class TorchCommunication:
         self.supports_ipc = supports_ipc
 
     def init(self, device: torch.device, timeout: timedelta) -> None:
-        """Create the world: torchrun's from its environment, else a world of one that opens no port.
+        """Create the world: torchrun's from its environment, else a world of one that needs no address or port.
 
         `timeout` bounds the rendezvous here and every later collective of the world. A world that exists already (the
-        program is embedded in one) is used if it has this backend. Raises TorchspecError where ranks do not meet.
+        program is embedded in one) is used if it has these backends. Raises TorchspecError where ranks do not meet.
         """
         if dist.is_initialized():
-            existing = dist.get_backend_config()
-            if existing != str(dist.BackendConfig(dist.Backend(self.backend))):
-                raise TorchspecError(
-                    f"torch.distributed is already initialised with {existing!r}, this device needs {self.backend!r}: "
-                    f"initialise it with that backend, or leave it to torchspec"
-                )
+            self._check_existing_world(device)
             return
         here = launch()
         bound = None if device.type == "cpu" else device
@@ -49,6 +44,17 @@ class TorchCommunication:
                 f"{timeout.total_seconds():.0f} s: {error}\n    remedy: start the ranks with torchrun (it sets RANK, "
                 f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT) and look at the first rank that failed"
             ) from error
+
+    def _check_existing_world(self, device: torch.device) -> None:
+        existing = dist.get_backend_config()
+        has, needs = (dist.BackendConfig(dist.Backend(x)).get_device_backend_map() for x in (existing, self.backend))
+        for kind in {"cpu", device.type}:
+            if has.get(kind) != needs[kind]:
+                raise TorchspecError(
+                    f"torch.distributed is already initialised with {existing!r}, but this device needs "
+                    f"{needs[kind]!r} for tensors on {kind!r}\n    remedy: initialise it with {self.backend!r}, or "
+                    f"leave it to torchspec"
+                )
 
     def all_to_all(self, parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
         """Send parts[r] to group rank r and receive one from each. All parts of all ranks have one shape and dtype."""

@@ -1,8 +1,8 @@
 """PyTorch's flash attention for the CPU, called directly because the log-sum-exp is needed.
 
 Facts about the operator that shape this file (torch 2.13, each held by a test): its lse is not contiguous; `is_causal`
-is aligned upper left; masks are additive, fp32 also for fp16 and bf16, but an fp32 mask beside fp64 is silently misread;
-zero rows or keys kill the process; query heads may be a multiple of key heads.
+is aligned upper left; masks are additive, fp32 also for fp16 and bf16, but an fp32 mask beside fp64 is misread without
+an error; zero rows or keys kill the process; query heads may be a multiple of key heads.
 
 Shape letters: B batch, Q query rows, S key rows, H query heads, K key heads, G query heads per key head, D head size.
 """

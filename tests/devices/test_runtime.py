@@ -1,0 +1,57 @@
+"""Binding, memory and random state of every device that can run here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchspec.core.interfaces.device import Runtime
+from torchspec.core.registry import load_device
+
+
+@pytest.fixture
+def runtime(device_name: str) -> Runtime:
+    return load_device(device_name).runtime
+
+
+def test_binding(runtime: Runtime) -> None:
+    device = runtime.bind(0)
+    assert device.type == runtime.device_type
+    assert torch.ones(2, device=device).device == device
+    assert runtime.device_count() >= 1
+
+
+def test_memory_sees_a_large_tensor_and_the_peak_can_be_reset(runtime: Runtime, device_name: str) -> None:
+    device = runtime.bind(0)
+    size = 192 << 20
+    runtime.reset_peak_memory()
+    before = runtime.memory()
+    assert before.total > 0
+    tensor = torch.ones(size, dtype=torch.uint8, device=device)
+    runtime.synchronize()
+    held = runtime.memory()
+    assert held.allocated - before.allocated > 0.9 * size
+    assert held.peak >= held.allocated
+    del tensor
+    after = runtime.memory()
+    assert held.allocated - after.allocated > 0.9 * size
+    assert after.peak - after.allocated > 0.9 * size
+    runtime.reset_peak_memory()
+    if runtime.memory().peak == after.peak and device_name == "cpu":
+        pytest.skip("this system cannot reset the peak of the resident set")
+    assert runtime.memory().peak < after.peak - 0.5 * size
+
+
+def test_seeding_and_restoring_the_random_state(runtime: Runtime) -> None:
+    device = runtime.bind(0)
+    runtime.manual_seed(11)
+    state = runtime.rng_state()
+    assert (state.dtype, state.device.type) == (torch.uint8, "cpu")
+    first, host = torch.rand(4, device=device), torch.rand(4)
+    runtime.manual_seed(11)
+    assert torch.equal(torch.rand(4, device=device), first)
+    runtime.manual_seed(11)
+    if device.type != "cpu":
+        assert torch.equal(torch.rand(4), host)
+    runtime.set_rng_state(state)
+    assert torch.equal(torch.rand(4, device=device), first)
