@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 Rollback = Literal["full", "window", "none"]
 
@@ -74,14 +74,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._show(self._columns)
 
 
-def rollback_of(config: PreTrainedConfig) -> Rollback:
-    """What the cache of this architecture can forget.
+def rollback_of(model: PreTrainedModel) -> Rollback:
+    """What the cache of this model can forget.
 
     full    every layer attends to everything: columns can be masked, moved and dropped, rows differ in length
     window  sliding windows among the layers: the last tokens of a single sequence can be dropped
     none    a recurrent state, or another that cannot be taken back
     """
-    cache = DynamicCache(config=config)
+    # Older releases of transformers give recurrent layers an ordinary cache layer, so its kind alone proves nothing.
+    layer_types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if model._is_stateful or not layer_types <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        return "none"
+    cache = DynamicCache(config=model.config)
     kinds = {type(layer) for layer in cache.layers}
     if kinds == {DynamicLayer}:
         return "full"
@@ -90,12 +94,14 @@ def rollback_of(config: PreTrainedConfig) -> Rollback:
     return "none"
 
 
-def new_cache(config: PreTrainedConfig, rollback: Rollback, *, recording: bool) -> DynamicCache:
-    """An empty cache; `recording` keeps what a rollback of sliding windows needs."""
+def new_cache(config: PreTrainedConfig, rollback: Rollback, *, recording: bool) -> Cache | None:
+    """An empty cache; `recording` keeps what a rollback of sliding windows needs. None: the model makes its own."""
+    if rollback == "none":
+        return None
     cache = DynamicCache(config=config)
     if rollback == "full":
         cache.layers = [GrowingLayer() for _ in cache.layers]
-    elif rollback == "window" and recording:
+    elif recording:
         cache.activate_past_recording()  # type: ignore[no-untyped-call]
     return cache
 

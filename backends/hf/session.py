@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from torchspec.backends.api import Prefill, StepOutput, TargetError
 from torchspec.backends.hf.cache import GrowingLayer, compaction, new_cache
@@ -45,7 +46,6 @@ class HfDecodeSession:
         self._target = target
         self._recording = recording
         self._recorder = TapRecorder(target, taps)
-        self._cache = new_cache(target.model.config, target.rollback, recording=recording)
         self._lengths = [len(prompt) for prompt in prompts]
         self._columns = max(self._lengths)
         self._trailing = [self._columns - length for length in self._lengths]
@@ -57,6 +57,7 @@ class HfDecodeSession:
         """Right padding under a causal mask needs no mask; the head sees only each prompt's last token."""
         ids_BT = pad_right(prompts).to(self._target.device)
         last_B = torch.tensor(self._lengths, device=self._target.device) - 1
+        cache = new_cache(self._target.model.config, self._target.rollback, recording=self._recording)
 
         def only_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden_BTH = args[0]
@@ -66,9 +67,12 @@ class HfDecodeSession:
         hook = head.register_forward_pre_hook(only_last)
         try:
             with self._recorder, torch.inference_mode():
-                output = self._target.model(input_ids=ids_BT, past_key_values=self._cache, use_cache=True)
+                output = self._target.model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
         finally:
             hook.remove()
+        if output.logits.shape[1] != 1:
+            raise TargetError(f"{type(self._target.model).__name__} bypasses its own output head: it cannot be decoded")
+        self._cache: Cache = output.past_key_values
         taps = [self._recorder.of_row(row, length) for row, length in enumerate(self._lengths)]
         self._recorder.outputs.clear()
         return Prefill(logits_BV=output.logits[:, 0].clone(), taps=taps)

@@ -100,7 +100,7 @@ def load_target(options: EngineOptions) -> HfTarget:
         base=_base(model),
         layers=_decoder_layers(model, spec.num_layers),
         device=device,
-        rollback=rollback_of(model.config),
+        rollback=rollback_of(model),
     )
 
 

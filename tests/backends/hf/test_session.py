@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Gemma2Config, MistralConfig, PreTrainedConfig, Qwen3NextConfig
+from transformers import DynamicCache, Gemma2Config, MistralConfig, PreTrainedConfig, Qwen3NextConfig
 
 from torchspec.backends.api import TargetError
 from torchspec.backends.hf import session as session_module
@@ -168,6 +168,7 @@ QWEN3_NEXT = Qwen3NextConfig(
 )  # fmt: skip
 
 
+@pytest.mark.skipif(not hasattr(DynamicCache, "activate_past_recording"), reason="transformers too old: refused there")
 @pytest.mark.parametrize("config", [GEMMA2, MISTRAL], ids=["gemma2", "mistral"])
 def test_sliding_windows_decode_one_by_one(
     config: PreTrainedConfig, save_target: Callable[[PreTrainedConfig], Path], load_hf: Callable[..., HfEngine]
@@ -177,6 +178,12 @@ def test_sliding_windows_decode_one_by_one(
     script = [(3, 0), (1, 0), (6, 1), (6, 2), (2, 4), (4, 3), (1, 4), (1, 4), (6, 0)]
     for seed, length in enumerate((2, 4, 5, 9)):
         replay(engine, [length], script, seed, TAPS)
+    session = HfDecodeSession(engine._target, [[1, 2, 3]], ())
+    for _ in range(10):
+        session.step(torch.ones(1, 3, dtype=torch.int64))
+    windows = [layer for layer in session._cache.layers if layer.is_sliding]
+    assert windows
+    assert all(layer.keys.shape[-2] <= 5 - 1 + 3 for layer in windows), "what no rollback can need is let go"
     with pytest.raises(TargetError, match="batch size 1, not 2"):
         engine.open([[1], [2, 3]], ())
 
