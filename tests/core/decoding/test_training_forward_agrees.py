@@ -92,7 +92,7 @@ def make_case(make_parts: Callable[..., Any], path: Path, prompts: list[list[int
 @pytest.fixture(scope="module", params=["qwen3, two turns", "llama, small vocabulary", "embedded"])
 def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_target: Path, tiny_llama: Path) -> Case:
     if request.param == "qwen3, two turns":
-        return make_case(make_parts, tiny_target, random_prompts(40, 1), steps=60, max_new_tokens=25, turns=2)
+        return make_case(make_parts, tiny_target, random_prompts(40, 1), steps=140, max_new_tokens=25, turns=2)
     if request.param == "llama, small vocabulary":
         ids_N = torch.arange(0, 300, 2)
         return make_case(make_parts, tiny_llama, random_prompts(40, 2), ids_N=ids_N, steps=60, max_new_tokens=40)
