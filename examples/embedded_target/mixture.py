@@ -1,13 +1,15 @@
-"""Token rows for training the embedded target: three streams of text, and whole conversations packed.
+"""Token rows for training the embedded target: text cut into rows, and whole conversations packed.
 
 Shape letters: R rows of a batch, T tokens of a row. ``ids_RT`` are inputs and ``labels_RT`` the token that
-follows each, -100 where it does not count. The state of every stream is a few integers, so a resumed run
+follows each, -100 where it does not count. The state of a source of rows is two integers, so a resumed run
 continues with the rows that the interrupted one would have seen.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ from torchspec.core.data.stdlib_corpus import Conversation, Split, iter_conversa
 from torchspec.core.data.stdlib_files import iter_files
 
 IGNORED = -100
-_OPEN_ROWS = 24  # rows that packing keeps open: enough to leave 1-3 % of padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +51,25 @@ def source_documents(tokenizer: Any, split: Split, *, tests: bool) -> list[Docum
     return [Document(ids=ids, counts=np.ones(len(ids), dtype=bool)) for ids in arrays]
 
 
-@dataclass(kw_only=True)
-class Stream:
-    """Documents in a new order every epoch, concatenated and cut into rows: every token counts."""
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of ``T`` inputs and the tokens that follow them."""
 
-    documents: list[Document]
-    length: int
+    ids: np.ndarray  # int32 [T + 1]
+    counts: np.ndarray  # bool [T + 1]: tokens of an answer
+    real: np.ndarray  # bool [T + 1]: tokens that are not padding
+    previous: np.ndarray | None = None  # int32 [T + 1]: where a looped token stood one copy before, else -1
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """An endless source of rows of one length, in a new order every epoch; the base of the two kinds."""
+
+    length: int  # T
     seed: int
     epoch: int = 0
     position: int = 0
-    _flat: np.ndarray | None = field(default=None, repr=False)
+    _made: list[Row] = field(default_factory=list, repr=False)
 
     def state(self) -> dict[str, int]:
         """What :meth:`restore` needs."""
@@ -67,91 +77,142 @@ class Stream:
 
     def restore(self, state: dict[str, int]) -> None:
         """Continue from ``state``."""
-        self.epoch, self.position, self._flat = state["epoch"], state["position"], None
+        self.epoch, self.position, self._made = state["epoch"], state["position"], []
 
-    def row(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next (ids, labels), int32 [T] each."""
-        if self._flat is not None and self.position + self.length + 1 > len(self._flat):
-            self.epoch, self.position, self._flat = self.epoch + 1, 0, None
-        if self._flat is None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.documents))
-            self._flat = np.concatenate([self.documents[i].ids for i in order])
-        row = self._flat[self.position : self.position + self.length + 1]
-        self.position += self.length
-        return row[:-1], row[1:]
-
-
-@dataclass(kw_only=True)
-class Packed:
-    """Whole documents packed into rows, in a new order every epoch: only ``counts`` tokens count.
-
-    A document longer than a row loses its end.
-    """
-
-    documents: list[Document]
-    length: int
-    seed: int
-    pad: int
-    epoch: int = 0
-    position: int = 0
-    _rows: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
-
-    def state(self) -> dict[str, int]:
-        """What :meth:`restore` needs."""
-        return {"epoch": self.epoch, "position": self.position}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue from ``state``."""
-        self.epoch, self.position, self._rows = state["epoch"], state["position"], []
-
-    def row(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next (ids, labels), int32 [T] each."""
-        if self._rows and self.position >= len(self._rows):
-            self.epoch, self.position, self._rows = self.epoch + 1, 0, []
-        if not self._rows:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.documents))
-            self._rows = [self._join(group) for group in self._groups(order)]
-        row = self._rows[self.position]
+    def row(self) -> Row:
+        """The next row."""
+        if self._made and self.position >= len(self._made):
+            self.epoch, self.position, self._made = self.epoch + 1, 0, []
+        if not self._made:
+            self._made = self.make(np.random.default_rng([self.seed, self.epoch]))
+        row = self._made[self.position]
         self.position += 1
         return row
 
-    def rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """All rows of one pass in the given order of the documents."""
-        return [self._join(group) for group in self._groups(np.arange(len(self.documents)))]
+    def make(self, generator: np.random.Generator) -> list[Row]:
+        """The rows of one epoch."""
+        raise NotImplementedError
 
-    def _groups(self, order: np.ndarray) -> list[list[Document]]:
-        """First fit over a few open rows of ``length + 1`` tokens."""
-        closed: list[list[Document]] = []
-        opened: list[tuple[int, list[Document]]] = []
-        for index in order:
-            document = self.documents[index]
-            size = min(len(document.ids), self.length + 1)
-            for slot, (used, group) in enumerate(opened):
-                if used + size <= self.length + 1:
-                    opened[slot] = (used + size, [*group, document])
-                    break
+
+@dataclass(kw_only=True)
+class Cut(Rows):
+    """Documents one after the other, cut every ``length`` tokens; the last part row is lost."""
+
+    documents: list[Document]
+
+    def make(self, generator: np.random.Generator) -> list[Row]:
+        """The documents in random order, cut."""
+        order = generator.permutation(len(self.documents))
+        ids = np.concatenate([self.documents[i].ids for i in order])
+        counts = np.concatenate([self.documents[i].counts for i in order])
+        starts = range(0, len(ids) - self.length, self.length)
+        parts = [slice(start, start + self.length + 1) for start in starts]
+        real = np.ones(self.length + 1, dtype=bool)
+        return [Row(ids=ids[part], counts=counts[part], real=real) for part in parts]
+
+
+@dataclass(kw_only=True)
+class Packed(Rows):
+    """Rows of whole documents from :func:`pack`; what shares a row does so in every epoch."""
+
+    rows: list[Row]
+
+    def make(self, generator: np.random.Generator) -> list[Row]:
+        """The rows in random order."""
+        return [self.rows[i] for i in generator.permutation(len(self.rows))]
+
+
+@dataclass(kw_only=True)
+class Loops(Rows):
+    """Conversations that break off into a loop: a span of the answer, again and again to the row's end.
+
+    Material for a loss that teaches not to go on (Xu et al., 2022, "Learning to Break the Loop",
+    arXiv:2206.02369). Left alone, a small model's greedy answers end in loops.
+    """
+
+    documents: list[Document]
+
+    def make(self, generator: np.random.Generator) -> list[Row]:
+        """One row of every document that leaves room for three copies of its span."""
+        rows = (self._loop(self.documents[i], generator) for i in generator.permutation(len(self.documents)))
+        return [row for row in rows if row is not None]
+
+    def _loop(self, document: Document, generator: np.random.Generator) -> Row | None:
+        inside = np.flatnonzero(document.counts)[:-1]  # without the end of the turn
+        span = int(generator.integers(1, 33))
+        if len(inside) <= span:
+            return None
+        start = int(inside[generator.integers(0, len(inside) - span)])
+        stop, size = start + span, self.length + 1
+        if stop + 2 * span > size:
+            return None
+        copies = -(-(size - stop) // span)
+        ids = np.concatenate([document.ids[:stop], np.tile(document.ids[start:stop], copies)])[:size]
+        positions = np.arange(size, dtype=np.int32)
+        previous = np.where(positions >= stop, positions - span, -1).astype(np.int32)
+        counts = np.concatenate([document.counts[:stop], np.ones(size - stop, dtype=bool)])
+        return Row(ids=ids, counts=counts, real=np.ones(size, dtype=bool), previous=previous)
+
+
+def own_loops(path: Path) -> list[Row]:
+    """The rows of ``find_loops.py``: a model's own answers; nothing before the loop counts."""
+    saved = np.load(path)
+    rows = []
+    for ids, start, period in zip(saved["ids"], saved["start"], saved["period"], strict=True):
+        positions = np.arange(len(ids), dtype=np.int32)
+        looped = positions >= start
+        previous = np.where(looped, positions - period, -1).astype(np.int32)
+        rows.append(Row(ids=ids, counts=looped, real=np.ones(len(ids), dtype=bool), previous=previous))
+    return rows
+
+
+def pack(documents: list[Document], lengths: tuple[int, ...], *, pad: int) -> dict[int, list[Row]]:
+    """Whole documents in rows of the given lengths (ascending); the longest documents lose their ends.
+
+    A document opens a row of the shortest length that holds it, unless a row that a longer one opened has
+    room: attention costs the square of a row, so short documents do not belong into long rows otherwise.
+    """
+    groups: list[tuple[int, list[Document]]] = []
+    room: list[tuple[int, int]] = []  # a heap of (- free tokens, index of the group)
+    for length, shorter in zip(reversed(lengths), (*reversed(lengths[:-1]), -1), strict=True):
+        longest = 1 << 30 if length == lengths[-1] else length + 1
+        for document in documents:
+            size = min(len(document.ids), length + 1)
+            if not shorter + 1 < len(document.ids) <= longest:
+                continue
+            if room and -room[0][0] >= size:
+                free, index = heapq.heappop(room)
+                groups[index][1].append(document)
+                heapq.heappush(room, (free + size, index))
             else:
-                opened.append((size, [document]))
-            if len(opened) > _OPEN_ROWS:
-                fullest = max(range(len(opened)), key=lambda slot: opened[slot][0])
-                closed.append(opened.pop(fullest)[1])
-        return closed + [group for _, group in opened]
-
-    def _join(self, group: list[Document]) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.full(self.length + 1, self.pad, dtype=np.int32)
-        labels = np.full(self.length + 1, IGNORED, dtype=np.int32)
-        start = 0
-        for document in group:
-            stop = min(start + len(document.ids), self.length + 1)
-            ids[start:stop] = document.ids[: stop - start]
-            counts = document.counts[: stop - start]
-            labels[start:stop][counts] = ids[start:stop][counts]
-            start = stop
-        return ids[:-1], labels[1:]
+                groups.append((length, [document]))
+                heapq.heappush(room, (size - length - 1, len(groups) - 1))
+    rows: dict[int, list[Row]] = {length: [] for length in lengths}
+    for length, group in groups:
+        rows[length].append(_join(group, length, pad))
+    return rows
 
 
-def batch(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _join(group: list[Document], length: int, pad: int) -> Row:
+    ids = np.concatenate([document.ids for document in group])[: length + 1]
+    counts = np.concatenate([document.counts for document in group])[: length + 1]
+    missing = (0, length + 1 - len(ids))
+    return Row(
+        ids=np.pad(ids, missing, constant_values=pad),
+        counts=np.pad(counts, missing),
+        real=np.pad(np.ones(len(ids), dtype=bool), missing),
+    )
+
+
+def batch(rows: list[Row], *, answers_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """``ids_RT`` and ``labels_RT``, int64, of the rows."""
-    ids_RT = torch.from_numpy(np.stack([ids for ids, _ in rows])).long()
-    labels_RT = torch.from_numpy(np.stack([labels for _, labels in rows])).long()
-    return ids_RT, labels_RT
+    ids = np.stack([row.ids for row in rows]).astype(np.int64)
+    counts = np.stack([row.counts if answers_only else row.real for row in rows])
+    labels = np.where(counts, ids, IGNORED)
+    return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(labels[:, 1:].copy())
+
+
+def previous_batch(rows: list[Row]) -> torch.Tensor:
+    """``previous_RT``: for each label that is a looped token the place of its copy before, else -1."""
+    previous = np.stack([np.full(len(row.ids), -1) if row.previous is None else row.previous for row in rows])
+    return torch.from_numpy(np.where(previous > 0, previous - 1, -1)[:, 1:].astype(np.int64))
