@@ -41,7 +41,7 @@ def _generate_batch(
     target: HfTarget, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
 ) -> list[list[int]]:
     session = HfDecodeSession(target, prompts, (), recording=False)
-    draws = [_prompt_generator(seed, prompt) for prompt in prompts] if temperature > 0 else []
+    draws = [prompt_generator(seed, prompt) for prompt in prompts] if temperature > 0 else []
     stop = set(target.spec.eos_token_ids)
     new: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
@@ -79,6 +79,7 @@ def sample(logits_BV: Tensor, temperature: float, uniform_B: Tensor) -> Tensor:
     return torch.where(token_B < logits_BV.shape[1], token_B, logits_BV.argmax(-1))
 
 
-def _prompt_generator(seed: int, prompt: Sequence[int]) -> torch.Generator:
+def prompt_generator(seed: int, prompt: Sequence[int]) -> torch.Generator:
+    """A CPU generator of this seed and this prompt: other prompts draw independently."""
     digest = hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -16,6 +16,7 @@ from torchspec.backends.api import EngineOptions, TargetError, TargetSpec
 from torchspec.backends.hf.attention import use_grouped_attention
 from torchspec.backends.hf.cache import Rollback, rollback_of
 from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.models.target_head import decoder_of
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
 
@@ -142,7 +143,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _base(model: PreTrainedModel) -> nn.Module:
-    base = model.base_model
+    base = model.base_model if model.base_model is not model else decoder_of(model)
     if base is model:
         raise TargetError(f"{type(model).__name__} has no base model below its output head")
     assert isinstance(base, nn.Module)
@@ -150,7 +151,7 @@ def _base(model: PreTrainedModel) -> nn.Module:
 
 
 def _decoder_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, ...]:
-    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = decoder_of(model)
     stacks = [
         module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,15 @@ def _skeleton(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> 
     return skeleton
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The stack of decoder layers with its final norm, inside whatever wraps it."""
+    found: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    # transformers answers with the model itself where its own attribute names disagree (Llama 4).
+    decoder = getattr(model, "model", model) if found is model else found
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
 def _tied(config: PreTrainedConfig) -> bool:
     parts = (config, config.get_text_config(decoder=True))
     return any(getattr(part, "tie_word_embeddings", False) for part in parts)
@@ -184,7 +194,7 @@ def _not_found(weights: TargetWeights, what: str, name: str, shape: tuple[int, .
 def _final_norm(
     skeleton: PreTrainedModel, weights: TargetWeights, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    decoder = skeleton.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = decoder_of(skeleton)
     norm = next((found for name in _FINAL_NORMS if isinstance(found := getattr(decoder, name, None), nn.Module)), None)
     if norm is None:
         raise TargetError(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from torchspec.backends.hf.engine import HfEngine
-from torchspec.backends.hf.generate import sample
+from torchspec.backends.hf.generate import prompt_generator, sample
 
 
 def prompts(seed: int, *lengths: int) -> list[list[int]]:
@@ -69,6 +69,11 @@ def test_sampling_depends_on_seed_and_prompt_not_on_the_batch(qwen3: HfEngine) -
     alone = [qwen3.generate([prompt], max_new_tokens=10, temperature=1.0, seed=7)[0] for prompt in reversed(asked)]
     assert together == alone[::-1]
     assert together != qwen3.generate(asked, max_new_tokens=10, temperature=1.0, seed=8)
+
+
+def test_prompts_and_seeds_draw_independently() -> None:
+    keys = [(seed, prompt) for seed in (0, 1) for prompt in ([1], [2], [1, 2], [12])]
+    assert len({torch.rand(1, generator=prompt_generator(*key)).item() for key in keys}) == len(keys)
 
 
 def test_first_sampled_token_has_the_target_distribution(qwen3: HfEngine) -> None:

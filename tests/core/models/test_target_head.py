@@ -23,6 +23,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Olmo2Config,
     OlmoConfig,
@@ -71,6 +72,7 @@ FAMILIES: list[PreTrainedConfig] = [
     GraniteConfig(**SIZES, logits_scaling=3.0, embedding_multiplier=2.0),  # divides
     FalconH1Config(**SIZES, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8),
     Cohere2Config(**SIZES, logit_scale=0.3),  # LayerNorm without bias
+    Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=2),
     OlmoConfig(**SIZES),  # LayerNorm without parameters
     Olmo2Config(**SIZES),
     GPTNeoXConfig(**{**SIZES, "num_key_value_heads": 4}),  # LayerNorm with bias, head called embed_out
@@ -104,7 +106,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> SafetensorsTargetHea
 def ends_of(path: Path) -> tuple[Tensor, Tensor, Tensor]:
     """What goes into the target's final norm, what comes out, and the logits, of a few tokens."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
-    decoder = model.get_decoder()
+    decoder = model.base_model if model.base_model is not model else model.model
     norm = next(
         getattr(decoder, name)
         for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f")
