@@ -85,8 +85,9 @@ def _size(file: Path) -> int:
     if file.suffix.lower() not in SUFFIXES:
         raise DataError(f"{file} is of an unknown kind ({file.suffix or 'no suffix'}): one of {', '.join(SUFFIXES)}")
     size = file.stat().st_size
-    if size <= _BLANK and not file.read_bytes().strip():
-        raise DataError(f"{file} is empty")
+    with file.open("rb") as stream:  # of a large file too: that it cannot be read is to be known now
+        if not stream.read(_BLANK).strip() and size <= _BLANK:
+            raise DataError(f"{file} is empty")
     return size
 
 

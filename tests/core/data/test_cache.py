@@ -279,6 +279,11 @@ class Outcome:
     warnings: list[str]
 
 
+def received(connection: Any) -> Any:
+    assert connection.poll(120), "a process hangs"
+    return connection.recv()
+
+
 class Children:
     """Processes that load the same data, started together and then let go together."""
 
@@ -297,7 +302,7 @@ class Children:
             theirs.close()
             started.append((process, ours))
         for _, connection in started:
-            assert connection.recv() == "ready"
+            assert received(connection) == "ready"
         for _, connection in started:
             connection.send("go")
         return started
@@ -306,7 +311,7 @@ class Children:
         return [self.outcome(*child) for child in self.start(*modes, limit=limit)]
 
     def outcome(self, process: Any, connection: Any) -> Outcome:
-        outcome = Outcome(*connection.recv())
+        outcome = Outcome(*received(connection))
         process.join()
         return outcome
 
@@ -325,7 +330,7 @@ def test_processes_at_once(children: Children, tmp_path: Path) -> None:
     shutil.rmtree(directory)
     started = children.start("unlocked", "unlocked")
     for _, connection in started:
-        assert connection.recv() == "tokenising"
+        assert received(connection) == "tokenising"
     for _, connection in started:
         connection.send("go")
     unlocked = [children.outcome(*child) for child in started]
@@ -353,7 +358,7 @@ def test_disk_full(children: Children, tmp_path: Path) -> None:
 
 def test_killed_while_tokenising(children: Children, tmp_path: Path) -> None:
     ((process, connection),) = children.start("killed")
-    assert connection.recv() == "tokenising"
+    assert received(connection) == "tokenising"
     process.kill()
     process.join()
     directory = tmp_path / "cache" / "tokens"
