@@ -203,7 +203,7 @@ def _check_initial(config: RunConfig, problems: _Problems) -> None:
     if path is None:
         return
     known = ("config.json", MANIFEST, "checkpoints")
-    if not any((path / name).exists() for name in known):
+    if not any((path / name).exists() for name in known) and not steps_on_disk(path):
         problems.append(
             Problem(
                 field="draft.init_from",

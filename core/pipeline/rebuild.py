@@ -110,7 +110,7 @@ def load_state(draft: nn.Module, state: dict[str, Tensor], source: Path) -> None
 
 def read_initial(path: Path, target: TargetSpec) -> tuple[dict[str, Tensor], VocabularyMap]:
     """State and vocabulary map to start from: of a checkpoint, a run or an exported draft."""
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
+    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or steps_on_disk(path):
         found = find_checkpoint(path)
         return checkpoint.load_draft_state(found)[1], checkpoint.load_vocabulary(found)
     _, draft = read_draft(path, target)

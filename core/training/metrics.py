@@ -6,12 +6,14 @@ step, so the file never tells two stories about one step. Only rank 0 writes; va
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from torchspec.core.errors import TorchspecError
 
@@ -25,24 +27,29 @@ class MetricsLog:
         `validated` says whether the validation of `after_step` belongs to what the run continues from; if not, it
         will run (again) and its row goes too.
         """
-        self._file: TextIO | None = None
+        self._file: RawIOBase | None = None
+        self._path = path
         if path is None:
             return
         try:
             if path.exists():
                 _cut(path, after_step, validated)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
 
     def write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        data = line.encode()
         try:
-            self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+            # One unbuffered write per row: nothing is left behind that a later close would try to write again.
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise TorchspecError(
-                f"cannot write {self._file.name}: {error.strerror}. The newest checkpoint is intact; "
+                f"cannot write {self._path}: {error.strerror}. The newest checkpoint is intact; "
                 "free some space and start the same command again to resume from it"
             ) from error
 

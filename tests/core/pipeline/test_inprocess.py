@@ -1,0 +1,89 @@
+"""A whole run with the real parts: EAGLE-3 for a tiny Qwen3, from conversations to an exported draft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from torchspec.core.errors import CheckpointError, TorchspecError
+from torchspec.core.export.layout import read_draft
+from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.pipeline.inprocess import train
+from torchspec.core.pipeline.rebuild import rebuild
+from torchspec.core.training.checkpoint import load_draft_state
+from torchspec.core.training.checkpoint_files import directory_of, read_json, steps_on_disk
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["kind"] == kind]
+
+
+def test_a_run_leaves_everything_it_promises(make_config: Any, tmp_path: Path, tiny_target: Path) -> None:
+    config, provenance = make_config(tmp_path / "run", "train.epochs=2", "eval.every=4")
+    outcome = train(config, provenance=provenance)
+    run = outcome.directory
+    assert (outcome.step, outcome.total_steps, outcome.signal, outcome.exit_code) == (8, 8, 0, 0)
+
+    trained = rows(run, "train")
+    assert [row["step"] for row in trained] == list(range(1, 9))
+    assert trained[-1]["samples"] == 26
+    promised = {"epoch", "tokens", "loss", "accuracy_per_position", "simulated_acceptance_length", "lr", "grad_norm"}
+    assert promised <= trained[0].keys()
+    assert trained[0]["memory"]["peak"] > 0
+    assert sum(trained[0]["time"].values()) == pytest.approx(trained[0]["step_seconds"], rel=1e-3)
+
+    validated = rows(run, "validation")
+    assert [row["step"] for row in validated] == [4, 8]
+    best = max(validated, key=lambda row: (row["acceptance_length"], -row["step"]))
+    assert read_json(run / "checkpoints" / "best.json")["step"] == best["step"]
+    assert outcome.acceptance_length == best["acceptance_length"]
+    assert 8 in steps_on_disk(run / "checkpoints")
+
+    # The exported draft is the best checkpoint's, tensor for tensor.
+    assert outcome.draft == run / "draft"
+    _, draft = read_draft(run / "draft", read_target_spec(tiny_target))
+    _, state = load_draft_state(directory_of(run / "checkpoints", best["step"]))
+    exported = draft.state_dict()
+    assert state.keys() == exported.keys()
+    for name, tensor in state.items():
+        assert torch.equal(exported[name], tensor), name
+    assert (run / "report.html").stat().st_size > 1000
+
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
+    assert json.loads((run / "provenance.json").read_text())["train.epochs"] == "command line"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["sessions"][0]["from_step"] == 0
+    assert json.loads((run / "data.json").read_text())["kept"] == 13
+
+    # The same command again finds the run finished; a changed one says what changed.
+    again = train(config, provenance=provenance)
+    assert again.step == 8
+    assert rows(run, "train") == trained
+    changed, provenance = make_config(tmp_path / "run", "train.epochs=2", "draft.unroll=4", "seed=1")
+    with pytest.raises(CheckpointError, match=r"(?s)draft.unroll: the checkpoint has 3, this run 4.*order.seed"):
+        train(changed, provenance=provenance)
+    never, provenance = make_config(tmp_path / "run", "train.epochs=2", "train.resume=never")
+    with pytest.raises(TorchspecError, match="holds a run already"):
+        train(never, provenance=provenance)
+
+    rebuilt = rebuild(run)
+    assert rebuilt.step == best["step"]
+
+
+def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> None:
+    """The vocabulary map is the earlier draft's, and the first loss goes on where it ended."""
+    config, provenance = make_config(tmp_path / "first", "train.epochs=4", "train.schedule=constant")
+    train(config, provenance=provenance)
+    for source in ("draft", "checkpoints"):
+        init = f"draft.init_from={tmp_path / 'first' / source}"
+        config, provenance = make_config(tmp_path / source, init, "train.max_steps=1")
+        train(config, provenance=provenance)
+        first, later = rows(tmp_path / "first", "train"), rows(tmp_path / source, "train")
+        assert later[0]["loss"] < first[0]["loss"] - 0.5

@@ -1,0 +1,208 @@
+"""What the loop does beside gradients: optimizer arithmetic, empty windows, refusals, rows, validation."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchspec.core.config.schema import EvalConfig
+from torchspec.core.data.prompts import Prompt
+from torchspec.core.interfaces.algorithm import StepResult
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training.metrics import MetricsLog
+from torchspec.core.training.random_state import untouched
+from torchspec.core.training.schedule import Schedule
+from torchspec.core.training.sharding import local, unsharded_state
+from torchspec.core.training.signals import StopRequest
+from torchspec.core.training.trainer import NonFiniteError
+from torchspec.core.training.validation import Validator
+
+
+def run(trainer: Any, directory: Path) -> list[dict[str, Any]]:
+    directory.mkdir(exist_ok=True)
+    with MetricsLog(directory / "metrics.jsonl") as log, StopRequest() as stop:
+        trainer.run(log, stop)
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_updates_are_adamw_with_decay_on_matrices_and_clipping(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path
+) -> None:
+    """Three updates against AdamW written out from its definition (1711.05101, algorithm 2) in float64."""
+    config = {"weight_decay": 0.3, "betas": [0.8, 0.9], "lr": 0.05, "clip_norm": 0.05, "schedule": "cosine"}
+    trainer = tiny.make_trainer(tiny.Job(directory=tmp_path, config=config, dtype=torch.float64), context)
+    parameters = dict(trainer.model.draft.named_parameters())
+    seen: list[dict[str, Tensor]] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.append({name: local(p.grad).clone() for name, p in parameters.items()})
+    )
+    values = {name: local(p.detach()).clone() for name, p in parameters.items()}
+    rows = [trainer._step() for _ in range(3)]
+    schedule = Schedule.of(trainer.setup.config)
+    first, second = ({name: torch.zeros_like(v) for name, v in values.items()} for _ in range(2))
+    for t, grads in enumerate(seen, start=1):
+        norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
+        assert norm == pytest.approx(0.05, rel=1e-4)
+        assert rows[t - 1]["grad_norm"] > 0.05
+        rate = 0.05 * schedule.factor(t - 1, trainer.total_steps)
+        assert rows[t - 1]["lr"] == rate
+        for name, value in values.items():
+            decay = 0.3 if value.ndim == 2 else 0.0
+            first[name] = 0.8 * first[name] + 0.2 * grads[name]
+            second[name] = 0.9 * second[name] + 0.1 * grads[name] ** 2
+            moment, spread = first[name] / (1 - 0.8**t), second[name] / (1 - 0.9**t)
+            values[name] = value - rate * decay * value - rate * moment / (spread.sqrt() + 1e-8)
+    for name, value in values.items():
+        assert torch.allclose(local(parameters[name].detach()), value, rtol=0, atol=1e-12), name
+
+
+def test_empty_windows_are_counted_and_leave_the_schedule_alone(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path
+) -> None:
+    samples = tiny.TinySamples(count=8, unsupervised=[0, 2, 3, 5])
+    config = {"batch_size": 1, "micro_batch_size": 1, "schedule": "cosine", "warmup_steps": 0}
+    job = tiny.Job(directory=tmp_path, config=config, samples=samples)
+    rows = run(tiny.make_trainer(job, context), tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    empty = [row for row in rows if row["lr"] is None]
+    assert len(empty) == rows[-1]["empty_windows"] == 4
+    assert all(row["loss"] is None and row["grad_norm"] is None for row in empty)
+    rates = [row["lr"] for row in rows if row["lr"] is not None]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 0.02
+    assert tiny.make_trainer(job, context).counters.updates == 0
+
+
+class Poisoned:
+    """Makes the loss of one sample something else."""
+
+    def __init__(self, inner: Any, sample: int, factor: float, samples: Any) -> None:
+        self.inner, self.factor = inner, factor
+        self.length, self.tokens = samples.lengths[sample], samples[sample].input_ids_T
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def step(self, draft: Any, head: Any, features: Any, masks: Any, device: Any) -> StepResult:
+        result: StepResult = self.inner.step(draft, head, features, masks, device)
+        if any(torch.equal(f.input_ids_T, self.tokens) for f in features):
+            return replace(result, numerator=result.numerator * self.factor)
+        return result
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_loss_that_is_not_a_number_stops_before_the_update_and_names_step_and_samples(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path, factor: float
+) -> None:
+    trainer = tiny.make_trainer(tiny.Job(directory=tmp_path, config={"micro_batch_size": 1}), context)
+    bad = trainer._batches(0)[1][2]
+    algorithm = Poisoned(trainer.model.algorithm, bad, factor, trainer.samples)
+    trainer.model = replace(trainer.model, algorithm=algorithm)
+    trainer._step()
+    before = unsharded_state(trainer.model.draft)
+    with pytest.raises(NonFiniteError, match=rf"step 2: loss (nan|inf).*Samples concerned: row-{bad}\. "):
+        trainer._step()
+    after = unsharded_state(trainer.model.draft)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert (trainer.counters.step, trainer.counters.updates) == (1, 1)
+
+
+def test_max_steps_and_log_every(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
+    job = tiny.Job(directory=tmp_path, config={"epochs": 9, "max_steps": 5, "log_every": 3})
+    trainer = tiny.make_trainer(job, context)
+    rows = run(trainer, tmp_path)
+    assert [row["step"] for row in rows] == [3, 5]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert rows[-1]["samples"] == 13 + sum(len(batch) for batch in trainer._batches(1)[:2])
+
+
+def test_a_draft_that_hides_its_output_is_refused(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
+    """FSDP would leave its gradients unreduced, without a word."""
+
+    class Hidden:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+    trainer = tiny.make_trainer(tiny.Job(directory=tmp_path), context)
+    draft = trainer.model.draft
+    forward = type(draft).forward
+    algorithm = trainer.model.algorithm
+
+    class Unwrapping:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(algorithm, name)
+
+        def step(self, module: Any, *rest: Any) -> StepResult:
+            return algorithm.step(lambda *inputs: module(*inputs).value, *rest)  # type: ignore[no-any-return]
+
+    draft.forward = lambda *inputs: Hidden(forward(draft, *inputs))
+    trainer.model = replace(trainer.model, algorithm=Unwrapping())
+    with pytest.raises(TypeError, match="was not reduced over ranks"):
+        trainer._step()
+
+
+def validator(tiny: ModuleType, context: ParallelContext, trainer: Any, **changes: Any) -> Validator:
+    prompts = [Prompt(sample_id=f"p{n}", input_ids=tuple(range(n, n + 3))) for n in range(5)]
+    settings = EvalConfig(**({"max_new_tokens": 12, "draft_length": 2} | changes))
+    return Validator(
+        model=trainer.model,
+        vocabulary=VocabularyMap.identity(tiny.V),
+        prompts=prompts,
+        settings=settings,
+        seed=0,
+        context=context,
+    )
+
+
+def test_validation_decodes_for_real_and_disturbs_nothing(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path
+) -> None:
+    """Acceptance recounted by hand from the target's own text, and the same random numbers afterwards."""
+    trainer = tiny.make_trainer(tiny.Job(directory=tmp_path, config={"epochs": 8}), context)
+    for _ in range(20):
+        trainer._step()
+    validate = validator(tiny, context, trainer)
+    expected = torch.random.get_rng_state()
+    with untouched(context.device.runtime):
+        row = validate()
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    assert validate() | {"seconds": 0, "tokens_per_second": 0} == row | {"seconds": 0, "tokens_per_second": 0}
+
+    target, draft = tiny.RecurrentTarget(), validate._copy()
+    rounds = accepted = 0
+    for prompt in validate.prompts:
+        text = list(prompt.input_ids)
+        text += target.generate([text], max_new_tokens=1)[0]
+        while len(text) < len(prompt.input_ids) + 12:
+            taps_TNH, _ = target.states(text[:-1], target.zero())
+            guess = int(draft.heads[1](draft.hidden(taps_TNH[-1:])).argmax())
+            true = target.generate([text], max_new_tokens=3)[0]
+            hits = 0 if guess != true[0] else (2 if guess == true[1] else 1)
+            text += true[: hits + 1]
+            rounds, accepted = rounds + 1, accepted + hits
+    assert (row["rounds"], row["accepted"]) == (rounds, accepted)
+    assert row["acceptance_length"] == 1 + accepted / rounds == 1 + sum(row["acceptance_per_position"])
+
+
+def test_validation_rows_and_best_checkpoint(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
+    """Validated at 4, 8, 12 and at the end; the best stays although newer ones push it out."""
+    scores = {4: 1.2, 8: 1.9, 12: 1.4, 14: 1.9}
+    job = tiny.Job(directory=tmp_path, config={"max_steps": 14, "epochs": 9, "checkpoint_every": 5, "keep_last": 1})
+    trainer = tiny.make_trainer(
+        job, context, lambda: {"acceptance_length": scores[trainer.counters.step]}, validate_every=4
+    )
+    rows = run(trainer, tmp_path)
+    assert {row["step"]: row["acceptance_length"] for row in rows if row["kind"] == "validation"} == scores
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best.json", "step_00000008", "step_00000014"]
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert best == {"step": 8, "acceptance_length": 1.9, "checkpoint": "step_00000008"}
