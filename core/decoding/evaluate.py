@@ -110,6 +110,7 @@ def _summarise(
         speedup=speeds.speedup,
         speedup_median=speeds.median,
         decoding_speedup=speeds.decoding,
+        cpu_speedup=speeds.cpu,
         lossless=None if mismatches is None else not mismatches,
         tie_mismatches=ties,
         other_mismatches=None if mismatches is None or ties is None else len(mismatches) - ties,
@@ -150,12 +151,13 @@ class _Speeds:
     speedup: float | None
     median: float | None
     decoding: float | None
+    cpu: float | None
 
     @classmethod
     def of(cls, run: Run, baseline: Run | None) -> _Speeds:
         speed = run.tokens / run.seconds.total
         if baseline is None:
-            return cls(tokens_per_second=speed, draftless=None, speedup=None, median=None, decoding=None)
+            return cls(tokens_per_second=speed, draftless=None, speedup=None, median=None, decoding=None, cpu=None)
         draftless = baseline.tokens / baseline.seconds.total
         pairs = zip(run.decoded, baseline.decoded, strict=True)
         ratios = [(a.tokens / a.seconds.total) / (b.tokens / b.seconds.total) for a, b in pairs]
@@ -165,6 +167,7 @@ class _Speeds:
             speedup=speed / draftless,
             median=median(ratios),
             decoding=(run.tokens / run.seconds.decoding) / (baseline.tokens / baseline.seconds.decoding),
+            cpu=(run.tokens / run.seconds.cpu) / (baseline.tokens / baseline.seconds.cpu),
         )
 
 

@@ -71,12 +71,14 @@ class Seconds:
     prefill  the target's forward pass over the prompts
     draft    the draft's work, its own pass over the prompts included
     target   the target's steps and cache rollbacks
+    cpu      processor seconds of this process, all threads: unlike the others, not moved by what else the machine does
     """
 
     prefill: float
     draft: float
     target: float
     total: float
+    cpu: float
 
     @property
     def decoding(self) -> float:
@@ -102,7 +104,7 @@ class Stopwatch:
     """Adds up wall seconds per phase, waiting for the accelerator at the end of each."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
         self._phases: dict[Phase, float] = {"prefill": 0.0, "draft": 0.0, "target": 0.0}
         self.device = torch.device("cpu")
 
@@ -115,7 +117,8 @@ class Stopwatch:
         self._phases[phase] += time.perf_counter() - start
 
     def seconds(self) -> Seconds:
-        return Seconds(total=time.perf_counter() - self._start, **self._phases)
+        total, cpu = time.perf_counter() - self._start, time.process_time() - self._cpu
+        return Seconds(total=total, cpu=cpu, **self._phases)
 
 
 @dataclass(kw_only=True, eq=False)

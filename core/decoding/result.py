@@ -72,11 +72,13 @@ class EvalResult:
     speedup             ratio of the two tokens_per_second; speedup_median is the median over batches of the ratio
                         within the batch, which a hiccup of the machine does not move
     decoding_speedup    the same ratio without the target's prefill
+    cpu_speedup         the same ratio in tokens per processor second: on a busy machine that computes on the CPU, the
+                        steadiest of them; on an accelerator it compares only what the host does
     lossless            every text equals draftless greedy decoding token for token
     tie_mismatches      texts that first differ where the two tokens' logits are equal within rounding
     other_mismatches    texts that first differ elsewhere
     skipped             prompts left out because they fill the target's context
-    seconds             wall: prefill (target), draft (its prefill included), target, total
+    seconds             see `Seconds`, added over batches
     """
 
     acceptance_length: float
@@ -86,6 +88,7 @@ class EvalResult:
     speedup: float | None
     speedup_median: float | None
     decoding_speedup: float | None
+    cpu_speedup: float | None
     lossless: bool | None
     tie_mismatches: int | None
     other_mismatches: int | None
@@ -122,6 +125,7 @@ def add_seconds(parts: Sequence[Seconds]) -> Seconds:
         draft=sum(part.draft for part in parts),
         target=sum(part.target for part in parts),
         total=sum(part.total for part in parts),
+        cpu=sum(part.cpu for part in parts),
     )
 
 

@@ -97,7 +97,7 @@ def test_json_holds_the_agreed_names(make_target: Make, make_drafter: Make) -> N
             "machine", "seconds", "tie_mismatches", "other_mismatches"} <= values.keys()  # fmt: skip
     assert values["lossless"] is True
     assert values["dtype"] == "float32"
-    assert set(values["seconds"]) == {"prefill", "draft", "target", "total"}
+    assert set(values["seconds"]) == {"prefill", "draft", "target", "total", "cpu"}
     assert values["speedup"] == pytest.approx(values["tokens_per_second"] / values["tokens_per_second_draftless"])
     assert values["tokens_per_second"] == pytest.approx(values["tokens"] / values["seconds"]["total"])
     assert "records" not in values
@@ -110,6 +110,7 @@ def test_without_a_baseline_nothing_is_claimed(make_target: Make, make_drafter: 
     request = EvalSettings(max_new_tokens=6, compare_draftless=False)
     result = evaluate(target, make_drafter(target), make_prompts(2), request)
     assert result.speedup is result.speedup_median is result.tokens_per_second_draftless is None
+    assert result.decoding_speedup is result.cpu_speedup is None
     assert result.lossless is result.tie_mismatches is result.other_mismatches is result.seconds_draftless is None
 
 
