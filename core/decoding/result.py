@@ -66,8 +66,8 @@ class EvalResult:
 
     acceptance_*        see `Acceptance`
     tokens              new tokens of all prompts, the first of each (which the prefill gives) included
-    tokens_per_round    tokens of rounds that reached the text, per round: what SGLang calls the accept length; at most
-                        acceptance_length, since the end of a text cuts its last round
+    tokens_per_round    tokens of rounds that reached the text, per round; at most acceptance_length, since the end of a
+                        text cuts its last round. SGLang's accept length is tokens / rounds, with the first token too
     tokens_per_second   tokens / wall seconds of decoding all prompts, the target's and the draft's prefill included
     speedup             ratio of the two tokens_per_second; speedup_median is the median over batches of the ratio
                         within the batch, which a hiccup of the machine does not move
