@@ -38,7 +38,8 @@ CONFIG, PROVENANCE, ENVIRONMENT, DATA = "config.yaml", "provenance.json", "envir
 METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
 WRITTEN = (CONFIG, PROVENANCE, DATA, PROBE, DRAFT)
 DISTRIBUTIONS = ("torchspec", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-_SECRET = re.compile(r"(?i)(token|secret|password|passwd|api[_-]?key|credential)[\w.-]*$")
+# "token", not "tokens": eval.max_new_tokens is no secret.
+_SECRET = re.compile(r"(?i)(token(?!s)|secret|password|passwd|api[_-]?key|credential)[\w.-]*$")
 
 
 @dataclass(frozen=True, kw_only=True)

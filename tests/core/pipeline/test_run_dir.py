@@ -49,6 +49,7 @@ def test_an_output_that_is_a_file_or_unwritable_is_named(make_config: Any, tmp_p
         (["tracker.api_key=abc", "train.lr=1"], ["tracker.api_key=***", "train.lr=1"]),
         (["--hub-token", "abc", "x"], ["--hub-token", "***", "x"]),
         (["--password=abc"], ["--password=***"]),
+        (["eval.max_new_tokens=6", "--credentials=a"], ["eval.max_new_tokens=6", "--credentials=***"]),
     ],
 )
 def test_secrets_do_not_enter_the_record(words: list[str], shown: list[str]) -> None:
