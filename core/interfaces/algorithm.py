@@ -111,6 +111,11 @@ class Algorithm(Protocol):
         ...
 
     @property
+    def layouts(self) -> tuple[str, ...]:
+        """Published layouts that can hold this draft, the one to write by default first."""
+        ...
+
+    @property
     def passes_per_token(self) -> float:
         """How often a token goes through the draft's layers in one training forward; for estimates of memory."""
         ...

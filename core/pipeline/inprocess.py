@@ -150,7 +150,8 @@ def _finish(config: RunConfig, context: ParallelContext, target: Target, progres
     export = ExportContext(
         head=rebuilt.head, device=context.device, probe=Probe.load(probe) if probe.is_file() else None
     )
-    write_draft(rebuilt.algorithm, rebuilt.draft, "plain", config.output / run_dir.DRAFT, export)
+    layout = rebuilt.algorithm.layouts[0]
+    write_draft(rebuilt.algorithm, rebuilt.draft, layout, config.output / run_dir.DRAFT, export)
     write_report(config.output)
     if progress is not None:
         progress("export", 1, 1)

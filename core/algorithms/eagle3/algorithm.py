@@ -53,6 +53,12 @@ class Eagle3:
         return self.geometry.draft_vocab_size
 
     @property
+    def layouts(self) -> tuple[str, ...]:
+        from torchspec.core.algorithms.eagle3 import convert
+
+        return convert.layouts(self.geometry, self.taps)
+
+    @property
     def passes_per_token(self) -> float:
         return self.options.unroll
 

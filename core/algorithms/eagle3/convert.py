@@ -43,14 +43,21 @@ def to_files(algorithm: Eagle3, state: Mapping[str, Tensor], layout: str) -> Dra
     dtype = str(state["fc.weight"].dtype).removeprefix("torch.")
     layer = _layer_config(geometry, dtype)
     if layout == "plain":
-        _refuse_plain(geometry, taps)
+        problems = _plain_problems(geometry, taps)
+        if problems:
+            raise ConfigError(problems)
         return DraftFiles(config=_plain(geometry, taps, target, layer), tensors=dict(state))
     config = _speculators(geometry, taps, target, layer, tokens=min(5, algorithm.options.unroll))
     prefix = layer_prefix(config)
     return DraftFiles(config=config, tensors={name.replace(OURS, prefix): value for name, value in state.items()})
 
 
-def _refuse_plain(geometry: Geometry, taps: tuple[int, ...]) -> None:
+def layouts(geometry: Geometry, taps: tuple[int, ...]) -> tuple[str, ...]:
+    """Those that can hold such a draft; plain first, since both engines read it."""
+    return LAYOUTS[1:] if _plain_problems(geometry, taps) else LAYOUTS
+
+
+def _plain_problems(geometry: Geometry, taps: tuple[int, ...]) -> list[Problem]:
     problems = []
     if len(taps) != ENGINE_TAPS:
         problems.append(
@@ -70,8 +77,7 @@ def _refuse_plain(geometry: Geometry, taps: tuple[int, ...]) -> None:
                 remedy="train without it, or export with --format vllm",
             )
         )
-    if problems:
-        raise ConfigError(problems)
+    return problems
 
 
 def _layer_config(geometry: Geometry, dtype: str) -> dict[str, Any]:

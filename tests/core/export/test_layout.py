@@ -135,6 +135,7 @@ def test_plain_refuses_what_sglang_would_serve_wrongly(tiny_target: Path, tmp_pa
         write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
     assert {problem.field for problem in caught.value.problems} == {"draft.taps", "draft.norm_before_residual"}
     assert not (tmp_path / "draft").exists()
+    assert algorithm.layouts == ("speculators",)  # what a run writes at its end
     write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
 
 
