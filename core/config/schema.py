@@ -61,6 +61,7 @@ class TrainConfig(Section):
     min_lr_ratio: Fraction = Field(0.05, description="final learning rate over the peak")
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm is clipped to this; null: not")
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, into OUTPUT/tensorboard")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
     keep_last: Positive = Field(2, description="this many newest checkpoints stay; the best one always does")
     resume: Literal["auto", "never"] = Field(

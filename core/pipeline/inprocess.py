@@ -21,6 +21,7 @@ from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.signals import StopRequest
+from torchspec.core.training.trackers import TensorBoard, check_tensorboard
 from torchspec.core.training.trainer import Outcome, Trainer
 from torchspec.core.training.window import Model, capture
 
@@ -67,6 +68,8 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
 def _train(
     config: RunConfig, provenance: Mapping[str, str], context: ParallelContext, progress: ProgressSink | None
 ) -> RunOutcome:
+    if config.train.tensorboard:
+        check_tensorboard()
     run = context.main_only(lambda: run_dir.open_run(config))
     checkpoints = config.output / run_dir.CHECKPOINTS
     resumed = checkpoint.choose(checkpoints, context)
@@ -81,7 +84,7 @@ def _train(
             trainer.resume(resumed)
             logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start))
-        outcome = _run(run, trainer, progress)
+        outcome = _run(run, config, trainer, progress)
         if outcome.signal:
             logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
             return _outcome(config, outcome, finished=False)
@@ -128,12 +131,15 @@ def _record_probe(path: Path, model: Model, data: Data) -> None:
         Probe.record(capture(model, [sample])[0]).save(path)
 
 
-def _run(run: RunDirectory | None, trainer: Trainer, progress: ProgressSink | None) -> Outcome:
+def _run(run: RunDirectory | None, config: RunConfig, trainer: Trainer, progress: ProgressSink | None) -> Outcome:
     counters = trainer.counters
+    tracked = run is not None and config.train.tensorboard
+    tracker = TensorBoard(config.output / "tensorboard", after_step=counters.step) if tracked else None
     log = MetricsLog(
         None if run is None else run.metrics,
         after_step=counters.step,
         validated=counters.validated_step == counters.step,
+        tracker=tracker,
     )
     with log, StopRequest() as stop:
         return trainer.run(log, stop, progress)

@@ -13,22 +13,32 @@ import os
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from torchspec.core.errors import TorchspecError
+
+
+class Tracker(Protocol):
+    """Takes the same rows; see core/training/trackers.py."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class MetricsLog:
     """Appends rows, each flushed as a whole line; `directory` None is a log that keeps nothing (other ranks)."""
 
-    def __init__(self, path: Path | None, *, after_step: int = 0, validated: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, *, after_step: int = 0, validated: bool = False, tracker: Tracker | None = None
+    ) -> None:
         """Continue `path` behind `after_step`; later rows, and a line that was cut short, are removed.
 
         `validated` says whether the validation of `after_step` belongs to what the run continues from; if not, it
-        will run (again) and its row goes too.
+        will run (again) and its row goes too. `tracker` gets every row as well, and is closed with the log.
         """
         self._file: RawIOBase | None = None
         self._path = path
+        self._tracker = tracker
         if path is None:
             return
         try:
@@ -41,6 +51,8 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
+        if self._tracker is not None:
+            self._tracker.write(row)
         line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
         data = line.encode()
         try:
@@ -57,6 +69,9 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None
 
     def __enter__(self) -> MetricsLog:
         return self
