@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
@@ -83,13 +84,22 @@ def _train(
         if resumed is not None:
             trainer.resume(resumed)
             logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
+            _tell_changes(resumed, setup.facts)
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start))
         outcome = _run(run, config, trainer, progress)
         if outcome.signal:
             logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
             return _outcome(config, outcome, finished=False)
-        context.main_only(lambda: _finish(config, context, target, progress))
+        context.main_only(lambda: _finish(config, target, progress))
     return _outcome(config, outcome, finished=True)
+
+
+def _tell_changes(resumed: Path, facts: dict[str, Any]) -> None:
+    """Settings that may change between sessions, such as a longer run, are used and named."""
+    saved = checkpoint_files.read_json(resumed / checkpoint.DRAFT)["config"]
+    for section in ("train", "eval", "precision", "target"):
+        for line in checkpoint.differences(saved.get(section), facts["config"].get(section), section):
+            logger.warning("changed since the checkpoint and used from here on: %s", line)
 
 
 @contextmanager
@@ -145,7 +155,7 @@ def _run(run: RunDirectory | None, config: RunConfig, trainer: Trainer, progress
         return trainer.run(log, stop, progress)
 
 
-def _finish(config: RunConfig, context: ParallelContext, target: Target, progress: ProgressSink | None) -> None:
+def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) -> None:
     """Export the best (else the last) checkpoint's draft and write the report; rank 0 only."""
     from torchspec.core.report.html import write_report
 
@@ -154,7 +164,9 @@ def _finish(config: RunConfig, context: ParallelContext, target: Target, progres
     rebuilt = rebuild(config.output, target=target.spec.path)
     probe = config.output / run_dir.PROBE
     export = ExportContext(
-        head=rebuilt.head, device=context.device, probe=Probe.load(probe) if probe.is_file() else None
+        head=rebuilt.head,
+        device=registry.load_device("cpu"),  # the rebuilt draft and head are there, and the check is small
+        probe=Probe.load(probe) if probe.is_file() else None,
     )
     layout = rebuilt.algorithm.layouts[0]
     write_draft(rebuilt.algorithm, rebuilt.draft, layout, config.output / run_dir.DRAFT, export)

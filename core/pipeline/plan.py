@@ -220,7 +220,7 @@ def _data(config: RunConfig, target: Path | None, problems: _Problems) -> dict[s
     if config.data.validation:
         facts["validation"] = [str(file) for file in config.data.validation]
         problems.attempt("data.validation", lambda: RowReader(config.data.validation))
-    if reader is None or target is None:
+    if target is None:
         return facts
     tokenizer = problems.attempt(
         "target.path",
@@ -228,7 +228,7 @@ def _data(config: RunConfig, target: Path | None, problems: _Problems) -> dict[s
             target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
         ),
     )
-    if tokenizer is None:
+    if reader is None or tokenizer is None:
         return facts
     reading = DatasetSettings.from_config(config.data)
     entry = cache.entry_path(reading, cache.fingerprint(reader.files, tokenizer, reading, None))

@@ -232,7 +232,7 @@ def load_vocabulary(checkpoint: Path) -> VocabularyMap:
 
 def refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """CheckpointError with every difference of the `identity` sections."""
-    found = list(_differences(saved.get("identity"), current["identity"], ""))
+    found = list(differences(saved.get("identity"), current["identity"]))
     if found:
         listed = "\n".join(f"  - {line}" for line in found)
         raise CheckpointError(
@@ -241,11 +241,12 @@ def refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str,
         )
 
 
-def _differences(saved: Any, current: Any, path: str) -> Iterator[str]:
+def differences(saved: Any, current: Any, path: str = "") -> Iterator[str]:
+    """One line for every value of two JSON trees that is not the same."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             inner = f"{path}.{key}" if path else str(key)
-            yield from _differences(saved.get(key), current.get(key), inner)
+            yield from differences(saved.get(key), current.get(key), inner)
     elif saved != current:
         yield f"{path}: the checkpoint has {saved!r}, this run {current!r}"
 

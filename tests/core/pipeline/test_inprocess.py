@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +91,42 @@ def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> N
         train(config, provenance=provenance)
         first, later = rows(tmp_path / "first", "train"), rows(tmp_path / source, "train")
         assert later[0]["loss"] < first[0]["loss"] - 0.5
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_continued_give_one_ranks_run(
+    make_config: Any, tmp_path: Path, tiny_target: Path, conversations: Path
+) -> None:
+    """`torchspec train --nproc 2`, SIGTERM in the middle, the same command again; then against one rank."""
+    settings = ["train.epochs=3", "train.resume=auto", "eval.every=0", "train.max_steps=10"]
+    config, provenance = make_config(tmp_path / "one", *settings)
+    train(config, provenance=provenance)
+    written = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**written, "output": str(tmp_path / "two")}))
+    command = [sys.executable, "-m", "torchspec", "train", "--config", str(tmp_path / "two.yaml"), "--nproc", "2"]
+
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    stopped = steps_on_disk(tmp_path / "two" / "checkpoints")[-1]
+    if stopped < 10:
+        assert process.returncode == 143, said
+        assert f"step {stopped}" in said
+        assert not (tmp_path / "two" / "draft").exists()
+        subprocess.run(command, check=True, capture_output=True, timeout=240)
+
+    one, two = rows(tmp_path / "one", "train"), rows(tmp_path / "two", "train")
+    assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, 11))
+    for row, expected in zip(two, one, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+        assert row["tokens"] == expected["tokens"]
+    assert [row["rounds"] for row in rows(tmp_path / "two", "validation")] == [
+        row["rounds"] for row in rows(tmp_path / "one", "validation")
+    ]
+    assert (tmp_path / "two" / "draft" / "config.json").is_file()

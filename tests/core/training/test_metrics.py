@@ -64,5 +64,5 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 - the log closes it
-        with pytest.raises(TorchspecError, match="No space left on device.*newest checkpoint is intact"):
+        with pytest.raises(TorchspecError, match=r"No space left on device.*newest checkpoint is intact"):
             log.write({"kind": "train", "step": 1})
