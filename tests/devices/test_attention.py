@@ -199,6 +199,13 @@ def test_lower_precisions(subject, dtype: torch.dtype, mask: str, heads: tuple[i
     check(subject, problem.spec()[0], problem.tensors(), solve(problem))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", ["causal:lower_right", "window:3,lower_right", "limits:packed"])
+def test_lower_precisions_beyond_one_block_of_rows(subject, dtype: torch.dtype, mask: str) -> None:
+    problem = Problem(mask=mask, queries=270, keys=330, dtype=dtype, size=8)
+    check(subject, problem.spec()[0], problem.tensors(), solve(problem))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["causal:upper_left", "dense:each"])
 @pytest.mark.parametrize("layout", ["fused", "heads_first", "transposed"])

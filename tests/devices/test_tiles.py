@@ -121,6 +121,14 @@ def test_a_padded_batch_needs_no_mask() -> None:
     ]
 
 
+@pytest.mark.parametrize("opens_after", [1, 40, 299])
+def test_a_ramp_whose_interval_opens_late(opens_after: int) -> None:
+    """The end grows from below the start: the first rows of the run see nothing."""
+    start, end = [20] * 300, [i + 21 - opens_after for i in range(300)]
+    mask = MaskSpec.limits(torch.tensor([start]), torch.tensor([end]))
+    assert_exact(mask, [start], [end], 400, None)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0)])
 def test_nothing_to_cover(queries: int, keys: int) -> None:
     assert not list(tiles(MaskSpec.causal("lower_right"), queries, keys, torch.device("cpu"), None))
