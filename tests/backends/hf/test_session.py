@@ -101,11 +101,11 @@ def test_ragged_batch(
 
 
 def test_long_generation_grows_the_cache(qwen3: HfEngine) -> None:
-    """Past the first allocation of 256 columns, with rejections in one row only."""
+    """Past the first allocation of 375 columns, with rejections in one row only."""
     generator = torch.Generator().manual_seed(5)
     rows = [tokens(generator, 250).tolist(), tokens(generator, 240).tolist()]
     session = qwen3.open(rows, (2,))
-    for _ in range(12):
+    for _ in range(24):
         fed_Bn = tokens(generator, 2, 6)
         output = session.step(fed_Bn)
         session.rollback(torch.tensor([5, 0]))
