@@ -82,9 +82,9 @@ def start(place: Path, *words: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def trained(place: Path, call: Call, tiny_target: Path) -> Path:
-    """A finished run with validation: 6 steps, checkpoints, draft, report."""
+    """A finished run with validation: 24 steps, checkpoints, draft, report."""
     file = place / "run.yaml"
-    file.write_text("train:\n  lr: 2e-3\n  epochs: 1\n")
+    file.write_text("train:\n  lr: 2e-3\n  epochs: 4\n")
     call(
         "train", "--config", file, "--target", tiny_target, "--data", "train.jsonl", "--validation", "held_out.jsonl",
         "--device", "cpu", "--output", "run", *SMALL, *VALIDATION,
@@ -120,7 +120,7 @@ def test_the_plan_is_printed_and_nothing_is_written(place: Path, call: Call, tin
 
 def test_the_run_directory_tells_everything(trained: Path) -> None:
     history = metrics(trained)
-    assert [row["step"] for row in history if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in history if row["kind"] == "train"] == list(range(1, 25))
     assert any(row["kind"] == "validation" and row["acceptance_length"] >= 1.0 for row in history)
     text = (trained / "config.yaml").read_text()
     assert "lr: 0.002  # run.yaml:2" in text
@@ -212,7 +212,7 @@ def test_a_stopped_run_continues_where_it_stopped(place: Path, call: Call, tiny_
     assert process.returncode == 130, said
     assert "the same command continues the run" in said
     stopped_at = metrics(place / "stopped")[-1]["step"]
-    assert stopped_at < 6
+    assert stopped_at < 24
     call(*words)
     first, second = json.loads((place / "stopped" / "environment.json").read_text())["sessions"]
     assert first["command"][1:] == [str(word) for word in words]
