@@ -103,6 +103,8 @@ def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_ta
         "What does this function do?\n\ndef f(x):\n    return sorted(x)[:3]",
         "Write a method close(self): Close the file.",
         "Write the function is_valid(name): Return True if the name is valid.",
+        "Write the function read_lines(path): Return the lines of a file.",
+        "Write a class Stack with the methods push and pop.",
     ]
     prompts = [
         tokenizer.apply_chat_template(
@@ -110,7 +112,7 @@ def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_ta
         )
         for question in questions
     ]
-    return make_case(make_parts, path, prompts, steps=15, max_new_tokens=50)
+    return make_case(make_parts, path, prompts, steps=20, max_new_tokens=40)
 
 
 def training_hits(parts: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> list[list[int]]:
@@ -155,7 +157,7 @@ def test_every_round_accepts_what_the_training_forward_says(case: Case, batch_si
             if at + 1 < len(generation.rounds):
                 assert generation.rounds[at + 1].slot == entry.slot + 1 + hits[row][entry.slot]
         seen += [entry.accepted for entry in rounds]
-    assert len(seen) > 40
+    assert len(seen) >= 20
     assert len(set(seen)) >= 3, f"the draft is too good or too bad to tell rounds apart: {seen}"
 
     figures = case.parts.step(case.sequences, case.masks).sums
