@@ -21,6 +21,7 @@ from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, Target
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target
+from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.rebuild import load_state, read_initial
@@ -100,6 +101,14 @@ def head_dtype(config: RunConfig, target: TargetSpec, device: torch.device) -> t
     if config.target.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.target.dtype]
     return torch.float32 if device.type == "cpu" else target.dtype
+
+
+def fit_algorithm(config: RunConfig) -> Algorithm:
+    """The algorithm fitted to the target, from headers and configuration alone: misfits show before any long work."""
+    path = resolve_target(config.target.path)
+    target = read_target_spec(path, config.target.trust_remote_code)
+    TargetWeights.open(path)
+    return create_algorithm(config, target)
 
 
 def create_algorithm(config: RunConfig, target: TargetSpec) -> Algorithm:

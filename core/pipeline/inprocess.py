@@ -71,12 +71,12 @@ def _train(
 ) -> RunOutcome:
     if config.train.tensorboard:
         check_tensorboard()
+    algorithm = context.agree(lambda: assembly.fit_algorithm(config))
     run = context.main_only(lambda: run_dir.open_run(config))
     checkpoints = config.output / run_dir.CHECKPOINTS
     resumed = checkpoint.choose(checkpoints, context)
     data = assembly.load_data(config, context, progress)
     with _loaded(config, context, progress) as target:
-        algorithm = assembly.create_algorithm(config, target.spec)
         start = context.agree(lambda: assembly.find_start(config, algorithm, target.spec, data, resumed))
         model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context))
         setup = assembly.build_setup(config, model, target, data, start, context, progress)

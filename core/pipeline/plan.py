@@ -33,7 +33,7 @@ from torchspec.core.pipeline.plan_memory import Load, Part, estimate
 from torchspec.core.training.checkpoint_files import MANIFEST, steps_on_disk
 
 Found = TypeVar("Found")
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class Plan:
             section: dict[str, Any] = getattr(self, title)
             lines += [title, *_aligned([(key, _shown(value), "") for key, value in section.items()]), ""]
         total = sum(part.bytes for part in self.memory)
-        rows = [(part.name, f"{part.bytes / GIB:9.3f} GiB", part.how) for part in self.memory]
-        lines += ["memory per rank (estimate)", *_aligned([*rows, ("sum", f"{total / GIB:9.3f} GiB", "")]), ""]
+        rows = [(part.name, _size(part.bytes), part.how) for part in self.memory]
+        lines += ["memory per rank (estimate)", *_aligned([*rows, ("sum", _size(total), "")]), ""]
         values = [(row["path"], _shown(row["value"]), f"from {row['source']}") for row in self.settings]
         lines += ["settings", *_aligned(values)]
         lines += ["", "notes", *(f"  - {note}" for note in self.notes)] if self.notes else []
@@ -71,6 +71,10 @@ def _aligned(rows: list[tuple[str, str, str]]) -> list[str]:
     first = max((len(row[0]) for row in rows), default=0)
     second = max((len(row[1]) for row in rows if len(row[1]) <= 40), default=0)
     return [f"  {a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows]
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:8.2f} GiB" if count >= GIB else f"{count / MIB:8.2f} MiB"
 
 
 def _shown(value: Any) -> str:
@@ -151,10 +155,11 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], *, ranks: int = 
             "taps (target layers)": list(algorithm.taps),
             "vocabulary": algorithm.vocabulary_size,
             "starts from": str(initial_path(config) or "random weights"),
+            **{name: " x ".join(map(str, p.shape)) for name, p in draft.named_parameters()},
         },
         data=data,
         steps=steps,
-        memory=estimate(algorithm, draft, target, weights, _load(config, dtype, ranks)),
+        memory=estimate(algorithm, draft, target, weights, _load(config, data, dtype, ranks)),
         settings=_settings(config, provenance),
         notes=_notes(config, data, steps, ranks),
     )
@@ -235,7 +240,13 @@ def _data(config: RunConfig, target: Path | None, problems: _Problems) -> dict[s
     cached = cache.find(entry, None) if entry.exists() else None
     if cached is not None:
         lengths = cached.offsets.diff()
-        return {**facts, "samples": lengths.numel(), "tokens": int(lengths.sum()), "counted": "exactly, from the cache"}
+        return {
+            **facts,
+            "samples": lengths.numel(),
+            "tokens": int(lengths.sum()),
+            "longest sample": int(lengths.max()),
+            "counted": "exactly, from the cache",
+        }
     usable = bad = 0
     for row in reader:
         bad += isinstance(row, BadRow)
@@ -271,12 +282,11 @@ def _shapes(algorithm: Algorithm, target: TargetSpec) -> torch.nn.Module:
         return algorithm.build_draft(vocabulary, _ShapesOnly(embedding_VH=ends, head_VH=ends))
 
 
-def _load(config: RunConfig, target_dtype: torch.dtype, ranks: int) -> Load:
+def _load(config: RunConfig, data: Mapping[str, Any], target_dtype: torch.dtype, ranks: int) -> Load:
     size = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / ranks))
     return Load(
         ranks=ranks,
-        micro_batches=math.ceil(config.train.batch_size / (ranks * config.train.micro_batch_size)),
-        micro_batch_tokens=size * config.data.max_length,
+        micro_batch_tokens=size * data.get("longest sample", config.data.max_length),
         compute={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision.compute],
         target_dtype=target_dtype,
     )

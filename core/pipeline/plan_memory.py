@@ -29,7 +29,6 @@ class Load:
     """What decides a rank's memory. `compute` is the draft's precision, `target_dtype` the target's."""
 
     ranks: int
-    micro_batches: int  # of one rank in one window
     micro_batch_tokens: int  # at most
     compute: torch.dtype
     target_dtype: torch.dtype

@@ -31,6 +31,7 @@ def test_numbers_of_a_plan(make_config: Any, tmp_path: Path, tiny_target: Path) 
     trained = sum(p.numel() for p in draft.parameters())
     assert plan.draft["trained parameters"] == trained
     assert plan.draft["taps (target layers)"] == [1, 3, 4]
+    assert plan.draft["lm_head.weight"] == "100 x 64"
     assert plan.steps["per epoch"] == 4
     assert plan.steps["total"] == 12
     assert plan.steps["validations"] == 3
@@ -101,7 +102,7 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(tiny_target: Path, 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         algorithm.step(draft, head, [features], [torch.ones(tokens, dtype=torch.bool)], registry.load_device("cpu"))
-    load = Load(ranks=1, micro_batches=1, micro_batch_tokens=tokens, compute=torch.float32, target_dtype=torch.float32)
+    load = Load(ranks=1, micro_batch_tokens=tokens, compute=torch.float32, target_dtype=torch.float32)
     parts = {
         part.name: part.bytes for part in estimate(algorithm, draft, target, TargetWeights.open(tiny_target), load)
     }

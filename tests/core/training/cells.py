@@ -48,11 +48,16 @@ def resume_cells(ranks: int) -> list[Cell]:
 
 # Half a run on 3 ranks and the rest on 1, without randomness.
 RESHARD: Cell = {**RUN, "dropout": 0.0, "dtype": "float64", "directory": "../reshard"}
+# Rank 1 of 2 cannot write its part of the checkpoint of step 6.
+FULL: list[Cell] = [
+    {**RUN, "name": "full-a", "directory": "full", "file_limit": [5, 1000, 1]},
+    {**RUN, "name": "full-b", "directory": "full"},
+]
 AGREEMENT: Cell = {"name": "agreement", "kind": "agreement"}
 
 CELLS: dict[int, list[Cell]] = {
     3: [*GRADIENTS, AGREEMENT, {**RESHARD, "name": "reshard-a", "kill": [10, "TERM", 0]}],
-    2: [*GRADIENTS, *resume_cells(2)],
+    2: [*GRADIENTS, *resume_cells(2), *FULL],
     1: [
         *GRADIENTS,
         *resume_cells(1),

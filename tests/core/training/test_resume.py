@@ -62,6 +62,15 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(results: Path, name: s
     assert_same_run(results / name, results / "reference")
 
 
+def test_one_rank_that_cannot_write_fails_all_and_the_previous_checkpoint_serves(runs: dict[int, Path]) -> None:
+    failed = json.loads((runs[2] / "full-a.json").read_text())
+    assert failed["error"] == "CheckpointError"
+    assert "rank 1: " in failed["message"]
+    assert "step_00000003 is intact" in failed["message"]
+    assert json.loads((runs[2] / "full-b.json").read_text())["started"] == 3
+    assert_same_run(runs[2] / "full", runs[2] / "reference")
+
+
 def test_the_run_learns_and_draws(results: Path) -> None:
     """The comparison would mean nothing if the losses stood still or nothing random happened."""
     losses = [row["loss"] for row in history(results / "reference")]

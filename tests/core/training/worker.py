@@ -88,8 +88,8 @@ def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: P
 def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
     """A run with metrics and checkpoints that continues what is there.
 
-    kill = [step, signal name, rank]; kill_after = Python calls until SIGKILL; file_limit = largest file from the second
-    step on, in bytes; scores = acceptance length to report at each step.
+    kill = [step, signal name, rank]; kill_after = Python calls until SIGKILL; file_limit = [from this step, largest
+    file in bytes, rank]; scores = acceptance length to report at each step.
     """
     job = make_job(tiny, cell, results)
     scores = cell.get("scores")
@@ -108,8 +108,8 @@ def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path)
     log = MetricsLog(path, after_step=started, validated=counters.validated_step == started)
 
     def progress(stage: str, step: int, total: int) -> None:
-        if step > 1 and "file_limit" in cell:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (cell["file_limit"], resource.RLIM_INFINITY))
+        if "file_limit" in cell and step == cell["file_limit"][0] and context.rank == cell["file_limit"][2]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (cell["file_limit"][1], resource.RLIM_INFINITY))
         if "kill" in cell and step == cell["kill"][0] and context.rank == cell["kill"][2]:
             os.kill(os.getpid(), getattr(signal, f"SIG{cell['kill'][1]}"))
 
