@@ -160,6 +160,7 @@ def build_setup(
         prompts=data.prompts,
         settings=config.eval,
         seed=config.seed,
+        compute=config.precision.compute,
         context=context,
         progress=_named("validate", progress),
     )

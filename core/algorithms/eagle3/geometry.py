@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def _check_geometry(geometry: Geometry, target: TargetSpec, problems: list[Probl
         )
         return
     try:
-        geometry.rotary()
+        replace(geometry, head_dim=width + width % 2).rotary()  # an odd width is reported above
     except (ValueError, KeyError) as error:
         problems.append(
             Problem(
