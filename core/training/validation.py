@@ -13,7 +13,7 @@ from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, evaluate
 from torchspec.core.decoding.measure import Progress, PromptLike
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training.sharding import unsharded_state
+from torchspec.core.training.sharding import COMPUTE, unsharded_state
 from torchspec.core.training.window import Model
 
 MICROSECONDS = 1_000_000
@@ -21,7 +21,9 @@ MICROSECONDS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Validator:
-    """Decodes validation prompts with an unsharded fp32 copy of the draft as it stands. Calling it is a collective.
+    """Decodes validation prompts with an unsharded copy of the draft as it stands, in its compute precision.
+
+    Calling it is a collective.
 
     The result depends on the weights alone (and on `seed` at a temperature above 0); the caller keeps the random
     states apart (`random_state.untouched`), since building the copy draws from them.
@@ -32,6 +34,7 @@ class Validator:
     prompts: Sequence[PromptLike]
     settings: EvalConfig
     seed: int
+    compute: str
     context: ParallelContext
     progress: Progress | None = None
 
@@ -57,7 +60,7 @@ class Validator:
         state = unsharded_state(self.model.draft)
         draft = self.model.algorithm.build_draft(self.vocabulary, self.model.head)
         draft.load_state_dict(state)
-        return draft.to(self.context.torch_device).requires_grad_(False).eval()
+        return draft.to(device=self.context.torch_device, dtype=COMPUTE[self.compute]).requires_grad_(False).eval()
 
     def _merge(self, result: EvalResult | None) -> dict[str, Any]:
         counts = [0] * (6 + self.settings.draft_length)

@@ -130,3 +130,16 @@ def test_two_ranks_stopped_and_continued_give_one_ranks_run(
         row["rounds"] for row in rows(tmp_path / "one", "validation")
     ]
     assert (tmp_path / "two" / "draft" / "config.json").is_file()
+
+
+def test_bfloat16_compute_trains_and_validates(make_config: Any, tmp_path: Path) -> None:
+    """Close to float32, not equal to it; parameters and checkpoints stay float32."""
+    losses = {}
+    for compute in ("float32", "bfloat16"):
+        config, provenance = make_config(tmp_path / compute, f"precision.compute={compute}")
+        train(config, provenance=provenance)
+        losses[compute] = [row["loss"] for row in rows(tmp_path / compute, "train")]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+    assert losses["bfloat16"] != losses["float32"]
+    _, state = load_draft_state(directory_of(tmp_path / "bfloat16" / "checkpoints", 4))
+    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}

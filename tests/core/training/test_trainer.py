@@ -159,6 +159,7 @@ def validator(tiny: ModuleType, context: ParallelContext, trainer: Any, **change
         prompts=prompts,
         settings=settings,
         seed=0,
+        compute="float32",
         context=context,
     )
 
