@@ -13,6 +13,7 @@ from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.export.layout import ExportContext, write_draft
 from torchspec.core.export.selfcheck import Probe
+from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import assembly, run_dir
@@ -73,6 +74,21 @@ def _train(
         check_tensorboard()
     algorithm = context.agree(lambda: assembly.fit_algorithm(config))
     run = context.main_only(lambda: run_dir.open_run(config))
+    try:
+        return _train_in(run, config, provenance, context, algorithm, progress)
+    finally:
+        if run is not None:
+            run.lock.close()
+
+
+def _train_in(
+    run: RunDirectory | None,
+    config: RunConfig,
+    provenance: Mapping[str, str],
+    context: ParallelContext,
+    algorithm: Algorithm,
+    progress: ProgressSink | None,
+) -> RunOutcome:
     checkpoints = config.output / run_dir.CHECKPOINTS
     resumed = checkpoint.choose(checkpoints, context)
     data = assembly.load_data(config, context, progress)

@@ -44,7 +44,7 @@ _SECRET = re.compile(r"(?i)(token(?!s)|secret|password|passwd|api[_-]?key|creden
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
-    """An opened run directory. `lock` is held until the process ends."""
+    """An opened run directory. `lock` is held until it is closed or the process ends."""
 
     path: Path
     lock: IO[str]

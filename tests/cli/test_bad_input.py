@@ -1,0 +1,184 @@
+"""What people get wrong, and what they are told."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchspec.cli import main
+
+Answer = Callable[..., str]
+GOOD_ROW = {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "the quick fox"}]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_target: Path) -> Path:
+    directory = tmp_path_factory.mktemp("mistakes")
+    (directory / "good.jsonl").write_text("\n".join(json.dumps({**GOOD_ROW, "id": str(n)}) for n in range(4)))
+    (directory / "empty.jsonl").write_text("")
+    (directory / "garbage.jsonl").write_text("{oops\nnot json\n")
+    row: dict[str, Any] = {"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    (directory / "roles.jsonl").write_text(json.dumps(row))
+    for name, missing in (("no_tokenizer", "tokenizer.json"), ("no_weights", "model.safetensors")):
+        shutil.copytree(tiny_target, directory / name)
+        (directory / name / missing).unlink()
+    wrong = {"model_type": "llama", "vocab_size": 999, "draft_vocab_size": 301, "num_attention_heads": 3}
+    (directory / "misfit.json").write_text(json.dumps(wrong))
+    (directory / "broken.json").write_text("{")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def answer(place: Path) -> Iterator[Answer]:
+    """Run a command that must fail with this exit code; -> what it says on stderr."""
+
+    def run(*words: object, code: int) -> str:
+        out, err = io.StringIO(), io.StringIO()
+        with chdir(place), redirect_stdout(out), redirect_stderr(err):
+            got = main([str(word) for word in words])
+        assert got == code, err.getvalue()
+        assert "Traceback" not in err.getvalue()
+        assert out.getvalue() == ""
+        return err.getvalue()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHSPEC_CACHE", str(place / "cache"))
+        yield run
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path, tiny_target: Path) -> Path:
+    """Two checkpoints of a tiny run."""
+    words = [
+        "train",
+        "--target",
+        tiny_target,
+        "--data",
+        place / "good.jsonl",
+        "--output",
+        place / "run",
+        "--device",
+        "cpu",
+    ]
+    small = ["train.batch_size=2", "train.checkpoint_every=1", "draft.unroll=1", "draft.vocab_size=64"]
+    assert main([str(word) for word in words + small]) == 0
+    return place / "run"
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "says"),
+    [
+        ("missing.jsonl", 2, ["data.train", "no such file", "missing.jsonl"]),
+        (".", 2, ["data.train", "is a directory"]),
+        ("empty.jsonl", 1, ["empty.jsonl is empty"]),
+        ("garbage.jsonl", 1, ["none of the 2 rows", "garbage.jsonl:1: not valid JSON", "garbage.jsonl:2"]),
+        ("roles.jsonl", 1, ["roles.jsonl:1", "unknown role 'robot'", "assistant"]),
+    ],
+)
+def test_data(answer: Answer, tiny_target: Path, data: str, code: int, says: list[str]) -> None:
+    said = answer("train", "--target", tiny_target, "--data", data, "--output", "o", "--device", "cpu", code=code)
+    for part in says:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "says"),
+    [
+        ("nowhere", 2, ["target.path", "no such directory", "`embedded`", "nothing is downloaded"]),
+        (".", 2, ["target.path", "no config.json"]),
+        ("no_tokenizer", 1, ["tokenizer in no_tokenizer", "tokenizer.json"]),
+        ("no_weights", 1, ["no_weights has no weights", "model.safetensors"]),
+    ],
+)
+def test_targets(answer: Answer, target: str, code: int, says: list[str]) -> None:
+    said = answer("train", "--target", target, "--data", "good.jsonl", "--output", "o", "--device", "cpu", code=code)
+    for part in says:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["draft.config=misfit.json"], ["999", "301", "draft.vocab_size"]),
+        (["draft.config=broken.json"], ["draft.config", "not JSON"]),
+        (["draft.config=nowhere.json"], ["draft.config", "cannot be read"]),
+        (["draft.taps=[1, 1, 99]", "draft.head_dim=7"], ["no [99]", "ascending", "must be even"]),
+    ],
+)
+def test_drafts_that_do_not_fit(
+    answer: Answer, place: Path, tiny_target: Path, settings: list[str], says: list[str]
+) -> None:
+    words = ("train", "--target", tiny_target, "--data", "good.jsonl", "--output", "unfit", "--device", "cpu")
+    said = answer(*words, *settings, code=2)
+    for part in says:
+        assert part in said
+    assert not (place / "unfit").exists(), "refused before anything was made"
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "quickstart"])
+def test_outputs_that_cannot_be(answer: Answer, tiny_target: Path, command: str) -> None:
+    words = ("--target", tiny_target, "--data", "good.jsonl") if command == "train" else ()
+    said = answer(command, *words, "--output", "good.jsonl/inside", code=2)
+    assert "good.jsonl is a file" in said
+
+
+def test_a_directory_nobody_can_write(answer: Answer, tiny_target: Path) -> None:
+    """/proc takes no directories, whoever asks (permissions mean nothing to root)."""
+    words = ("train", "--target", tiny_target, "--data", "good.jsonl", "--device", "cpu")
+    said = answer(*words, "--output", "/proc/torchspec", code=1)
+    assert "/proc/torchspec" in said
+    assert "cannot be written" in said
+
+
+def test_a_truncated_checkpoint(answer: Answer, place: Path, trained: Path) -> None:
+    damaged = place / "damaged"
+    shutil.copytree(trained, damaged)
+    for file in (damaged / "checkpoints").rglob("state/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    said = answer("export", "--checkpoint", damaged, "--format", "hf", "--output", "e", code=1)
+    assert ".safetensors" in said
+    assert not (place / "e").exists()
+
+
+def test_a_draft_of_another_target(answer: Answer, trained: Path) -> None:
+    words = ("eval", "--target", "embedded", "--data", "good.jsonl", "--device", "cpu")
+    said = answer(*words, "--draft", trained / "draft", code=1)
+    assert "vocabulary" in said or "vocab_size" in said
+
+
+def test_no_draft_and_no_checkpoint(answer: Answer, tiny_target: Path) -> None:
+    words = ("eval", "--target", tiny_target, "--data", "good.jsonl", "--device", "cpu")
+    assert "has no config.json" in answer(*words, "--draft", "nowhere", code=1)
+    said = answer("export", "--checkpoint", "nowhere", "--format", "hf", "--output", "e", code=1)
+    assert "neither a checkpoint nor a run" in said
+
+
+def test_adapters_of_eval_are_checked_with_its_files(answer: Answer, tiny_target: Path) -> None:
+    said = answer(
+        "eval",
+        "--target",
+        "nowhere",
+        "--draft",
+        "d",
+        "--data",
+        "missing.jsonl",
+        "--device",
+        "cup",
+        "--backend",
+        "vlm",
+        code=2,
+    )
+    for part in ("--target", "--data", "--device", "did you mean 'cpu'?", "--backend", "did you mean 'vllm'?"):
+        assert part in said
+
+
+def test_generating_onto_the_input(answer: Answer, tiny_target: Path) -> None:
+    words = ("generate", "--target", tiny_target, "--data", "good.jsonl", "--device", "cpu")
+    assert "one of the files that are read" in answer(*words, "--output", "good.jsonl", code=1)
