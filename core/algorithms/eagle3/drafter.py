@@ -70,7 +70,8 @@ class DraftWeights:
         wide = torch.promote_types(dtype, torch.float32)
 
         def scale(norm_weight_H: Tensor) -> Tensor:
-            return norm_weight_H.to(wide) * size**0.5
+            scaled: Tensor = norm_weight_H.to(wide) * size**0.5
+            return scaled
 
         def folded(matrix_XH: Tensor, norm_weight_H: Tensor) -> Tensor:
             matrix: Tensor = (matrix_XH.to(wide) * scale(norm_weight_H)).to(dtype).T.contiguous()

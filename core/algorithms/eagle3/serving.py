@@ -112,7 +112,9 @@ class _Reader:
         return x + (F.silu(gate) * up) @ self.weight["mlp.down_proj.weight"].T
 
     def _attention(self, both_TZ: Tensor, start: int) -> Tensor:
-        rows, size = both_TZ.shape[0], self.config.head_dim
+        rows, size, kv_heads = both_TZ.shape[0], self.config.head_dim, self.config.num_key_value_heads
+        assert size is not None  # LlamaConfig fills both in
+        assert kv_heads is not None
         q, k, v = (
             (both_TZ @ self.weight[f"self_attn.{name}_proj.weight"].T).view(rows, -1, size).transpose(0, 1)[None]
             for name in "qkv"
@@ -122,12 +124,12 @@ class _Reader:
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         self.keys.append(k)
         self.values.append(v)
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        group = self.config.num_attention_heads // kv_heads
         keys = torch.cat(self.keys, dim=2).repeat_interleave(group, dim=1)
         values = torch.cat(self.values, dim=2).repeat_interleave(group, dim=1)
         scores = q @ keys.transpose(-1, -2) * size**-0.5
         later = torch.arange(keys.shape[2], device=scores.device)[None] > positions[0, :, None]
-        out = scores.masked_fill(later, float("-inf")).softmax(-1) @ values
+        out: Tensor = scores.masked_fill(later, float("-inf")).softmax(-1) @ values
         return out[0].transpose(0, 1).flatten(1) @ self.weight["self_attn.o_proj.weight"].T
 
     def probabilities(self, out_H: Tensor) -> Tensor:
