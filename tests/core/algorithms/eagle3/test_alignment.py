@@ -53,6 +53,14 @@ def test_supervision_stays_within_a_document() -> None:
     assert rows.starts_BT.tolist() == [[0, 0, 0, 0, 4, 4, 4, 4]]
 
 
+def test_rotary_positions_restart_with_each_document(make_world: Worlds) -> None:
+    """Attention sees only their differences, so no loss would tell; a cache of served keys would."""
+    world = make_world(unroll=2)
+    rows = rows_of(([1] * 7, [0, 0, 0, 1, 1, 2, 2]))
+    feature = world.features(rows.input_ids_BT[0])
+    assert world.assembled(rows, [feature]).inputs.position_BT.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+
+
 def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worlds) -> None:
     world = make_world(unroll=3)
     lengths = (9, 6, 12)
