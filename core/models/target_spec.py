@@ -166,3 +166,10 @@ def _eos_token_ids(
             f"cannot be read: {error}"
         ) from error
     return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+
+
+def running_dtype(configured: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision a target runs in: as configured; `auto` is as stored, but float32 on a CPU."""
+    if configured != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[configured]
+    return torch.float32 if device.type == "cpu" else stored

@@ -20,7 +20,7 @@ from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
-from torchspec.core.models.target_spec import read_target_spec, resolve_target
+from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
@@ -91,16 +91,9 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         dtype=config.target.dtype,
         trust_remote_code=trusted,
     )
-    dtype = head_dtype(config, spec, context.torch_device)
+    dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
     head = load_target_head(path, dtype=dtype, device=context.torch_device, trust_remote_code=trusted)
     return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
-
-
-def head_dtype(config: RunConfig, target: TargetSpec, device: torch.device) -> torch.dtype:
-    """The precision the target runs in, resolved as engines resolve it."""
-    if config.target.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.target.dtype]
-    return torch.float32 if device.type == "cpu" else target.dtype
 
 
 def fit_algorithm(config: RunConfig) -> Algorithm:

@@ -25,10 +25,10 @@ from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import VocabularyMap
-from torchspec.core.models.target_spec import read_target_spec, resolve_target
+from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline import run_dir
-from torchspec.core.pipeline.assembly import create_algorithm, head_dtype, initial_path
+from torchspec.core.pipeline.assembly import create_algorithm, initial_path
 from torchspec.core.pipeline.plan_memory import Load, Part, estimate
 from torchspec.core.training.checkpoint_files import MANIFEST, steps_on_disk
 
@@ -137,7 +137,7 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], *, ranks: int = 
     steps = _steps(config, data)
     draft = _shapes(algorithm, target)
     parameters = [p for p in draft.parameters() if p.requires_grad]
-    dtype = head_dtype(config, target, torch.device(device.device_type))
+    dtype = running_dtype(config.target.dtype, target.dtype, torch.device(device.device_type))
     return Plan(
         run=_run(config, device, ranks),
         target={

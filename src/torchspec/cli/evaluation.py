@@ -75,8 +75,8 @@ def evaluate_draft(
     """Decode the prompts with the draft at every length, with n-gram drafting if asked, and without a draft."""
     spec = target.engine.describe()
     algorithm, module = read_draft(draft, spec)
-    module = module.to(device=target.torch_device, dtype=spec.dtype).eval()
-    head = load_target_head(target.path, dtype=spec.dtype, device=target.torch_device)
+    module = module.to(device=target.torch_device, dtype=target.dtype).eval()
+    head = load_target_head(target.path, dtype=target.dtype, device=target.torch_device)
     drafter = algorithm.drafter(module, head, target.device)
     wanted = sorted({settings.draft_length, *lengths})
     variants = {f"draft {length}": Variant(drafter=drafter, draft_length=length) for length in wanted}

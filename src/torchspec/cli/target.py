@@ -15,7 +15,7 @@ from torchspec.core.config import environment
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import EngineOptions, TargetEngine
-from torchspec.core.models.target_spec import resolve_target
+from torchspec.core.models.target_spec import resolve_target, running_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A loaded target."""
+    """A loaded target; `dtype` is the precision it runs in."""
 
     path: Path
     device: Device
     torch_device: torch.device
     engine: TargetEngine
     tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
 
 
 def check(options: TargetOptions, capability: str, files: Sequence[Path] = (), *, output: Path | None = None) -> None:
@@ -73,4 +74,11 @@ def load_target(options: TargetOptions) -> Target:
         options.backend,
         EngineOptions(target=path, device=device, dtype=options.dtype, trust_remote_code=options.trust_remote_code),
     )
-    return Target(path=path, device=device, torch_device=torch_device, engine=engine, tokenizer=tokenizer)
+    return Target(
+        path=path,
+        device=device,
+        torch_device=torch_device,
+        engine=engine,
+        tokenizer=tokenizer,
+        dtype=running_dtype(options.dtype, engine.describe().dtype, torch_device),
+    )
