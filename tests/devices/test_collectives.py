@@ -30,7 +30,8 @@ def test_exchanges_between_processes(ranks: int) -> None:
         env=environment(),
     )
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == [f"rank {r} of {ranks} ok" for r in range(ranks)]
+    for rank in range(ranks):  # ranks share the pipe: their lines may run together
+        assert f"rank {rank} of {ranks} ok" in result.stdout
 
 
 def test_a_world_of_one_without_a_launcher(device_name: str) -> None:
