@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 
 def tiles(mask: MaskSpec, queries: int, keys: int, device: torch.device, ramp_rows: int | None) -> Iterator[Tile]:
-    """Disjoint tiles covering every (row, key) pair that `mask` keeps; rows in no tile see nothing.
+    """Tiles covering every (row, key) pair that `mask` keeps: each row is in one tile, or in none if it sees nothing.
 
     `ramp_rows` is the most rows the kernel takes in a causal tile with more keys than rows; None is any number.
     """
