@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # here, where a reader that went away can still be answered
+        return code
     except TorchspecError as error:
         return _failed(str(error), error.exit_code, with_traceback)
     except KeyboardInterrupt:
