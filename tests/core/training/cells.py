@@ -26,7 +26,7 @@ RUN: Cell = {"kind": "train", "config": CONFIG, "dropout": 0.3}
 KILLS = (1, 7, 15)  # before the first checkpoint, between two, where one is due
 # Python calls after which a SIGKILL falls, wherever the run is then: in a step, in a checkpoint, while it resumes.
 # A whole run makes about 700,000.
-MOMENTS = [random.Random(moment).randrange(20_000, 350_000) for moment in range(6)]
+MOMENTS = [random.Random(moment).randrange(20_000, 350_000) for moment in range(4)]
 
 
 def resume_cells(ranks: int) -> list[Cell]:

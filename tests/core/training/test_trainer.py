@@ -207,3 +207,43 @@ def test_validation_rows_and_best_checkpoint(tiny: ModuleType, context: Parallel
     assert kept == ["best.json", "step_00000008", "step_00000014"]
     best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
     assert best == {"step": 8, "acceptance_length": 1.9, "checkpoint": "step_00000008"}
+
+
+def test_validating_changes_no_loss(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
+    """Building the copy draws random numbers, and dropout would notice."""
+    losses = []
+    for every in (0, 2):
+        job = tiny.Job(directory=tmp_path / str(every), config={"epochs": 2}, dropout=0.3)
+        trainer = tiny.make_trainer(job, context, validate_every=every)
+        if every:
+            trainer.setup = replace(trainer.setup, validate=validator(tiny, context, trainer))
+        rows = run(trainer, tmp_path / str(every))
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert losses[0] == losses[1]
+
+
+def test_every_epoch_trains_every_sample_once_in_its_own_order(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path
+) -> None:
+    trainer = tiny.make_trainer(tiny.Job(directory=tmp_path, config={"epochs": 3}), context)
+    seen: list[int] = []
+    trainer.samples = Recording(trainer.samples, seen)
+    run(trainer, tmp_path)
+    epochs = [seen[start : start + 13] for start in range(0, len(seen), 13)]
+    assert len(epochs) == 3
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+class Recording:
+    """Notes which samples are taken."""
+
+    def __init__(self, inner: Any, seen: list[int]) -> None:
+        self.inner, self.seen, self.lengths = inner, seen, inner.lengths
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.seen.append(index)
+        return self.inner[index]

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -166,7 +167,7 @@ def report(results: Path, cell: Cell, found: dict[str, Any]) -> None:
 def run_cell(cell: Cell, results: Path) -> None:
     os.environ["MASTER_PORT"] = str(cell["port"])
     tiny = load_tiny_run()
-    context = mesh.start(tiny.cpu(), settings.launch())
+    context = mesh.start(tiny.cpu(), settings.launch(), timedelta(seconds=60))
     kinds = {"gradients": gradients, "train": train, "agreement": agreement}
     try:
         kinds[cell["kind"]](tiny, cell, context, results)
