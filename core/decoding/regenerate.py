@@ -224,11 +224,12 @@ def _groups(
     waiting: Sequence[Conversation], context: int, max_new_tokens: int
 ) -> Iterator[tuple[list[Conversation], int]]:
     """Conversations to generate for together, with their limit: those near the end of the context go alone."""
-    roomy = [conversation for conversation in waiting if len(conversation.ids) + max_new_tokens <= context]
+    # All measured before any is answered: an answer uses up room.
+    rooms = [(conversation, context - len(conversation.ids)) for conversation in waiting]
+    roomy = [conversation for conversation, room in rooms if room >= max_new_tokens]
     if roomy:
         yield roomy, max_new_tokens
-    for conversation in waiting:
-        room = context - len(conversation.ids)
+    for conversation, room in rooms:
         if room < max_new_tokens:
             yield [conversation], room
 

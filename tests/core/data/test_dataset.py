@@ -190,8 +190,10 @@ def test_prompts(make_tokenizer: MakeTokenizer, write_rows: WriteRows, chat: Cha
         "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompts[2].input_ids == (5,)
-    assert load_prompts([path], tokenizer, settings, count=2) == [prompts[0], prompts[1]]
     assert load_prompts([path], tokenizer, settings, count=9) == prompts
+    many = write_rows([chat("one", "two", id=str(n)) for n in range(7)])
+    spread = load_prompts([many], tokenizer, settings, count=3)
+    assert [prompt.sample_id for prompt in spread] == ["0", "2", "4"]
     with pytest.raises(DataError, match="none of the 1 rows can be used: 1 are bad"):
         load_prompts([write_rows([{"text": "t"}])], tokenizer, settings)
 

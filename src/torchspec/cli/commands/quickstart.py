@@ -62,7 +62,7 @@ def run(words: Sequence[str]) -> int:
     if problems or options is None:
         raise ConfigError(problems)
     if options.fresh:
-        _move_aside(options.output)
+        move_aside(options.output)
     data = options.output / "data"
 
     announce(f"1/4 conversations, from the standard library of this Python, in {data}")
@@ -85,7 +85,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _move_aside(output: Path) -> None:
+def move_aside(output: Path) -> None:
     """Out of the way, not away: nobody's files are deleted."""
     if not output.exists():
         return

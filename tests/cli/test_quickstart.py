@@ -1,0 +1,112 @@
+"""The quick start on a tiny target: everything it promises is there, and it can be given again."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchspec.cli import main
+from torchspec.cli.commands.quickstart import move_aside
+
+SMALL = ("train.max_steps=3", "train.batch_size=4", "draft.unroll=2", "draft.vocab_size=64", "data.max_length=96")
+DECODING = ("--samples", "3", "--max-new-tokens", "6", "--sweep", "1", "2", "--device", "cpu")
+KEYS = {
+    "acceptance_length",
+    "acceptance_per_position",
+    "tokens_per_second",
+    "tokens_per_second_draftless",
+    "speedup",
+    "lossless",
+    "sweep",
+    "prompt_lookup",
+}
+
+Quickstart = Callable[..., tuple[str, str]]
+
+
+def write_rows(path: Path, count: int) -> None:
+    rows: list[dict[str, Any]] = []
+    for n in range(count):
+        turns = [
+            {"role": "user", "content": f"value {n}"},
+            {"role": "assistant", "content": "the quick fox " * (1 + n % 3)},
+        ]
+        rows.append({"id": f"{path.stem}{n}", "messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A run directory whose conversations are already there: the library's would take longer than all the rest."""
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    for split, count in (("train", 12), ("validation", 3), ("test", 6)):
+        write_rows(tmp_path / "run" / "data" / f"{split}.jsonl", count)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path, output: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> Quickstart:
+    monkeypatch.setenv("TORCHSPEC_CACHE", str(tmp_path / "cache"))
+
+    def run(*words: str) -> tuple[str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main(
+                ["quickstart", "--output", str(output), *DECODING, f"target.path={tiny_target}", *SMALL, *words]
+            )
+        assert code == 0, err.getvalue()
+        return out.getvalue(), err.getvalue()
+
+    return run
+
+
+def steps(output: Path) -> list[int]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row["kind"] == "train"]
+
+
+def test_a_quick_start_leaves_everything_and_runs_again(quickstart: Quickstart, output: Path) -> None:
+    table, said = quickstart()
+    result = json.loads((output / "eval.json").read_text())
+    assert set(result) >= KEYS
+    assert result["lossless"] is True
+    assert result["acceptance_length"] == pytest.approx(1 + sum(result["acceptance_per_position"]))
+    assert {row["draft_length"] for row in result["sweep"]} == {1, 2, 5}
+    assert steps(output) == [1, 2, 3]
+    for name in ("report.html", "draft/config.json", "checkpoints/best.json", "config.yaml"):
+        assert (output / name).is_file(), name
+    assert f"{result['acceptance_length']:.2f}" in (output / "report.html").read_text()
+    assert "# quickstart.yaml:" in (output / "config.yaml").read_text()
+    for word in ("acceptance length", "tokens/s", "speed-up", "lossless", "prompt lookup", "no draft"):
+        assert word in table
+    for word in ("1/4", "2/4", "3/4", "4/4", str(output / "report.html")):
+        assert word in said
+
+    (output / "eval.json").unlink()
+    result = json.loads(quickstart("--json")[0])
+    assert result == json.loads((output / "eval.json").read_text())
+    assert steps(output) == [1, 2, 3], "the finished training is not done again"
+
+
+def test_an_earlier_run_is_moved_aside_not_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "note").write_text(str(number))
+        move_aside(tmp_path / "run")
+    move_aside(tmp_path / "run")  # nothing there: nothing to do
+    assert [(tmp_path / f"run.{number}" / "note").read_text() for number in (1, 2)] == ["1", "2"]
+    assert f"the earlier run is now {tmp_path / 'run.2'}" in capsys.readouterr().err
+
+
+def test_training_on_what_the_target_says(quickstart: Quickstart, output: Path) -> None:
+    quickstart("--generate", "5")
+    (file,) = (output / "data").glob("generated-*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["train0", "train2", "train4", "train7", "train9"]
+    assert json.loads((output / "data.json").read_text())["files"] == [str(file)]
