@@ -33,6 +33,10 @@ def test_values_become_typed(parser: Parser) -> None:
     assert read_options(parser, Options, words) == Options(file=Path("a"), many=[1, 2], rate=1e-3, loud=True)
 
 
+def test_numbers_may_be_separated_by_commas(parser: Parser) -> None:
+    assert read_options(parser, Options, ["--file", "a", "--many", "1,2", "3"]).many == [1, 2, 3]
+
+
 def test_help_shows_descriptions_choices_and_defaults(parser: Parser) -> None:
     text = " ".join(parser.format_help().split())
     for part in (

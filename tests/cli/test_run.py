@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+import torchspec
 from torchspec.cli import main
+from torchspec.core.errors import ConfigError
 
 SMALL = (
     "data.max_length=96",
@@ -194,6 +196,27 @@ def test_report_is_written_again(call: Call, trained: Path) -> None:
     page.unlink()
     assert call("report", trained)[0].strip() == str(page)
     assert page.is_file()
+
+
+def test_the_same_from_python(place: Path, tiny_target: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TORCHSPEC_CACHE", str(place / "cache"))
+    sizes = {"batch_size": 4, "micro_batch_size": 2}
+    outcome = torchspec.train(
+        {
+            "target": {"path": tiny_target},
+            "data": {"train": ["train.jsonl"], "max_length": 96},
+            "output": "from_python",
+            "train": {"lr": 2e-3, "epochs": 4, "max_steps": 1, **sizes},
+            "draft": {"unroll": 2, "vocab_size": 64},
+            "device": "cpu",
+        }
+    )
+    assert (outcome.step, outcome.exit_code) == (1, 0)
+    assert metrics(place / "from_python")[0]["loss"] == metrics(trained)[0]["loss"]
+    assert json.loads((place / "from_python" / "provenance.json").read_text())["train.lr"] == "python"
+    with pytest.raises(ConfigError, match=r"train\.lrr"):
+        torchspec.train({"train": {"lrr": 1}})
 
 
 def test_a_stopped_run_continues_where_it_stopped(place: Path, call: Call, tiny_target: Path, trained: Path) -> None:

@@ -148,6 +148,9 @@ def collect_options(
 ) -> tuple[Options | None, list[str], list[Problem]]:
     """(options, words that are none, what is wrong so far), for commands that also take settings."""
     values, loose, problems = parser.split(words)
+    for path, info in settings(schema).items():
+        if "number" in type_text(info) and isinstance(values.get(path), list):  # `1 2 3` and `1,2,3` alike
+            values[path] = [part for item in values[path] for part in item.split(",")]
     options, faults = validate(schema, values, label=flag_of)
     problems += [dataclasses.replace(fault, field=flag_of(fault.field)) for fault in faults]
     return options, loose, problems
