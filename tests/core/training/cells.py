@@ -24,9 +24,12 @@ STEPS, EVERY = 20, 3
 CONFIG = {"epochs": 5, "batch_size": 4, "micro_batch_size": 1, "checkpoint_every": EVERY, "keep_last": 2}
 RUN: Cell = {"kind": "train", "config": CONFIG, "dropout": 0.3}
 KILLS = (1, 7, 15)  # before the first checkpoint, between two, where one is due
-# Python calls after which a SIGKILL falls, wherever the run is then: in a step, in a checkpoint, while it resumes.
-# A whole run makes about 700,000.
-MOMENTS = [random.Random(moment).randrange(20_000, 350_000) for moment in range(4)]
+# Where a SIGKILL falls: some Python calls after the start, or after a step; a step takes about 17,000, a checkpoint
+# 35,000. So it may fall in a step, in a checkpoint, or while a run is being resumed.
+MOMENTS: list[Cell] = [
+    {"kill_after": 100_000},
+    *({"kill_from": step, "kill_after": random.Random(step).randrange(60_000)} for step in (4, 9, 12, 16)),
+]
 
 
 def resume_cells(ranks: int) -> list[Cell]:
@@ -42,7 +45,7 @@ def resume_cells(ranks: int) -> list[Cell]:
             {**RUN, "name": f"{name}-a", "directory": name, "kill": [8, name, last]},
             {**RUN, "name": f"{name}-b", "directory": name},
         ]
-    made += [{**RUN, "name": f"moment-{n}", "directory": "moment", "kill_after": s} for n, s in enumerate(MOMENTS)]
+    made += [{**RUN, "name": f"moment-{n}", "directory": "moment", **when} for n, when in enumerate(MOMENTS)]
     return [*made, {**RUN, "name": "moment-end", "directory": "moment"}]
 
 

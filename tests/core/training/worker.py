@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import resource
 import signal
@@ -89,14 +90,15 @@ def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: P
 def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
     """A run with metrics and checkpoints that continues what is there.
 
-    kill = [step, signal name, rank]; kill_after = Python calls until SIGKILL; file_limit = [from this step, largest
+    kill = [step, signal name, rank]; kill_after = Python calls until SIGKILL, counted from the start or from the first
+    step that is at least kill_from; file_limit = [from this step, largest
     file in bytes, rank]; scores = acceptance length to report at each step.
     """
     job = make_job(tiny, cell, results)
     scores = cell.get("scores")
     validate = None if scores is None else (lambda: {"acceptance_length": scores[str(trainer.counters.step)]})
     trainer = tiny.make_trainer(job, context, validate, cell.get("validate_every", 0))
-    if "kill_after" in cell:
+    if "kill_after" in cell and "kill_from" not in cell:
         kill_after(cell["kill_after"])
     chosen = checkpoint.choose(trainer.setup.checkpoints, context)
     if chosen is not None:
@@ -109,6 +111,8 @@ def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path)
     log = MetricsLog(path, after_step=started, validated=counters.validated_step == started)
 
     def progress(stage: str, step: int, total: int) -> None:
+        if step >= cell.get("kill_from", math.inf) and sys.getprofile() is None:
+            kill_after(cell["kill_after"])
         if "file_limit" in cell and step == cell["file_limit"][0] and context.rank == cell["file_limit"][2]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (cell["file_limit"][1], resource.RLIM_INFINITY))
         if "kill" in cell and step == cell["kill"][0] and context.rank == cell["kill"][2]:
