@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from torchspec.core.interfaces.features import Features, NormState
 from torchspec.core.interfaces.mask import MaskSpec
@@ -29,20 +30,19 @@ PADDING = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Token rows, right-padded where there are several. A document is a contiguous run of one number of its own."""
+    """Right-padded token rows. Documents are numbered over the whole micro-batch, in contiguous runs."""
 
     input_ids_BT: Tensor
     loss_mask_BT: Tensor
     document_BT: Tensor
 
     @classmethod
-    def packed(cls, input_ids: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> Rows:
-        """All samples behind one another in one row, each a document: nothing is computed for padding."""
-        documents = [torch.full_like(ids_T, number) for number, ids_T in enumerate(input_ids)]
+    def one_document_each(cls, input_ids: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> Rows:
+        documents = [torch.full_like(ids_T, row) for row, ids_T in enumerate(input_ids)]
         return cls(
-            input_ids_BT=torch.cat(list(input_ids))[None],
-            loss_mask_BT=torch.cat([mask_T.bool() for mask_T in loss_masks])[None],
-            document_BT=torch.cat(documents)[None],
+            input_ids_BT=pad_sequence(list(input_ids), batch_first=True),
+            loss_mask_BT=pad_sequence([mask_T.bool() for mask_T in loss_masks], batch_first=True),
+            document_BT=pad_sequence(documents, batch_first=True, padding_value=PADDING),
         )
 
     @property
@@ -157,12 +157,12 @@ class Plan:
 
 
 def build_batch(features: Sequence[Features], loss_masks: Sequence[Tensor], plan: Plan) -> Batch:
-    """The samples packed into one row. One too short to predict anything has no supervised pair."""
+    """One row per sample. A sample too short to predict anything has no supervised pair."""
     states = {feature.norm_state for feature in features}
     assert len(states) == 1, f"one engine writes one norm state, got {states}"
-    rows = Rows.packed([f.input_ids_T.cpu() for f in features], [mask_T.cpu() for mask_T in loss_masks])
-    taps_BTF = torch.cat([f.taps_TNH.to(plan.device).flatten(1) for f in features])[None]
-    last_BTH = torch.cat([f.last_TH.to(plan.device) for f in features])[None]
+    rows = Rows.one_document_each([f.input_ids_T.cpu() for f in features], [mask_T.cpu() for mask_T in loss_masks])
+    taps_BTF = pad_sequence([f.taps_TNH.to(plan.device).flatten(1) for f in features], batch_first=True)
+    last_BTH = pad_sequence([f.last_TH.to(plan.device) for f in features], batch_first=True)
     return assemble(rows, taps_BTF, last_BTH, features[0].norm_state, plan)
 
 

@@ -67,17 +67,16 @@ def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worl
     features = [world.features(world.tokens(n, n), n) for n in lengths]
     masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.6 for n in lengths]
     batch = build_batch(features, masks, Plan(steps=3, chunk_rows=4, device=DEVICE))
-    assert batch.inputs.slots_BQ.shape[0] == 1  # all samples in one row: nothing is computed for padding
-    place = [(b, i) for b, n in enumerate(lengths) for i in range(n)]
+    queries, longest = batch.inputs.slots_BQ.shape[1], max(lengths)
     seen = []
     bounds = [0, *torch.tensor(batch.pairs.sizes).cumsum(0).tolist()]
     for k in range(3):
         for m in range(bounds[k], bounds[k + 1]):
-            slot = int(batch.inputs.slots_BQ[0, batch.pairs.slot_M[m]])
-            assert divmod(int(batch.pairs.cell_M[m]), 3) == (slot, k)
-            b, i = place[slot]
+            b, q = divmod(int(batch.pairs.slot_M[m]), queries)
+            i = int(batch.inputs.slots_BQ[b, q])
+            assert divmod(int(batch.pairs.cell_M[m]), 3) == (b * longest + i, k)
             r = int(batch.pairs.row_M[m])
-            assert place[int(batch.pairs.position_R[r])] == (b, i + 1 + k)
+            assert int(batch.pairs.position_R[r]) == b * longest + i + 1 + k
             assert torch.equal(batch.last_RH[r], features[b].last_TH[i + 1 + k])
             assert int(batch.pairs.document_M[m]) == b
             seen.append((b, i, k))
@@ -88,7 +87,6 @@ def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worl
         for k in range(3)
         if i + 2 + k < n and masks[b][i + 2 + k]
     }
-    assert {place[slot] for slot in batch.inputs.slots_BQ[0].tolist()} == {(b, i) for b, i, _ in seen}
     assert len(seen) == len(set(seen))
     chunked = sorted(m for chunk in batch.chunks for lo, hi in chunk.pairs for m in range(lo, hi))
     assert chunked == list(range(len(seen)))
