@@ -2,7 +2,7 @@
 possible. A draft step is a handful of small matrix products, so on a CPU the number of calls decides its speed.
 
 What is prepared once: q, k, v as one matrix, gate and up as one; every norm's weight folded into the matrix that
-follows it; and, for each token the draft can say, the embedding's whole share of q, k, v.
+follows it; and, while it is small, for each token the draft can say the embedding's whole share of q, k, v.
 
 Shape letters: B sequences, M newly confirmed positions, L drafted tokens, S cached positions, H draft hidden size,
 Z = (Hq + 2 Hk) D, D head size, N draft vocabulary, V target vocabulary.
@@ -37,11 +37,16 @@ class UnitNorm:
         return x * torch.addcmul(self.floor, length, length).rsqrt()
 
 
+SHARES_BYTES = 64 << 20
+"""Most memory for `DraftWeights.embedded_NZ`. A draft of an 8B target with 32,000 tokens would need ten times that,
+and there the product that the table saves is no matter."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DraftWeights:
     """A draft's matrices, laid out for products from the left: [in, out], contiguous.
 
-    embedded_NZ      each draft token's share of q, k, v
+    embedded_NZ      each draft token's share of q, k, v; None where it would be too large
     hidden_scale_H   what turns a unit-normed feature into hidden_norm's output
     ids_N            target ids of the draft vocabulary
     """
@@ -52,7 +57,7 @@ class DraftWeights:
     fc_FH: Tensor
     embed_HZ: Tensor
     feature_HZ: Tensor
-    embedded_NZ: Tensor
+    embedded_NZ: Tensor | None
     hidden_scale_H: Tensor
     out_XH: Tensor
     gate_up_HX: Tensor
@@ -82,6 +87,7 @@ class DraftWeights:
         unit = UnitNorm(size, draft.geometry.rms_norm_eps, draft.fc.weight)
         embedding_VH = draft.embedding(head.embedding_VH)
         ids_N = draft.vocabulary.ids_N
+        fits = ids_N.numel() * embed_HZ.shape[1] * dtype.itemsize <= SHARES_BYTES
         return cls(
             geometry=draft.geometry,
             unit=unit,
@@ -89,7 +95,7 @@ class DraftWeights:
             fc_FH=draft.fc.weight.T.contiguous(),
             embed_HZ=embed_HZ,
             feature_HZ=folded(qkv_ZX[:, size:], layer.hidden_norm.weight),
-            embedded_NZ=unit(embedding_VH[ids_N].to(dtype)) @ embed_HZ,
+            embedded_NZ=unit(embedding_VH[ids_N].to(dtype)) @ embed_HZ if fits else None,
             hidden_scale_H=scale(layer.hidden_norm.weight).to(dtype),
             out_XH=attention.o_proj.weight.T.contiguous(),
             gate_up_HX=folded(
@@ -99,6 +105,14 @@ class DraftWeights:
             head_HN=folded(draft.lm_head.weight, draft.norm.weight),
             ids_N=ids_N,
         )
+
+    def share_of(self, chosen_B: Tensor) -> Tensor:
+        """[B, Z]: what the embeddings of these draft tokens add to q, k, v."""
+        if self.embedded_NZ is not None:
+            return self.embedded_NZ.index_select(0, chosen_B)
+        embedded_BH = F.embedding(self.ids_N[chosen_B], self.embedding_VH).to(self.embed_HZ.dtype)
+        share_BZ: Tensor = self.unit(embedded_BH) @ self.embed_HZ
+        return share_BZ
 
 
 class Eagle3Drafter:
@@ -213,7 +227,7 @@ class Eagle3Session:
         """A later step: the layer reads its own output and the token it chose."""
         weights = self._weights
         unit_BH = weights.unit(feature_BH)
-        qkv_BZ = torch.addmm(weights.embedded_NZ.index_select(0, chosen_B), unit_BH, weights.feature_HZ)
+        qkv_BZ = torch.addmm(weights.share_of(chosen_B), unit_BH, weights.feature_HZ)
         starts = self._lengths if step == 1 else [length + step - 1 for length in self._lengths]
         query_BMHD = self._cached(qkv_BZ[:, None], starts)
         return self._layer(feature_BH, unit_BH, query_BMHD[:, 0], step)

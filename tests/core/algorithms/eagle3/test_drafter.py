@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchspec.core.algorithms.eagle3 import drafter
 from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
 from torchspec.core.interfaces.algorithm import DraftSession
 from torchspec.core.interfaces.features import Features
@@ -136,6 +137,24 @@ def test_every_round_is_the_training_forwards_prefix(
         document = torch.zeros_like(mask, dtype=torch.int64)
         walked = walked_slots(accepted_T[None], first_rounds(mask, document), whole_slots(mask, document, STEPS))
         assert walked[0].nonzero()[:, 0].tolist() == [slot for slot, _, _ in whole_rounds]
+
+
+def test_a_draft_whose_table_of_embeddings_would_be_large_drafts_the_same(
+    make_world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(unroll=STEPS, ids_N=torch.arange(0, 300, 3))
+    taps, tokens = make_texts(world, (9,), 20)[0].news()
+
+    def drafted() -> Tensor:
+        session = world.algorithm.drafter(world.draft, world.head, world.device).open(1)
+        probs = session.propose([taps], [tokens], STEPS, temperature=1.0, generator=torch.Generator().manual_seed(0))
+        assert probs.probs_BLV is not None
+        return probs.probs_BLV
+
+    with_table = drafted()
+    monkeypatch.setattr(drafter, "SHARES_BYTES", 0)
+    assert drafter.DraftWeights.of(world.draft, world.head).embedded_NZ is None
+    torch.testing.assert_close(drafted(), with_table, rtol=1e-12, atol=1e-15)
 
 
 def test_batched_drafts_are_those_of_single_rows(make_world: Worlds) -> None:
