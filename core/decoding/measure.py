@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torchspec.core.decoding.generation import Decoded, DecodeSettings, Generation, Seconds
 from torchspec.core.decoding.plain import decode_plain
@@ -29,6 +29,9 @@ class PromptLike(Protocol):
     def sample_id(self) -> str: ...
     @property
     def input_ids(self) -> Iterable[int]: ...
+
+
+Prompt = TypeVar("Prompt", bound=PromptLike)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +86,19 @@ class Run:
         return add_seconds([decoded.seconds for decoded in self.decoded])
 
 
+def with_room(context: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts after which a target of so many positions can say something. DataError if there is none."""
+    usable = [prompt for prompt in prompts if 0 < sum(1 for _ in prompt.input_ids) < context]
+    if not usable:
+        found = f"each of the {len(prompts)} is empty or fills" if prompts else "the data gave none to put into"
+        raise DataError(f"no prompt to decode: {found} the target's context of {context} tokens")
+    return usable
+
+
 def make_batches(engine: TargetEngine, prompts: Sequence[PromptLike], size: int) -> list[Batch]:
     """Prompts of similar length together, those without room for a new token left out."""
-    context = engine.describe().max_position_embeddings
-    tokens = [(prompt.sample_id, [int(token) for token in prompt.input_ids]) for prompt in prompts]
-    usable = [entry for entry in tokens if 0 < len(entry[1]) < context]
-    if not usable:
-        found = f"each of the {len(tokens)} is empty or fills" if tokens else "the data gave none to put into"
-        raise DataError(f"no prompt to decode: {found} the target's context of {context} tokens")
+    kept = with_room(engine.describe().max_position_embeddings, prompts)
+    usable = [(prompt.sample_id, [int(token) for token in prompt.input_ids]) for prompt in kept]
     if size > 1:
         usable.sort(key=lambda entry: len(entry[1]))
     parts = [usable[start : start + size] for start in range(0, len(usable), size)]

@@ -16,6 +16,7 @@ from torchspec.core.config.schema import RunConfig
 from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, load_dataset, load_prompts
 from torchspec.core.data.tokenizer import load_tokenizer
 from torchspec.core.data.vocabulary import build_vocabulary, coverage
+from torchspec.core.decoding.measure import with_room
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
@@ -147,10 +148,12 @@ def build_setup(
     config: RunConfig, model: Model, target: Target, data: Data, start: Start, context: ParallelContext,
     progress: ProgressSink | None,
 ) -> Setup:  # fmt: skip
+    usable = with_room(target.spec.max_position_embeddings, data.prompts) if data.prompts else []
     validator = Validator(
         model=model,
         vocabulary=start.vocabulary,
-        prompts=data.prompts,
+        prompts=usable,
+        skipped=len(data.prompts) - len(usable),
         settings=config.eval,
         seed=config.seed,
         compute=config.precision.compute,
@@ -165,7 +168,7 @@ def build_setup(
         checkpoints=config.output / "checkpoints",
         facts=facts,
         vocabulary=start.vocabulary,
-        validate=validator if data.prompts else None,
+        validate=validator if usable else None,
         validate_every=config.eval.every,
     )
 

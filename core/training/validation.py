@@ -31,7 +31,8 @@ class Validator:
 
     model: Model
     vocabulary: VocabularyMap
-    prompts: Sequence[PromptLike]
+    prompts: Sequence[PromptLike]  # all of them leave the target room for an answer (`measure.with_room`)
+    skipped: int  # those that did not
     settings: EvalConfig
     seed: int
     compute: str
@@ -53,7 +54,11 @@ class Validator:
                 warmup=0,
                 compare_draftless=False,
             )
-            result = evaluate(self.model.engine, drafter, share, settings, progress=self.progress)
+            result = self.context.agree(
+                lambda: evaluate(self.model.engine, drafter, share, settings, progress=self.progress)
+            )
+        else:  # fewer prompts than ranks
+            self.context.agree(lambda: None)
         return self._merge(result)
 
     def _copy(self) -> nn.Module:
@@ -63,15 +68,15 @@ class Validator:
         return draft.to(device=self.context.torch_device, dtype=COMPUTE[self.compute]).requires_grad_(False).eval()
 
     def _merge(self, result: EvalResult | None) -> dict[str, Any]:
-        counts = [0] * (6 + self.settings.draft_length)
+        counts = [0] * (5 + self.settings.draft_length)
         slowest = 0
         if result is not None:
             accepted = [count for record in result.records for count in record.accepted]
             reached = [sum(count > place for count in accepted) for place in range(self.settings.draft_length)]
-            counts = [result.rounds, result.proposed, result.accepted, result.tokens, result.prompts, result.skipped]
+            counts = [result.rounds, result.proposed, result.accepted, result.tokens, result.prompts]
             counts += reached
             slowest = int(result.seconds.total * MICROSECONDS)
-        rounds, proposed, accepted_total, tokens, prompts, skipped, *reached = self.context.sum(counts)
+        rounds, proposed, accepted_total, tokens, prompts, *reached = self.context.sum(counts)
         seconds = self.context.max([slowest])[0] / MICROSECONDS
         return {
             "acceptance_length": 1.0 + (accepted_total / rounds if rounds else 0.0),
@@ -83,7 +88,7 @@ class Validator:
             "accepted": accepted_total,
             "tokens": tokens,
             "prompts": prompts,
-            "skipped": skipped,
+            "skipped": self.skipped,
             "draft_length": self.settings.draft_length,
             "temperature": self.settings.temperature,
             "max_new_tokens": self.settings.max_new_tokens,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchspec.core.decoding.evaluate import EvalSettings, Variant, best_length, compare, evaluate, sweep
 from torchspec.core.decoding.generation import Round
+from torchspec.core.decoding.measure import with_room
 from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
 from torchspec.core.decoding.result import count_acceptance
 from torchspec.core.errors import DataError
@@ -224,3 +225,10 @@ def test_sweep_and_comparison_share_prompts_and_baseline(make_target: Make, make
 def test_settings_are_checked(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         EvalSettings(**field)
+
+
+def test_prompts_that_fill_the_context_are_left_out_together() -> None:
+    short, long, empty = (Prompt(str(size), tuple(range(size))) for size in (3, 6, 0))
+    assert with_room(6, [long, short, empty]) == [short]
+    with pytest.raises(DataError, match="each of the 2"):
+        with_room(6, [long, empty])

@@ -157,6 +157,7 @@ def validator(tiny: ModuleType, context: ParallelContext, trainer: Any, **change
         model=trainer.model,
         vocabulary=VocabularyMap.identity(tiny.V),
         prompts=prompts,
+        skipped=0,
         settings=settings,
         seed=0,
         compute="float32",
