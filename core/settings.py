@@ -14,14 +14,16 @@ class Launch:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
 
 
 def launch() -> Launch:
-    """torchrun's RANK, LOCAL_RANK and WORLD_SIZE; a world of one without a launcher."""
+    """torchrun's RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; a world of one without a launcher."""
     return Launch(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import ConfigError
 from torchspec.core.export.layout import ExportContext, write_draft
 from torchspec.core.export.selfcheck import Probe
 from torchspec.core.interfaces.algorithm import Algorithm
@@ -18,6 +19,7 @@ from torchspec.core.parallel import mesh
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
+from torchspec.core.pipeline.device_fit import backend_problems, device_problems
 from torchspec.core.pipeline.rebuild import rebuild
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
@@ -59,12 +61,26 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
     SIGINT or SIGTERM finishes the step, writes a checkpoint and returns; the same call continues.
     Raises TorchspecError for everything a user can act on.
     """
+    place = settings.launch()
+    check_fit(config, place.local_world_size)
     name, _ = registry.choose_device(config.device, settings.default_device())
-    context = mesh.start(registry.load_device(name), settings.launch())
+    context = mesh.start(registry.load_device(name), place)
     try:
         return _train(config, provenance, context, progress if context.is_main else None)
     finally:
         mesh.shutdown(context)
+
+
+def check_fit(config: RunConfig, ranks: int) -> None:
+    """ConfigError for what the device or the engine cannot do for so many ranks of this machine.
+
+    Cheap, and needs no other rank: asked before any process waits for another.
+    """
+    name, _ = registry.choose_device(config.device, settings.default_device())
+    problems = device_problems(config, registry.devices().spec(name), ranks)
+    problems += backend_problems(config, registry.backends().spec(config.backend))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _train(

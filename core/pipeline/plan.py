@@ -29,6 +29,7 @@ from torchspec.core.models.target_spec import read_target_spec, resolve_target, 
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import create_algorithm, initial_path
+from torchspec.core.pipeline.device_fit import backend_problems, device_problems
 from torchspec.core.pipeline.plan_memory import Load, Part, estimate
 from torchspec.core.training.checkpoint_files import MANIFEST, steps_on_disk
 
@@ -171,30 +172,11 @@ def _device(config: RunConfig) -> DeviceSpec:
 
 
 def _check_adapters(config: RunConfig, device: DeviceSpec | None, ranks: int, problems: _Problems) -> None:
-    if device is not None and registry.probe(device).ok:
-        if config.precision.compute == "bfloat16" and "bf16" not in device.capabilities:
-            problems.append(
-                Problem(
-                    field="precision.compute",
-                    value=config.precision.compute,
-                    message=f"device {device.name} does not compute in bfloat16",
-                    choices=("float32",),
-                )
-            )
-        count = device.load().runtime.device_count()
-        if ranks > count and "ranks_share_device" not in device.capabilities:
-            problems.append(
-                Problem(field="nproc", value=ranks, message=f"only {count} {device.name} device(s) are visible here")
-            )
+    if device is not None:
+        problems += device_problems(config, device, ranks)
     backend = problems.attempt("backend", lambda: registry.backends().spec(config.backend))
-    if backend is not None and config.data.validation and "decode" not in backend.capabilities:
-        problems.append(
-            Problem(
-                field="data.validation",
-                message=f"backend {config.backend} cannot decode with a draft, which validation needs",
-                remedy="leave data.validation out, or use a backend with the capability `decode`, such as hf",
-            )
-        )
+    if backend is not None:
+        problems += backend_problems(config, backend)
 
 
 def _check_output(config: RunConfig, problems: _Problems) -> None:

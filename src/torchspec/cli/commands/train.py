@@ -92,7 +92,10 @@ def run(words: Sequence[str]) -> int:
 
         return _show_plan(make_plan(config, provenance, ranks=max(nproc, place().world_size)), as_json)
     if nproc > 1:
+        from torchspec.core.pipeline.inprocess import check_fit
         from torchspec.core.pipeline.launch import launch, torchspec_command
+
+        check_fit(config, nproc)
 
         return launch(torchspec_command(["train", *_without_nproc(words)]), nproc)
     return train(config, provenance, silent=not first)

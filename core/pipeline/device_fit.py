@@ -1,0 +1,50 @@
+"""Whether the chosen device and engine can do what the configuration asks of them."""
+
+from __future__ import annotations
+
+from torchspec.core import registry
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import Problem
+from torchspec.core.interfaces.device import DeviceSpec
+from torchspec.core.interfaces.engine import EngineSpec
+
+
+def device_problems(config: RunConfig, device: DeviceSpec, ranks: int) -> list[Problem]:
+    """`ranks` are those of this machine. Nothing is said of a device that is not there: its probe says why."""
+    found: list[Problem] = []
+    if not registry.probe(device).ok:
+        return found
+    if config.precision.compute == "bfloat16" and "bf16" not in device.capabilities:
+        found.append(
+            Problem(
+                field="precision.compute",
+                value=config.precision.compute,
+                message=f"device {device.name} does not compute in bfloat16",
+                choices=("float32",),
+            )
+        )
+    if ranks > 1 and "ranks_share_device" not in device.capabilities:
+        count = device.load().runtime.device_count()
+        if ranks > count:
+            found.append(
+                Problem(
+                    field="nproc",
+                    value=ranks,
+                    message=f"only {count} {device.name} device(s) are visible here",
+                    remedy=f"start at most {count} ranks",
+                )
+            )
+    return found
+
+
+def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
+    """Validation decodes, which not every engine can."""
+    if not config.data.validation or "decode" in backend.capabilities:
+        return []
+    return [
+        Problem(
+            field="data.validation",
+            message=f"backend {config.backend} cannot decode with a draft, which validation needs",
+            remedy="leave data.validation out, or use a backend with the capability `decode`, such as hf",
+        )
+    ]
