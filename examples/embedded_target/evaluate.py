@@ -75,12 +75,14 @@ def perplexity(model: Any, tokenizer: Any, conversations: Sequence[Conversation]
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, conversations: Sequence[Conversation], limit: int) -> list[list[int]]:
-    """Greedy answers (token ids, the end of the turn included where it came), in batches of 16."""
+def greedy(
+    model: Any, tokenizer: Any, conversations: Sequence[Conversation], limit: int, *, rows: int = 16
+) -> list[list[int]]:
+    """Greedy answers (token ids, the end of the turn included where it came), in batches of ``rows``."""
     answers: list[list[int]] = []
     tokenizer.padding_side = "left"
-    for start in range(0, len(conversations), 16):
-        questions = [c.messages[:-1] for c in conversations[start : start + 16]]
+    for start in range(0, len(conversations), rows):
+        questions = [c.messages[:-1] for c in conversations[start : start + rows]]
         inputs = tokenizer.apply_chat_template(
             questions, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(model.device)

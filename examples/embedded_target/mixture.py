@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,6 @@ class Row:
     ids: np.ndarray  # int32 [T + 1]
     counts: np.ndarray  # bool [T + 1]: tokens of an answer
     real: np.ndarray  # bool [T + 1]: tokens that are not padding
-    previous: np.ndarray | None = None  # int32 [T + 1]: where a looped token stood one copy before, else -1
 
 
 @dataclass(kw_only=True)
@@ -122,50 +120,6 @@ class Packed(Rows):
         return [self.rows[i] for i in generator.permutation(len(self.rows))]
 
 
-@dataclass(kw_only=True)
-class Loops(Rows):
-    """Conversations that break off into a loop: a span of the answer, again and again to the row's end.
-
-    Material for a loss that teaches not to go on (Xu et al., 2022, "Learning to Break the Loop",
-    arXiv:2206.02369). Left alone, a small model's greedy answers end in loops.
-    """
-
-    documents: list[Document]
-
-    def make(self, generator: np.random.Generator) -> list[Row]:
-        """One row of every document that leaves room for three copies of its span."""
-        rows = (self._loop(self.documents[i], generator) for i in generator.permutation(len(self.documents)))
-        return [row for row in rows if row is not None]
-
-    def _loop(self, document: Document, generator: np.random.Generator) -> Row | None:
-        inside = np.flatnonzero(document.counts)[:-1]  # without the end of the turn
-        span = int(generator.integers(1, 33))
-        if len(inside) <= span:
-            return None
-        start = int(inside[generator.integers(0, len(inside) - span)])
-        stop, size = start + span, self.length + 1
-        if stop + 2 * span > size:
-            return None
-        copies = -(-(size - stop) // span)
-        ids = np.concatenate([document.ids[:stop], np.tile(document.ids[start:stop], copies)])[:size]
-        positions = np.arange(size, dtype=np.int32)
-        previous = np.where(positions >= stop, positions - span, -1).astype(np.int32)
-        counts = np.concatenate([document.counts[:stop], np.ones(size - stop, dtype=bool)])
-        return Row(ids=ids, counts=counts, real=np.ones(size, dtype=bool), previous=previous)
-
-
-def own_loops(path: Path) -> list[Row]:
-    """The rows of ``find_loops.py``: a model's own answers; nothing before the loop counts."""
-    saved = np.load(path)
-    rows = []
-    for ids, start, period in zip(saved["ids"], saved["start"], saved["period"], strict=True):
-        positions = np.arange(len(ids), dtype=np.int32)
-        looped = positions >= start
-        previous = np.where(looped, positions - period, -1).astype(np.int32)
-        rows.append(Row(ids=ids, counts=looped, real=np.ones(len(ids), dtype=bool), previous=previous))
-    return rows
-
-
 def pack(documents: list[Document], lengths: tuple[int, ...], *, pad: int) -> dict[int, list[Row]]:
     """Whole documents in rows of the given lengths (ascending); the longest documents lose their ends.
 
@@ -210,9 +164,3 @@ def batch(rows: list[Row], *, answers_only: bool) -> tuple[torch.Tensor, torch.T
     counts = np.stack([row.counts if answers_only else row.real for row in rows])
     labels = np.where(counts, ids, IGNORED)
     return torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(labels[:, 1:].copy())
-
-
-def previous_batch(rows: list[Row]) -> torch.Tensor:
-    """``previous_RT``: for each label that is a looped token the place of its copy before, else -1."""
-    previous = np.stack([np.full(len(row.ids), -1) if row.previous is None else row.previous for row in rows])
-    return torch.from_numpy(np.where(previous > 0, previous - 1, -1)[:, 1:].astype(np.int64))

@@ -2,10 +2,10 @@
 
     python examples/embedded_target/train.py --tokenizer build/et/tokenizer --folder build/et/run --minutes 75
 
-Three phases, by the share of the budget that is spent: a mixture of library code, its test suite and
-conversations; whole conversations; whole conversations where assistant tokens alone count. The learning
-rate is constant at first and then falls linearly to zero. ``--resume`` continues from the last checkpoint;
-time between the two runs does not count.
+Phases, by the share of the budget that is spent: a mixture of library code, its test suite and conversations;
+mostly whole conversations; the same, where assistant tokens alone count. From a point on, repeats in the model's
+own answers are unlearned beside that (``own_answers.py``). The learning rate is constant at first and then falls
+linearly to zero. ``--resume`` continues from the last checkpoint; time between the two runs does not count.
 
 On a CPU that others use too, one process per core is faster than one process of several threads, which
 waits at every operation for a core that is taken:
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,25 +25,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mixture import (
-    IGNORED,
-    Cut,
-    Loops,
-    Packed,
-    Row,
-    Rows,
-    batch,
-    conversation_documents,
-    own_loops,
-    pack,
-    previous_batch,
-    source_documents,
-)
+from mixture import IGNORED, Cut, Packed, Row, Rows, batch, conversation_documents, pack, source_documents
 from network import build_model, build_optimizers, model_config
+from own_answers import OwnAnswers
 from transformers import AutoTokenizer
 
-CUT = 512  # tokens of a row of the mixture
+from torchspec.core.data.stdlib_corpus import iter_conversations
+
+CUT = 256  # tokens of a row of the mixture
 PACKED = (256, 512, 1024)  # tokens of the rows of whole conversations; 99 % of these are shorter than the last
+OWN = 512  # tokens of a row of the model's own answers, the question included
 VALIDATION_ROWS = 24
 
 
@@ -58,17 +48,40 @@ class Recipe:
     weight_decay: float = 0.1
     warmup_steps: int = 50
     # Shares of the budget.
-    conversations_from: float = 0.5
-    decay_from: float = 0.6
-    loops_from: float = 0.7
-    answers_from: float = 0.75
-    shares: dict[str, float] = field(default_factory=lambda: {"conversations": 0.45, "library": 0.35, "tests": 0.20})
+    conversations_from: float = 0.45
+    decay_from: float = 0.5
+    own_answers_from: float = 0.7
+    answers_from: float = 0.7
+    shares: dict[str, float] = field(default_factory=lambda: {"conversations": 0.35, "library": 0.30, "tests": 0.35})
+    tests_share: float = 0.15  # of the steps that are for conversations: text that is new longer
+    own_every: int = 6  # steps
+    own_rows: int = 24  # of a rank, in such a step
     seed: int = 0
 
     def rate(self, progress: float, step: int) -> float:
         """The learning rate as a share of its peak; ``progress`` is the share of the budget spent."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         return warm * min(1.0, max(0.0, 1.0 - progress) / (1.0 - self.decay_from))
+
+
+def logits(states_RTH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
+    """[R * T, V], fp32 from a bf16 product."""
+    with torch.autocast(states_RTH.device.type, torch.bfloat16):
+        return F.linear(states_RTH, head_VH).float().flatten(0, 1)
+
+
+def loss_sum(states_RTH: torch.Tensor, head_VH: torch.Tensor, labels_RT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the tokens that count, in nats, fp32."""
+    return F.cross_entropy(logits(states_RTH, head_VH), labels_RT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def repeat_loss_sum(states_RTH: torch.Tensor, head_VH: torch.Tensor, avoid_RT: torch.Tensor) -> torch.Tensor:
+    """-log(1 - p) summed over the tokens to avoid, p being the probability of each, fp32."""
+    avoid = avoid_RT.flatten()
+    log_p = -F.cross_entropy(logits(states_RTH, head_VH), avoid.clamp(min=0), reduction="none")
+    # A probability that rounds to one would have an infinite loss and no gradient.
+    cost = -torch.log(-torch.expm1(log_p.clamp(max=-1e-4)))
+    return torch.where(avoid != IGNORED, cost, 0.0).sum()
 
 
 class Trainer:
@@ -90,10 +103,13 @@ class Trainer:
             adam_rate=recipe.adam_rate,
             weight_decay=recipe.weight_decay,
         )
-        self.loss_sum = torch.compile(self._loss_sum, dynamic=False) if arguments.compile else self._loss_sum
-        self.loop_loss_sum = self._loop_loss_sum
+        self.loss_sum, self.repeat_loss_sum = loss_sum, repeat_loss_sum
         if arguments.compile:
-            self.loop_loss_sum = torch.compile(self._loop_loss_sum, dynamic=False)
+            # Layer by layer: they share one piece of machine code, which takes seconds and not minutes to make.
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
+            self.loss_sum = torch.compile(loss_sum, dynamic=False)
+            self.repeat_loss_sum = torch.compile(repeat_loss_sum, dynamic=False)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._clock = 0.0  # this rank's seconds; `seconds` is what all ranks agreed on at the last step
         self._load_text()
@@ -116,33 +132,16 @@ class Trainer:
             self.say(f"{len(rows)} rows of {length} tokens of whole conversations")
             self.packed.append(Packed(rows=rows, length=length, seed=seed))
             self.sources[f"packed{length}"] = self.packed[-1]
-        self.sources["loops"] = Loops(documents=talk, length=PACKED[0], seed=seed)
-        own = own_loops(self.arguments.loops) if self.arguments.loops else []
-        self.own_loops = Packed(rows=own, length=PACKED[0], seed=seed) if own else None
+        asked = list(iter_conversations("train"))
+        self.own_answers = OwnAnswers(self.model, self.tokenizer, asked, length=OWN, seed=seed)
         held_out = pack(conversation_documents(self.tokenizer, "validation"), PACKED[-1:], pad=pad)
         self.validation = held_out[PACKED[-1]][:VALIDATION_ROWS]
 
-    def _loss_sum(self, ids_RT: torch.Tensor, labels_RT: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy summed over the tokens that count, in nats, fp32."""
+    def _states(self, ids_RT: torch.Tensor) -> torch.Tensor:
+        """What the head reads: [R, T, H] after the final norm."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits_RTV = self.model(input_ids=ids_RT, use_cache=False).logits
-        flat = logits_RTV.float().flatten(0, 1)
-        return F.cross_entropy(flat, labels_RT.flatten(), ignore_index=IGNORED, reduction="sum")
-
-    def _loop_loss_sum(self, ids_RT: torch.Tensor, labels_RT: torch.Tensor, previous_RT: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy before the loop; in it, -log(1 - |p - q / 2|), q being p one copy before.
-
-        A loop feeds on itself: each copy makes the next one likelier. Here each is to be half as likely.
-        """
-        with torch.autocast(self.device.type, torch.bfloat16):
-            logits_RTV = self.model(input_ids=ids_RT, use_cache=False).logits
-        flat = logits_RTV.float().flatten(0, 1)
-        loss_RT = F.cross_entropy(flat, labels_RT.flatten(), ignore_index=IGNORED, reduction="none")
-        loss_RT = loss_RT.view_as(labels_RT)
-        p_RT = torch.exp(-loss_RT)
-        q_RT = p_RT.detach().gather(1, previous_RT.clamp(min=0))
-        looped_RT = -torch.log1p(-(p_RT - 0.5 * q_RT).abs().clamp(max=0.999))
-        return torch.where(previous_RT >= 0, looped_RT, loss_RT).sum()
+            states: torch.Tensor = self.model.model(input_ids=ids_RT, use_cache=False).last_hidden_state
+        return states
 
     @property
     def progress(self) -> float:
@@ -153,25 +152,15 @@ class Trainer:
         """This rank's rows of the step; all of one length, which is the same on all ranks."""
         tokens = self.recipe.tokens_per_step // self.ranks
         generator = np.random.default_rng([self.recipe.seed, self.step])
-        if self.progress >= self.recipe.conversations_from:
-            sizes = np.array([len(source.rows) * source.length for source in self.packed], dtype=float)
-            source: Rows = self.packed[generator.choice(len(sizes), p=sizes / sizes.sum())]
-            if self._is_looped(source.length):
-                return self._loops(tokens // source.length)
-            return [source.row() for _ in range(tokens // source.length)]
-        names = list(self.recipe.shares)
-        drawn = generator.choice(len(names), size=tokens // CUT, p=list(self.recipe.shares.values()))
-        return [self.sources[names[i]].row() for i in drawn]
-
-    def _loops(self, count: int) -> list[Row]:
-        """Rows of loops; two of three are the model's own where ``--loops`` gave some."""
-        made, own = self.sources["loops"], self.own_loops
-        return [(own if own and i % 3 else made).row() for i in range(count)]
-
-    def _is_looped(self, length: int) -> bool:
-        """Whether this rank's rows of this step are loops: every other time that rows are short."""
-        wanted = self.progress >= self.recipe.loops_from and length == PACKED[0]
-        return wanted and (self.step + self.rank) % 2 == 0
+        if self.progress < self.recipe.conversations_from:
+            names = list(self.recipe.shares)
+            drawn = generator.choice(len(names), size=tokens // CUT, p=list(self.recipe.shares.values()))
+            return [self.sources[names[i]].row() for i in drawn]
+        sizes = np.array([len(source.rows) * source.length for source in self.packed], dtype=float)
+        source: Rows = self.packed[generator.choice(len(sizes), p=sizes / sizes.sum())]
+        if generator.random() < self.recipe.tests_share:
+            source = self.sources["tests"]
+        return [source.row() for _ in range(tokens // source.length)]
 
     def _reduce(self, loss: float, counted: int) -> tuple[float, int]:
         """Make gradients of sums into gradients of the mean over all ranks; (loss, tokens counted) in all.
@@ -192,19 +181,22 @@ class Trainer:
 
     def train_step(self) -> float:
         """One optimizer step; the mean loss over its tokens that count, in nats."""
-        rows = self._rows()
-        ids_RT, labels_RT = batch(rows, answers_only=self.progress >= self.recipe.answers_from)
-        tensors = [ids_RT, labels_RT]
-        loss_sum: Callable[..., torch.Tensor] = self.loss_sum
-        if rows[0].previous is not None:
-            tensors, loss_sum = [*tensors, previous_batch(rows)], self.loop_loss_sum
+        recipe = self.recipe
+        ids_RT, labels_RT = batch(self._rows(), answers_only=self.progress >= recipe.answers_from)
+        total, counted, tokens = 0.0, int((labels_RT != IGNORED).sum()), ids_RT.numel()
         parts = max(1, ids_RT.numel() // self.arguments.micro_tokens)
-        total = 0.0
-        for part in zip(*(tensor.to(self.device).chunk(parts) for tensor in tensors), strict=True):
-            loss = loss_sum(*part)
+        for part in zip(ids_RT.to(self.device).chunk(parts), labels_RT.to(self.device).chunk(parts), strict=True):
+            loss = self.loss_sum(self._states(part[0]), self.model.lm_head.weight, part[1])
             torch.autograd.backward(loss)
             total += loss.item()
-        total, counted = self._reduce(total, int((labels_RT != IGNORED).sum()))
+        if self.progress >= recipe.own_answers_from and self.step % recipe.own_every == 0:
+            ids_RT, avoid_RT = self.own_answers.batch(recipe.own_rows)
+            tokens += ids_RT.numel()
+            rows = max(1, self.arguments.micro_tokens // OWN)
+            for part in zip(ids_RT.to(self.device).split(rows), avoid_RT.to(self.device).split(rows), strict=True):
+                states = self._states(part[0])
+                torch.autograd.backward(self.repeat_loss_sum(states, self.model.lm_head.weight, part[1]))
+        total, counted = self._reduce(total, counted)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = self.recipe.rate(self.progress, self.step)
         for optimizer in self.optimizers:
@@ -213,7 +205,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += ids_RT.numel() * self.ranks
+        self.tokens += tokens * self.ranks
         return total / counted
 
     @torch.no_grad()
@@ -222,7 +214,7 @@ class Trainer:
         total, counted = 0.0, 0
         for row in self.validation:
             ids_RT, labels_RT = (t.to(self.device) for t in batch([row], answers_only=True))
-            total += self._loss_sum(ids_RT, labels_RT).item()
+            total += loss_sum(self._states(ids_RT), self.model.lm_head.weight, labels_RT).item()
             counted += int((labels_RT != IGNORED).sum())
         return total / counted
 
@@ -269,7 +261,8 @@ class Trainer:
                 left = self.arguments.minutes - self.seconds / 60
                 self.say(
                     f"loss {np.mean(losses):.3f} tokens {self.tokens / 1e6:.2f}M "
-                    f"{speed:.0f} tokens/s progress {self.progress:.3f} ETA {left:.1f} min"
+                    f"{speed:.0f} tokens/s progress {self.progress:.3f} ETA {left:.1f} min "
+                    f"own repeats {self.own_answers.repeated:.3f}"
                 )
                 tokens_before, losses, since_line = self.tokens, [], 0.0
             if self.rank == 0 and (since_save >= 60 * self.arguments.save_minutes or self.progress >= 1.0):
@@ -294,7 +287,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="a torch device, cpu by default")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --folder")
-    parser.add_argument("--loops", type=Path, help="file of find_loops.py")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if "RANK" in os.environ:

@@ -1,4 +1,4 @@
-"""Train the tokenizer of the embedded target: byte-level BPE of 4,096 entries with a chat template.
+"""Train the tokenizer of the embedded target: byte-level BPE of 2,048 entries with a chat template.
 
     python examples/embedded_target/train_tokenizer.py --output build/embedded_target/tokenizer
 
@@ -19,7 +19,7 @@ from torchspec.core.data.stdlib_corpus import iter_conversations
 from torchspec.core.data.stdlib_files import iter_files
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VOCABULARY = 4096
+VOCABULARY = 2048
 
 # A run of spaces before a word keeps one space for the word and is a token of its own before it, so
 # an indentation is one token whatever follows. Digits are single: numbers are not worth entries here.
