@@ -1,6 +1,9 @@
-"""The public adapter API for target engines, version `API_VERSION`."""
+"""The public adapter API for target engines, version `API_VERSION`.
 
-from torchspec.core.errors import TargetError, UnavailableError
+Built-in engines may also read a target's files through `torchspec.core.models`, which is not part of it.
+"""
+
+from torchspec.core.errors import ConfigError, Problem, TargetError, UnavailableError
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device
 from torchspec.core.interfaces.engine import (
     CaptureRequest,
@@ -18,6 +21,7 @@ __all__ = [
     "API_VERSION",
     "Availability",
     "CaptureRequest",
+    "ConfigError",
     "DecodeSession",
     "Device",
     "EngineOptions",
@@ -26,6 +30,7 @@ __all__ = [
     "Features",
     "NormState",
     "Prefill",
+    "Problem",
     "RecordRef",
     "StepOutput",
     "TargetEngine",

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
 
-from torchspec.core.errors import TorchspecError
-from torchspec.devices.api import launch
+from torchspec.devices.api import TorchspecError, launch
 
 
 class TorchCommunication:

@@ -1,5 +1,6 @@
 """The public adapter API for hardware, version `API_VERSION`. Adapters import nothing else of core."""
 
+from torchspec.core.errors import TorchspecError, UnavailableError
 from torchspec.core.interfaces.device import (
     API_VERSION,
     Attention,
@@ -26,5 +27,7 @@ __all__ = [
     "MaskSpec",
     "MemoryStats",
     "Runtime",
+    "TorchspecError",
+    "UnavailableError",
     "launch",
 ]

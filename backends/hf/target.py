@@ -12,10 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from torchspec.backends.api import EngineOptions, TargetError, TargetSpec
+from torchspec.backends.api import ConfigError, EngineOptions, Problem, TargetError, TargetSpec
 from torchspec.backends.hf.attention import use_grouped_attention
 from torchspec.backends.hf.cache import Rollback, rollback_of
-from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.models.target_head import decoder_of
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.models.target_weights import TargetWeights

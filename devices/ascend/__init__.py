@@ -11,8 +11,7 @@ import importlib.metadata
 import importlib.util
 from pathlib import Path
 
-from torchspec.core.errors import UnavailableError
-from torchspec.devices.api import Availability, Device, DeviceSpec
+from torchspec.devices.api import Availability, Device, DeviceSpec, UnavailableError
 
 HINT = "name another device with --device (`torchspec doctor` lists what is available here)"
 _CANN_LIBRARIES = ("ascendcl", "hccl")

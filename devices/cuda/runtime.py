@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchspec.core.errors import UnavailableError
-from torchspec.devices.api import MemoryStats
+from torchspec.devices.api import MemoryStats, UnavailableError
 
 
 class CudaRuntime:
