@@ -234,3 +234,19 @@ def test_the_cache_grows(make_world: Worlds) -> None:
         bit_by_bit.propose([taps[start : start + 60]], [tokens[start : start + 60]], STEPS)
     late = bit_by_bit.propose([taps[600:]], [tokens[600:]], STEPS)
     assert torch.equal(late.tokens_BL, at_once.propose([taps], [tokens], STEPS).tokens_BL)
+
+
+def test_a_full_row_beside_one_with_more_news(make_world: Worlds) -> None:
+    """The fullest row confirms one position, another six: all are written six columns wide, beyond the first 256."""
+    world = make_world(unroll=STEPS)
+    drafter = world.algorithm.drafter(world.draft, world.head, world.device)
+    rows = [world.features(world.tokens(254, 1), 1), world.features(world.tokens(107, 2), 2)]
+    session = drafter.open(2)
+    before, after = [slice(0, 252), slice(0, 100)], [slice(252, 253), slice(100, 106)]
+    for part, length in ((before, 4), (after, 3)):
+        taps = [row.taps_TNH[where] for row, where in zip(rows, part, strict=True)]
+        tokens = [row.input_ids_T[1:][where] for row, where in zip(rows, part, strict=True)]
+        late = session.propose(taps, tokens, length)
+    for row, drafted_L in zip(rows, late.tokens_BL, strict=True):
+        alone = drafter.open(1).propose([row.taps_TNH[:-1]], [row.input_ids_T[1:]], 3)
+        assert torch.equal(alone.tokens_BL[0], drafted_L)

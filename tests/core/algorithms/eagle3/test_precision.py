@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from torchspec.core.algorithms.eagle3.drafter import UnitNorm
+
 Worlds = Callable[..., Any]
 CONFIG = {"hidden_size": 64, "rms_norm_eps": 1e-5}
 
@@ -108,3 +110,17 @@ def test_drafts_in_bfloat16_are_mostly_those_in_float32(make_world: Worlds) -> N
         assert proposal.probs_BLV.dtype == torch.float32
         probs.append(proposal.probs_BLV[0, 0])
     assert (probs[0] - probs[1]).abs().max() < 0.03 * probs[0].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_drafters_norm_is_rounded_once(dtype: torch.dtype) -> None:
+    """Against float64, rounded to `dtype`: whoever rounds the sum or its root as well is off in many places."""
+    x = (3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    wide = x.double()
+    want = (wide / (wide.square().sum(-1, keepdim=True) + 1000 * 1e-5).sqrt()).to(dtype)
+    got = UnitNorm(1000, 1e-5, x)(x)
+    assert got.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    else:
+        assert (got != want).float().mean() < 0.01
