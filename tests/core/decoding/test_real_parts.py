@@ -78,6 +78,17 @@ def test_the_context_ends_a_text(parts: Any) -> None:
         assert reached <= 511
 
 
+def test_a_nearly_full_row_beside_one_that_accepts_more(parts: Any) -> None:
+    """The row of 509 of 512 tokens accepts nothing; the other's news are wider than what is left for drafting."""
+    nearly_full = torch.randint(3, 296, (509,), generator=torch.Generator().manual_seed(9)).tolist()
+    prompts = [nearly_full, random_prompts([5, 9, 14])[1]]
+    request = DecodeSettings(max_new_tokens=15, draft_length=6)
+    drafted = decode(parts.engine, parts.drafter(), prompts, request).generations
+    assert [generation.rounds[0].accepted for generation in drafted] == [0, 2]
+    plain = decode_plain(parts.engine, prompts, request).generations
+    assert [(g.tokens, g.finish) for g in plain] == [(g.tokens, g.finish) for g in drafted]
+
+
 @pytest.mark.parametrize("drafting", ["eagle3", "prompt lookup"])
 def test_sampled_text_has_the_targets_distribution(
     make_parts: Make, tmp_path_factory: pytest.TempPathFactory, drafting: str
