@@ -5,6 +5,7 @@ Shape letters: B sequences, Hk key/value heads, S columns of the cache, D head s
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,9 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 Rollback = Literal["full", "window", "none"]
 
 _FIRST_COLUMNS = 256
+
+_NAMES = ("cache", "past_key_values", "cache_params")
+"""What forward passes call their cache: in newer releases of transformers; in older ones; there in recurrent models."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -92,6 +96,12 @@ def rollback_of(model: PreTrainedModel) -> Rollback:
     if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and hasattr(cache, "activate_past_recording"):
         return "window"
     return "none"
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """The name under which this model's forward takes its cache and hands it back."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in _NAMES if name in accepted), _NAMES[0])
 
 
 def new_cache(config: PreTrainedConfig, rollback: Rollback, *, recording: bool) -> Cache | None:

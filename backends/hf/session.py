@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from torchspec.backends.api import Prefill, StepOutput, TargetError
-from torchspec.backends.hf.cache import GrowingLayer, compaction, new_cache
+from torchspec.backends.hf.cache import GrowingLayer, cache_name, compaction, new_cache
 from torchspec.backends.hf.capture import pad_right
 from torchspec.backends.hf.taps import TapRecorder
 from torchspec.backends.hf.target import HfTarget
@@ -46,6 +46,7 @@ class HfDecodeSession:
         self._target = target
         self._recording = recording
         self._recorder = TapRecorder(target, taps)
+        self._cache_name = cache_name(target.model)
         self._lengths = [len(prompt) for prompt in prompts]
         self._columns = max(self._lengths)
         self._trailing = [self._columns - length for length in self._lengths]
@@ -67,12 +68,12 @@ class HfDecodeSession:
         hook = head.register_forward_pre_hook(only_last)
         try:
             with self._recorder, torch.inference_mode():
-                output = self._target.model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+                output = self._target.model(input_ids=ids_BT, use_cache=True, **{self._cache_name: cache})
         finally:
             hook.remove()
         if output.logits.shape[1] != 1:
             raise TargetError(f"{type(self._target.model).__name__} bypasses its own output head: it cannot be decoded")
-        self._cache: Cache = output.past_key_values
+        self._cache: Cache = output[self._cache_name]
         taps = [self._recorder.of_row(row, length) for row, length in enumerate(self._lengths)]
         self._recorder.outputs.clear()
         return Prefill(logits_BV=output.logits[:, 0].clone(), taps=taps)
@@ -88,8 +89,8 @@ class HfDecodeSession:
             with self._recorder:
                 output = self._target.model(
                     input_ids=tokens_Bn.to(self._target.device),
-                    past_key_values=self._cache,
                     use_cache=True,
+                    **{self._cache_name: self._cache},
                     **self._where(new),
                 )
         self._columns += new

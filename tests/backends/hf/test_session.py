@@ -7,6 +7,7 @@ cache row out of order differ by 0.1 and more.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import DynamicCache, Gemma2Config, MistralConfig, PreTrainedCo
 
 from torchspec.backends.api import TargetError
 from torchspec.backends.hf import session as session_module
+from torchspec.backends.hf.cache import cache_name
 from torchspec.backends.hf.engine import HfEngine
 from torchspec.backends.hf.session import HfDecodeSession
 
@@ -214,3 +216,26 @@ def test_wrong_use_is_named(qwen3: HfEngine) -> None:
         qwen3.open([], ())
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         qwen3.open([[1], []], ())
+
+
+def test_the_cache_is_passed_under_the_name_that_the_model_takes(qwen3: HfEngine) -> None:
+    """transformers warns of an older name, and a later release will refuse it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        session = qwen3.open([[1, 2, 3]], ())
+        session.step(torch.tensor([[4, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("forward", "name"),
+    [
+        (lambda input_ids, past_key_values=None, **kwargs: None, "past_key_values"),
+        (lambda input_ids, cache_params=None: None, "cache_params"),
+        (lambda input_ids, cache=None, **kwargs: None, "cache"),
+        (lambda *args, **kwargs: None, "cache"),
+    ],
+)
+def test_names_of_the_cache_in_other_releases(forward: Callable[..., None], name: str) -> None:
+    model = torch.nn.Module()
+    model.forward = forward  # type: ignore[assignment]
+    assert cache_name(model) == name  # type: ignore[arg-type]
