@@ -1,14 +1,16 @@
 """This process's place among the ranks: the device mesh, the group for host data, and agreement on outcomes.
 
-Two groups exist. Gradients and sums travel over the mesh's axes with the device's own collectives; flags, plans and
-JSON travel over `control`, a gloo group on the CPU, so that agreeing never waits for the accelerator.
+Gradients and sums travel over the mesh's axes with the device's own collectives. Flags, plans and JSON travel over
+`control`, a gloo group on the CPU, so that agreeing never waits for the accelerator. Signs of life have a gloo group of
+their own, since they are given while other work, which may communicate, goes on.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -26,6 +28,7 @@ DEADLINE = timedelta(minutes=10)
 """No collective waits longer: a lost peer becomes an error."""
 
 HEARTBEAT_SECONDS = 20.0
+"""Between the signs of life of ranks that work or wait for one that does; well within the deadline."""
 
 DATA_AXIS = "dp"
 
@@ -50,6 +53,7 @@ class ParallelContext:
     world_size: int
     mesh: DeviceMesh
     control: ProcessGroup
+    pulse: ProcessGroup
     owns_world: bool
 
     @property
@@ -97,12 +101,17 @@ class ParallelContext:
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def agree(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on every rank; if it failed anywhere, fail everywhere, so that no rank waits for a lost one."""
+        """Run `work` on every rank; if it failed anywhere, fail everywhere, so that no rank waits for a lost one.
+
+        It may take hours, on some ranks only (tokenising a corpus, decoding): while any is at it, all give signs of
+        life. `work` must not itself agree on anything.
+        """
         failure: BaseException | None = None
-        try:
-            result = work()
-        except Exception as error:  # noqa: BLE001 - re-raised below, after the peers know
-            failure = error
+        with self._pulse():
+            try:
+                result = work()
+            except Exception as error:  # noqa: BLE001 - re-raised below, after the peers know
+                failure = error
         messages = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
@@ -112,33 +121,8 @@ class ParallelContext:
         return result
 
     def main_only(self, work: Callable[[], Result]) -> Result | None:
-        """Run `work` on rank 0 while the others wait; its result there, None elsewhere; its failure everywhere.
-
-        The work may take hours (tokenising a corpus): rank 0 gives a sign of life well within the deadline.
-        """
-        if not self.is_main:
-            while not self._beat(finished=False):
-                pass
-            self.agree(lambda: None)
-            return None
-        done = threading.Event()
-
-        def beat() -> None:
-            while not done.wait(HEARTBEAT_SECONDS):
-                self._beat(finished=False)
-
-        heart = threading.Thread(target=beat, daemon=True)
-        heart.start()
-
-        def finish() -> Result:
-            try:
-                return work()
-            finally:
-                done.set()
-                heart.join()
-                self._beat(finished=True)
-
-        return self.agree(finish)
+        """Run `work` on rank 0 while the others wait; its result there, None elsewhere; its failure everywhere."""
+        return self.agree(lambda: work() if self.is_main else None)
 
     def main_first(self, work: Callable[[], Result]) -> Result:
         """Run `work` on rank 0 and then, if it succeeded, on the others: what rank 0 leaves in a cache serves them."""
@@ -146,11 +130,38 @@ class ParallelContext:
         result = self.agree(lambda: mine if self.is_main else work())
         return cast(Result, result)
 
-    def _beat(self, *, finished: bool) -> bool:
-        """Rank 0 says whether it has finished; the others hear it."""
-        flag = torch.tensor([int(finished)])
-        dist.broadcast(flag, src=0, group=self.control)
-        return bool(flag.item())
+    @contextmanager
+    def _pulse(self) -> Iterator[None]:
+        """Leave the block when every rank has: no single wait for a peer is longer than a heartbeat.
+
+        Raises PeerError when one no longer answers within the deadline.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        done = threading.Event()
+        lost: list[RuntimeError] = []
+
+        def beat() -> None:
+            busy = torch.ones(1, dtype=torch.int64)
+            while busy.item():
+                done.wait(HEARTBEAT_SECONDS)
+                busy.fill_(0 if done.is_set() else 1)
+                try:
+                    dist.all_reduce(busy, op=dist.ReduceOp.MAX, group=self.pulse)
+                except RuntimeError as error:
+                    lost.append(error)
+                    return
+
+        heart = threading.Thread(target=beat, daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            done.set()
+        heart.join()
+        if lost:
+            raise PeerError(f"another rank is gone or no longer answers; its own output says why ({lost[0]})")
 
 
 def start(device: Device, launch: Launch, timeout: timedelta = DEADLINE) -> ParallelContext:
@@ -166,6 +177,7 @@ def start(device: Device, launch: Launch, timeout: timedelta = DEADLINE) -> Para
         world_size=dist.get_world_size(),
         mesh=init_device_mesh(torch_device.type, (dist.get_world_size(),), mesh_dim_names=(DATA_AXIS,)),
         control=dist.new_group(backend="gloo", timeout=timeout),
+        pulse=dist.new_group(backend="gloo", timeout=timeout),
         owns_world=owns_world,
     )
 
@@ -175,4 +187,5 @@ def shutdown(context: ParallelContext) -> None:
     if context.owns_world:
         dist.destroy_process_group()
     else:
-        dist.destroy_process_group(context.control)
+        for group in (context.control, context.pulse):
+            dist.destroy_process_group(group)
