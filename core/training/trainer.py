@@ -107,8 +107,8 @@ class Trainer:
         """Train to the end, or to the end of the step in which a signal arrived; both leave a checkpoint."""
         config, counters = self.setup.config, self.counters
         received = 0
-        if self._validation_due():  # a signal came between this step and its validation
-            received = self._validate_and_save(log, stop)
+        if self._validation_due():  # the run ended between this step's checkpoint and its validation
+            received = self._validate(log, stop)
         while counters.step < self.total_steps and not received:
             row = self._step()
             if counters.step % config.log_every == 0 or counters.step == self.total_steps:
@@ -116,10 +116,12 @@ class Trainer:
             if progress is not None:
                 progress("train", counters.step, self.total_steps)
             received = self._agreed_signal(stop)
-            if received:
-                self._save()
-            else:
-                received = self._validate_and_save(log, stop)
+            due = self._validation_due() and not received
+            last = counters.step == self.total_steps
+            if received or due or last or counters.step % config.checkpoint_every == 0:
+                self._save()  # before the validation, which may fail or outlast the time after a signal
+            if due:
+                received = self._validate(log, stop)
         return Outcome(
             step=counters.step,
             total_steps=self.total_steps,
@@ -233,26 +235,24 @@ class Trainer:
             return False
         return step == self.total_steps or (every > 0 and step % every == 0)
 
-    def _validate_and_save(self, log: MetricsLog, stop: StopRequest) -> int:
-        """What is due after a step; -> a signal that arrived meanwhile, with the checkpoint it asks for written."""
-        counters = self.counters
-        validated = self._validation_due()
-        if validated:
-            self._validate(log)
-        received = self._agreed_signal(stop) if validated else 0
-        last = counters.step == self.total_steps
-        if received or last or self._improved() or counters.step % self.setup.config.checkpoint_every == 0:
-            self._save()
-        return received
+    def _validate(self, log: MetricsLog, stop: StopRequest) -> int:
+        """Decode and log; -> a signal that arrived meanwhile.
 
-    def _validate(self, log: MetricsLog) -> None:
+        The step's checkpoint is there and is replaced by one that knows the score where that will be asked for;
+        elsewhere a run that resumes from it validates once more.
+        """
         assert self.setup.validate is not None
         with untouched(self.context.device.runtime):
             row = self.setup.validate()
-        step = self.counters.step
+        counters = self.counters
+        step = counters.step
         log.write({"kind": "validation", "step": step, "epoch": (step - 1) // self.steps_per_epoch, **row})
-        self.counters.validated_step = step
-        self.counters.score = float(row["acceptance_length"])
+        counters.validated_step = step
+        counters.score = float(row["acceptance_length"])
+        received = self._agreed_signal(stop)
+        if received or step == self.total_steps or self._improved():
+            self._save()
+        return received
 
     def _improved(self) -> bool:
         """The step was validated and is better than every checkpoint there is."""

@@ -30,6 +30,12 @@ MOMENTS: list[Cell] = [
     {"kill_after": 100_000},
     *({"kill_from": step, "kill_after": random.Random(step).randrange(60_000)} for step in (4, 9, 12, 16)),
 ]
+# The best is at 12; the last is validated too. Steps 8 and 16 are checkpoints for their validation's sake alone.
+VALIDATED: Cell = {
+    **RUN,
+    "validate_every": 4,
+    "scores": {"4": 1.5, "8": 1.2, "12": 1.9, "16": 1.9, "20": 1.3},
+}
 
 
 def resume_cells(ranks: int) -> list[Cell]:
@@ -46,7 +52,12 @@ def resume_cells(ranks: int) -> list[Cell]:
             {**RUN, "name": f"{name}-b", "directory": name},
         ]
     made += [{**RUN, "name": f"moment-{n}", "directory": "moment", **when} for n, when in enumerate(MOMENTS)]
-    return [*made, {**RUN, "name": "moment-end", "directory": "moment"}]
+    made += [{**RUN, "name": "moment-end", "directory": "moment"}, {**VALIDATED, "name": "validated"}]
+    killed = {**VALIDATED, "directory": "validated-killed"}
+    made += [{**killed, "name": f"validating-{step}", "kill_validating": [step, last]} for step in (4, 8, 12)]
+    # Between the checkpoint before the validation of step 16 and the row after it, or thereabouts.
+    made += [{**killed, "name": "validating-late", "kill_from": 16, "kill_after": 33_000}]
+    return [*made, {**killed, "name": "validating-end"}]
 
 
 # Half a run on 3 ranks and the rest on 1, without randomness.
@@ -57,10 +68,18 @@ FULL: list[Cell] = [
     {**RUN, "name": "full-b", "directory": "full"},
 ]
 AGREEMENT: Cell = {"name": "agreement", "kind": "agreement"}
+PATIENCE: Cell = {"name": "patience", "kind": "patience"}
+
+FAILED_VALIDATION: Cell = {
+    **RUN,
+    "kind": "failed validation",
+    "name": "failed-validation",
+    "validate_every": 4,
+}
 
 CELLS: dict[int, list[Cell]] = {
-    3: [*GRADIENTS, AGREEMENT, {**RESHARD, "name": "reshard-a", "kill": [10, "TERM", 0]}],
-    2: [*GRADIENTS, *resume_cells(2), *FULL],
+    3: [*GRADIENTS, AGREEMENT, PATIENCE, {**RESHARD, "name": "reshard-a", "kill": [10, "TERM", 0]}],
+    2: [*GRADIENTS, *resume_cells(2), *FULL, FAILED_VALIDATION],
     1: [
         *GRADIENTS,
         *resume_cells(1),

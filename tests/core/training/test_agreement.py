@@ -18,3 +18,11 @@ def test_ranks_agree(runs: dict[int, Path]) -> None:
         own = "TorchspecError: no luck"
         assert answers["failure_last"] == (own if rank == 2 else f"PeerError: rank 2 failed: {own}")
         assert answers["failure_main"] == (own if rank == 0 else f"PeerError: rank 0 failed: {own}")
+
+
+def test_only_a_rank_that_is_gone_exceeds_the_deadline(runs: dict[int, Path]) -> None:
+    found = json.loads((runs[3] / "patience.json").read_text())["ranks"]
+    assert [answers["agree"] for answers in found] == [0, 1, 2]
+    assert ["lost" in answers for answers in found] == [True, True, False]
+    for answers in found[:2]:
+        assert answers["lost"].startswith("PeerError: another rank is gone or no longer answers")

@@ -31,7 +31,7 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_run(run: Path, reference: Path) -> None:
     assert history(run) == history(reference)
-    assert [row["step"] for row in history(run)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in history(run) if row["kind"] == "train"] == list(range(1, STEPS + 1))
     mine, theirs = (files.directory_of(directory / "checkpoints", STEPS) for directory in (run, reference))
     shards = sorted(path.relative_to(theirs) for part in ("state", "rng") for path in (theirs / part).iterdir())
     for shard in shards:
@@ -53,6 +53,26 @@ def test_killed_after_a_step(results: Path, step: int) -> None:
 def test_killed_at_any_moment(results: Path) -> None:
     assert json.loads((results / "moment-end.json").read_text())["started"] > 0
     assert_same_run(results / "moment", results / "reference")
+
+
+def test_killed_while_validating(results: Path) -> None:
+    """The step's checkpoint is there before its validation, which the resumed run does again, to the same end."""
+    names = ("validating-4", "validating-8", "validating-12", "validating-late")
+    assert [json.loads((results / f"{name}.json").read_text())["started"] for name in names] == [0, 4, 8, 12]
+    run, reference = results / "validated-killed", results / "validated"
+    assert_same_run(run, reference)
+    scores = {row["step"]: row["acceptance_length"] for row in history(run) if row["kind"] == "validation"}
+    assert scores == {4: 1.5, 8: 1.2, 12: 1.9, 16: 1.9, 20: 1.3}
+    for place in (run, reference):
+        assert files.read_json(place / "checkpoints" / "best.json")["step"] == 12
+        directories = [files.directory_of(place / "checkpoints", step) for step in (12, 20)]
+        assert [files.read_manifest(directory).score for directory in directories] == [1.9, 1.3]
+
+
+def test_a_validation_that_fails_on_one_rank_fails_all_and_its_step_is_kept(runs: dict[int, Path]) -> None:
+    said = json.loads((runs[2] / "failed-validation.json").read_text())["ranks"]
+    assert said == ["PeerError: rank 1 failed: TorchspecError: no luck", "TorchspecError: no luck"]
+    assert files.steps_on_disk(runs[2] / "failed-validation" / "checkpoints") == [3, 4]
 
 
 @pytest.mark.parametrize(("name", "number"), [("TERM", 15), ("INT", 2)])

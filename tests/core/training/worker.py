@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +24,16 @@ import torch
 import torch._dynamo  # the optimizer imports it at its first step: once here instead of in every fork
 from safetensors.torch import save_file
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchspec.core import settings
+from torchspec.core.config.schema import EvalConfig
+from torchspec.core.data.prompts import Prompt
 from torchspec.core.errors import TorchspecError
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training import checkpoint
+from torchspec.core.training import checkpoint, validation
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.sharding import unsharded_state
 from torchspec.core.training.signals import StopRequest
@@ -92,12 +96,17 @@ def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path)
 
     kill = [step, signal name, rank]; kill_after = Python calls until SIGKILL, counted from the start or from the first
     step that is at least kill_from; file_limit = [from this step, largest
-    file in bytes, rank]; scores = acceptance length to report at each step.
+    file in bytes, rank]; scores = acceptance length to report at each step; kill_validating = [step, rank].
     """
     job = make_job(tiny, cell, results)
-    scores = cell.get("scores")
-    validate = None if scores is None else (lambda: {"acceptance_length": scores[str(trainer.counters.step)]})
-    trainer = tiny.make_trainer(job, context, validate, cell.get("validate_every", 0))
+
+    def validate() -> dict[str, Any]:
+        if cell.get("kill_validating") == [trainer.counters.step, context.rank]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"acceptance_length": cell["scores"][str(trainer.counters.step)]}
+
+    every = cell.get("validate_every", 0)
+    trainer = tiny.make_trainer(job, context, validate if "scores" in cell else None, every)
     if "kill_after" in cell and "kill_from" not in cell:
         kill_after(cell["kill_after"])
     chosen = checkpoint.choose(trainer.setup.checkpoints, context)
@@ -105,6 +114,8 @@ def train(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path)
         trainer.resume(chosen)
     counters = trainer.counters
     started = counters.step
+    if context.is_main:
+        report(results, cell, {"started": started})  # for cells that are killed
     path = job.directory / "metrics.jsonl" if context.is_main else None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +148,32 @@ def kill_after(calls: int) -> None:
     sys.setprofile(count)
 
 
+def failed_validation(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
+    """Decoding fails on the last rank; what every rank raises."""
+    trainer = tiny.make_trainer(make_job(tiny, cell, results), context, validate_every=cell["validate_every"])
+    prompts = [Prompt(sample_id=f"p{n}", input_ids=tuple(range(n, n + 3))) for n in range(4)]
+    validator = validation.Validator(
+        model=trainer.model, vocabulary=trainer.setup.vocabulary, prompts=prompts, skipped=0, settings=EvalConfig(),
+        seed=0, compute="float32", context=context,
+    )  # fmt: skip
+    trainer.setup = replace(trainer.setup, validate=validator)
+
+    def evaluate(*arguments: Any, **named: Any) -> Any:
+        raise TorchspecError("no luck")
+
+    if context.rank == context.world_size - 1:
+        validation.evaluate = evaluate
+    said = "nothing"
+    try:
+        with MetricsLog(None) as log, StopRequest() as stop:
+            trainer.run(log, stop)
+    except TorchspecError as error:
+        said = f"{type(error).__name__}: {error}"
+    gathered = context.gather(said)
+    if context.is_main:
+        report(results, cell, {"ranks": gathered})
+
+
 def agreement(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
     """What the ranks tell each other."""
     mesh.HEARTBEAT_SECONDS = 0.05
@@ -164,6 +201,33 @@ def agreement(tiny: ModuleType, cell: Cell, context: ParallelContext, results: P
         report(results, cell, {"ranks": gathered})
 
 
+def patience(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
+    """Work that takes longer than the deadline, on the last rank only; then a last rank that never comes."""
+    deadline = timedelta(seconds=2)
+    mesh.HEARTBEAT_SECONDS = 0.1
+    short = replace(
+        context,
+        control=dist.new_group(backend="gloo", timeout=deadline),
+        pulse=dist.new_group(backend="gloo", timeout=deadline),
+    )
+    last = context.rank == context.world_size - 1
+
+    def work() -> int:
+        threading.Event().wait(3.0 if last else 0.0)
+        return context.rank
+
+    context.gather("ready")
+    found: dict[str, Any] = {"agree": short.main_first(work)}
+    if not last:
+        try:
+            short.agree(work)
+        except TorchspecError as error:
+            found["lost"] = f"{type(error).__name__}: {error}"
+    gathered = context.gather(found)
+    if context.is_main:
+        report(results, cell, {"ranks": gathered})
+
+
 def report(results: Path, cell: Cell, found: dict[str, Any]) -> None:
     (results / f"{cell['name']}.json").write_text(json.dumps(found))
 
@@ -172,7 +236,13 @@ def run_cell(cell: Cell, results: Path) -> None:
     os.environ["MASTER_PORT"] = str(cell["port"])
     tiny = load_tiny_run()
     context = mesh.start(tiny.cpu(), settings.launch(), timedelta(seconds=60))
-    kinds = {"gradients": gradients, "train": train, "agreement": agreement}
+    kinds = {
+        "gradients": gradients,
+        "train": train,
+        "agreement": agreement,
+        "failed validation": failed_validation,
+        "patience": patience,
+    }
     try:
         kinds[cell["kind"]](tiny, cell, context, results)
     except TorchspecError as error:
@@ -193,7 +263,7 @@ def main() -> None:
                 os._exit(1)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code != 0 and "kill" not in cell and "kill_after" not in cell:
+        if code != 0 and not any(key.startswith("kill") for key in cell):
             raise SystemExit(f"cell {cell['name']} ended with {code}")
 
 
