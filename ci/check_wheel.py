@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_MB = 16
+LIMIT_MB = 14
 
 
 def expected() -> set[str]:

@@ -50,10 +50,10 @@ class Recipe:
     # Shares of the budget.
     conversations_from: float = 0.45
     decay_from: float = 0.5
-    own_answers_from: float = 0.7
-    answers_from: float = 0.7
+    own_answers_from: float = 0.66
+    answers_from: float = 0.8
     shares: dict[str, float] = field(default_factory=lambda: {"conversations": 0.35, "library": 0.30, "tests": 0.35})
-    tests_share: float = 0.15  # of the steps that are for conversations: text that is new longer
+    tests_share: float = 0.5  # of the steps that are for conversations: that text is new for longer
     own_every: int = 6  # steps
     own_rows: int = 24  # of a rank, in such a step
     seed: int = 0
