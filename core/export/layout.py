@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from torchspec.core.interfaces.algorithm import Algorithm, DraftFiles
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {"hf": "plain", "sglang": "plain", "vllm": "speculators"}
 """Command-line format to layout: plain EAGLE-3 serves in both engines, the speculators layout in vLLM alone."""
@@ -48,7 +51,8 @@ def write_draft(
 ) -> SelfCheck:
     """Write `draft` (unsharded) in `layout` and prove that an engine's reading of the files gives its predictions.
 
-    An existing draft directory is replaced only after the new one has passed. Raises ConfigError where the layout
+    An existing draft directory is replaced only after the new one has passed; what people must know before they serve
+    it (`DraftFiles.notes`) goes to the log. Raises ConfigError where the layout
     cannot hold this draft, CheckpointError when the written files fail the check or cannot be written.
     """
     state = {name: _stored(tensor, dtype) for name, tensor in draft.state_dict().items()}
@@ -64,6 +68,8 @@ def write_draft(
         outcome = check_files(algorithm, draft, read_files(aside), context.head, context.device, context.probe)
         aside.chmod(0o755)
         _replace(aside, directory)
+        for note in files.notes:
+            logger.warning("%s: %s", directory, note)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"writing the draft to {directory} failed: {error}; nothing was replaced. Free some space or name another "

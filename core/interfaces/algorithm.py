@@ -43,10 +43,14 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftFiles:
-    """A draft as a directory holds it: config.json and the tensors of model.safetensors."""
+    """A draft as a directory holds it: config.json and the tensors of model.safetensors.
+
+    notes   what people must know before they serve it; written nowhere
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,7 @@ class Algorithm(Protocol):
 
         After a prompt whose T positions have these taps and following tokens, the probabilities [L, V] from which
         each of the drafted tokens is drawn, given those before it (temperature 1). Raises CheckpointError naming
-        every tensor that an engine would ignore or miss.
+        every tensor that an engine would ignore or miss, and when the engine would tap other layers than `taps`.
         """
         ...
 

@@ -20,7 +20,7 @@ from torchspec.core.algorithms.eagle3.initialise import initialise
 from torchspec.core.algorithms.eagle3.metrics import pair_sums, summarise
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
-from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.interfaces.algorithm import DraftFiles, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
@@ -129,6 +129,12 @@ class Eagle3:
     def serve(
         self, files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
     ) -> Tensor:
+        served = serving.served_taps(files.config, self.target.num_layers)
+        if served != self.taps:
+            raise CheckpointError(
+                f"an engine that reads the exported config.json taps the layers {list(served)}, but the draft was "
+                f"trained on {list(self.taps)}: its tap ids are wrong"
+            )
         return serving.serve(files, head, taps_TNH, next_tokens_T, drafted_L)
 
     def _check(self, vocabulary: VocabularyMap) -> None:

@@ -46,7 +46,8 @@ def to_files(algorithm: Eagle3, state: Mapping[str, Tensor], layout: str) -> Dra
         problems = _plain_problems(geometry, taps)
         if problems:
             raise ConfigError(problems)
-        return DraftFiles(config=_plain(geometry, taps, target, layer), tensors=dict(state))
+        config, notes = _plain(geometry, taps, target, layer), _plain_notes(taps, target)
+        return DraftFiles(config=config, tensors=dict(state), notes=notes)
     config = _speculators(geometry, taps, target, layer, tokens=min(5, algorithm.options.unroll))
     prefix = layer_prefix(config)
     return DraftFiles(config=config, tensors={name.replace(OURS, prefix): value for name, value in state.items()})
@@ -78,6 +79,15 @@ def _plain_problems(geometry: Geometry, taps: tuple[int, ...]) -> list[Problem]:
             )
         )
     return problems
+
+
+def _plain_notes(taps: tuple[int, ...], target: TargetSpec) -> tuple[str, ...]:
+    if taps == default_taps(target.num_layers):
+        return ()
+    return (
+        f"only SGLang taps the layers {list(taps)} for it: vLLM reads the plain layout's explicit list as one layer "
+        "lower each, and the draft would be accepted rarely. For vLLM: torchspec export --format vllm",
+    )
 
 
 def _layer_config(geometry: Geometry, dtype: str) -> dict[str, Any]:
@@ -147,6 +157,8 @@ def _speculators(
         "target_hidden_size": geometry.target_hidden_size,
         "norm_before_residual": geometry.norm_before_residual,
         "norm_before_fc": False,
+        "fc_norm": False,
+        "norm_output": False,
         "eagle_aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in taps],
         "tie_word_embeddings": False,
         "torch_dtype": layer["torch_dtype"],

@@ -59,6 +59,21 @@ def check_names(files: DraftFiles) -> None:
         raise CheckpointError(f"these are not the tensors of a {layout} EAGLE-3 draft; {'; '.join(parts)}")
 
 
+def served_taps(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The target's layers (0-based) whose outputs an engine hands to a draft with this config.
+
+    vLLM counts Hugging Face's hidden states, of which k is the output of layer k - 1; so does the default list that
+    both engines fall back on. SGLang, which alone is meant by an explicit list in the plain layout, counts outputs.
+    """
+    if is_speculators(config):
+        explicit, first = config.get("eagle_aux_hidden_state_layer_ids"), 1
+    else:
+        explicit, first = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids"), 0
+    if explicit is None:
+        explicit, first = (2, num_layers // 2, num_layers - 3), 1
+    return tuple(number - first for number in explicit)
+
+
 def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor) -> Tensor:
     """Probabilities [L, V], float64, of each drafted token given those before it; see `Algorithm.serve`."""
     check_names(files)

@@ -48,7 +48,7 @@ def make(target: Path, **options: object) -> tuple[Algorithm, nn.Module, ExportC
 def test_round_trip_predicts_the_same(tiny_target: Path, tmp_path: Path, layout: str, options: dict) -> None:
     algorithm, draft, context = make(tiny_target, **options)
     check = write_draft(algorithm, draft, layout, tmp_path / "draft", context)
-    assert check.max_probability_difference < 1e-5
+    assert check.total_variation < 1e-5
     again, loaded = read_draft(tmp_path / "draft", algorithm.target)
     assert again.taps == algorithm.taps
     assert again.geometry == algorithm.geometry
@@ -58,10 +58,12 @@ def test_round_trip_predicts_the_same(tiny_target: Path, tmp_path: Path, layout:
         assert torch.equal(state[name], value), name
 
 
-def test_bf16_export_passes_its_wider_bound(tiny_target: Path, tmp_path: Path) -> None:
+def test_bf16_export_is_checked_as_closely(tiny_target: Path, tmp_path: Path) -> None:
     algorithm, draft, context = make(tiny_target)
+    before = {name: value.clone() for name, value in draft.state_dict().items()}
     check = write_draft(algorithm, draft, "plain", tmp_path / "draft", context, dtype=torch.bfloat16)
-    assert 0 < check.max_probability_difference < check.tolerance
+    assert 0 < check.total_variation < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in draft.state_dict().items())
     assert load_file(tmp_path / "draft/model.safetensors")["fc.weight"].dtype == torch.bfloat16
 
 
@@ -78,11 +80,32 @@ def test_names_and_fields_engines_read(tiny_target: Path, tmp_path: Path) -> Non
     spec = json.loads((tmp_path / "spec/config.json").read_text())
     assert "model_type" not in spec  # vLLM would take the directory for a whole model
     assert spec["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
-    assert spec["norm_before_residual"] is False
+    for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+        assert spec[flag] is False
     names = load_file(tmp_path / "spec/model.safetensors").keys()
     assert "layers.0.self_attn.q_proj.weight" in names
     offsets = load_file(tmp_path / "plain/model.safetensors")["d2t"]
     assert torch.equal(torch.arange(DRAFT_VOCABULARY) + offsets, draft.vocabulary.ids_N)
+
+
+def test_tap_ids_that_are_not_the_default(tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Engines count an explicit list differently in the plain layout: the one that is not served is named."""
+    algorithm, draft, context = make(tiny_target, taps=(0, 2, 5))
+    write_draft(algorithm, draft, "speculators", tmp_path / "spec", context)
+    assert not caplog.messages
+    write_draft(algorithm, draft, "plain", tmp_path / "plain", context)
+    plain, spec = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "spec"))
+    assert plain["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 5]
+    assert spec["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6]
+    (message,) = caplog.messages
+    assert "only SGLang" in message
+    assert "--format vllm" in message
+
+
+def test_default_taps_need_no_note(tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "plain", context)
+    assert not caplog.messages
 
 
 def _offsets_as_ids(files: DraftFiles) -> None:
@@ -107,14 +130,53 @@ def _head_lost(files: DraftFiles) -> None:
     files.tensors["lm_head.weight"] = files.tensors["lm_head.weight"].roll(1, dims=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", [_offsets_as_ids, _taps_swapped, _wrong_theta, _norms_exchanged, _head_lost])
-def test_self_check_catches(tiny_target: Path, tmp_path: Path, fault: Callable[[DraftFiles], None]) -> None:
+def test_self_check_catches(
+    tiny_target: Path, tmp_path: Path, fault: Callable[[DraftFiles], None], dtype: torch.dtype
+) -> None:
     algorithm, draft, context = make(tiny_target)
-    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context, dtype)
     files = read_files(tmp_path / "draft")
     fault(files)
     if fault is _offsets_as_ids:  # ids beyond the vocabulary cannot even be placed
         files.tensors["d2t"].clamp_(max=300 - DRAFT_VOCABULARY)
+    with pytest.raises(CheckpointError, match="does not predict"):
+        check_files(algorithm, draft, files, context.head, context.device, None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "taps", "planted"),
+    [
+        ("plain", None, [2, 4, 5]),
+        ("plain", (0, 2, 5), [1, 3, 6]),
+        ("plain", (0, 2, 5), None),
+        ("speculators", None, [1, 3, 4]),
+        ("speculators", (0, 2, 5), [0, 2, 5]),
+        ("speculators", (0, 2, 5), None),
+    ],
+)
+def test_self_check_catches_tap_ids(
+    tiny_target: Path, tmp_path: Path, layout: str, taps: tuple[int, ...] | None, planted: list[int] | None
+) -> None:
+    """8 layers, by default [1, 3, 4]. Planted: the other engine's numbering, and a list that was left out."""
+    algorithm, draft, context = make(tiny_target, taps=taps)
+    write_draft(algorithm, draft, layout, tmp_path / "draft", context)
+    files = read_files(tmp_path / "draft")
+    place = files.config if layout == "speculators" else files.config["eagle_config"]
+    place["eagle_aux_hidden_state_layer_ids"] = planted
+    with pytest.raises(CheckpointError, match="tap ids are wrong"):
+        check_files(algorithm, draft, files, context.head, context.device, None)
+
+
+def test_self_check_sees_small_shifts_of_a_flat_draft(tiny_target: Path, tmp_path: Path) -> None:
+    """No probability of a flat draft is far from another, whatever its order."""
+    algorithm, draft, context = make(tiny_target)
+    with torch.no_grad():
+        draft.get_parameter("lm_head.weight").mul_(0.01)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    files = read_files(tmp_path / "draft")
+    _head_lost(files)
     with pytest.raises(CheckpointError, match="does not predict"):
         check_files(algorithm, draft, files, context.head, context.device, None)
 

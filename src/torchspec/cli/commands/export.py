@@ -61,8 +61,8 @@ def run(words: Sequence[str]) -> int:
     outcome = write_draft(algorithm, draft, FORMATS[options.format], options.output, context, dtype)
     features = "recorded features of the training" if outcome.recorded else "random features"
     print(
-        f"{options.output}: checked on {features}, {outcome.drafted} drafted tokens; probabilities differ by at most "
-        f"{outcome.max_probability_difference:.1e} (limit {outcome.tolerance:.0e})"
+        f"{options.output}: checked on {features}, {outcome.drafted} drafted tokens; their distributions are at most "
+        f"{outcome.total_variation:.1e} apart (total variation, limit {outcome.limit:.0e})"
     )
     return 0
 
