@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,12 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchspec"
 
 
+def typed_command() -> list[str]:
+    """The words the user typed: this process's own, or those of the process that started it as a rank."""
+    handed_on = os.environ.get("TORCHSPEC_COMMAND")
+    return list(json.loads(handed_on)) if handed_on else list(sys.argv)
+
+
 def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
     """This process's environment for a rank it starts on this machine: what torchrun would set.
 
@@ -59,4 +67,5 @@ def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> 
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHSPEC_COMMAND": json.dumps(sys.argv),
     }

@@ -61,8 +61,8 @@ def launch(command: Sequence[str], nproc: int, *, shutdown_seconds: float = SHUT
 
 
 def torchspec_command(arguments: Sequence[str]) -> list[str]:
-    """The command line of one rank."""
-    return [sys.executable, "-m", "torchspec", *arguments]
+    """The command line of one rank. As with the installed command, no module is imported from the working directory."""
+    return [sys.executable, "-P", "-m", "torchspec", *arguments]
 
 
 def _start(command: Sequence[str], number: int, nproc: int, port: int, stack: contextlib.ExitStack) -> _Rank:

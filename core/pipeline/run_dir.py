@@ -19,7 +19,6 @@ import json
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from typing import IO, Any
 
 import torch
 
+from torchspec.core import settings
 from torchspec.core.config.dump import to_yaml
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import TorchspecError
@@ -112,7 +112,7 @@ def record_session(
     session = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
-        "command": command_line(sys.argv),
+        "command": command_line(settings.typed_command()),
     }
     try:
         write_json(path, {**environment, "sessions": [*earlier, session]})  # first: it makes the directory a run's

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from torchspec.core.errors import ConfigError
-from torchspec.core.pipeline.launch import launch
+from torchspec.core.pipeline.launch import launch, torchspec_command
 
 # A rank that needs no torch: the launcher's own behaviour, quickly.
 PRELUDE = """
@@ -97,6 +97,14 @@ def test_ranks_that_do_not_stop_in_time_are_killed(tmp_path: Path) -> None:
     start = time.monotonic()
     assert launch(command(tmp_path, body), 2, shutdown_seconds=1.0) == 137
     assert time.monotonic() - start < 20
+
+
+def test_a_module_in_the_working_directory_hides_none_of_the_standard_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "difflib.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert launch(torchspec_command(["--version"]), 1) == 0
 
 
 def test_no_process_is_refused() -> None:
