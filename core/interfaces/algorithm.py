@@ -110,6 +110,11 @@ class Algorithm(Protocol):
     @property
     def options(self) -> Any: ...
     @property
+    def geometry(self) -> Any:
+        """A dataclass: everything that fixes the draft's arithmetic beside its weights and which layers it taps."""
+        ...
+
+    @property
     def vocabulary_size(self) -> int:
         """Tokens the draft can say."""
         ...

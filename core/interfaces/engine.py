@@ -19,7 +19,10 @@ from torchspec.core.interfaces.features import FeatureSink, RecordRef
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSpec:
-    """Facts about a target that trainers and exporters need; read from its configuration."""
+    """Facts about a target that trainers and exporters need; read from its configuration.
+
+    `trust_remote_code`: the user allows the target's own code, so whoever reads more of the target may run it too.
+    """
 
     path: Path
     architecture: str
@@ -37,6 +40,7 @@ class TargetSpec:
     dtype: torch.dtype
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,10 @@ def load_target_config(path: Path, *, trust_remote_code: bool = False) -> PreTra
     except Exception as error:  # validators of any model, or the model's own code, may fail in any way
         remedy = ""
         if "auto_map" in content and not trust_remote_code:
-            remedy = "\nThe directory brings its own code: read it, then set target.trust_remote_code=true"
+            remedy = (
+                "\nThe directory brings its own code: read it, then set target.trust_remote_code=true "
+                "(eval, export, generate: --trust-remote-code)"
+            )
         raise TargetError(f"{file} (model_type {content['model_type']!r}) is refused: {error}{remedy}") from error
 
 
@@ -101,6 +104,7 @@ def read_target_spec(path: Path, trust_remote_code: bool = False) -> TargetSpec:
         dtype=_stored_dtype(config, text),
         tie_word_embeddings=any(getattr(part, "tie_word_embeddings", False) for part in (config, text)),
         eos_token_ids=_eos_token_ids(path, config, text, trust_remote_code),
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -23,7 +23,8 @@ def draft_facts(
     config: RunConfig, algorithm: Algorithm, target: TargetSpec, vocabulary: VocabularyMap, data_fingerprint: str
 ) -> dict[str, Any]:
     """JSON. `identity` is everything that a resumed run must share; the rest is for people and for rebuilding."""
-    target_facts = {name: _plain(value) for name, value in asdict(target).items() if name != "path"}
+    circumstances = ("path", "trust_remote_code")  # of this run; no facts about the target
+    target_facts = {name: _plain(value) for name, value in asdict(target).items() if name not in circumstances}
     return {
         "identity": {
             "algorithm": algorithm.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.core import registry
-from torchspec.core.errors import CheckpointError, ConfigError
+from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.layout import read_draft
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
@@ -60,18 +60,19 @@ def find_checkpoint(path: Path) -> Path:
     return directory_of(checkpoints, steps[-1])
 
 
-def rebuild(directory: Path, *, target: Path | None = None) -> RebuiltDraft:
+def rebuild(directory: Path, *, target: Path | None = None, trust_remote_code: bool = False) -> RebuiltDraft:
     """The draft of a checkpoint (see `find_checkpoint`); `target` replaces the place where its target was.
 
+    Whether the target's own code may run is for the caller to say: that a checkpoint was trained so is no permission.
     Raises CheckpointError when the checkpoint is damaged, TargetError when the target cannot be read.
     """
     found = find_checkpoint(directory)
     facts, state = checkpoint.load_draft_state(found)
     path = resolve_target(target if target is not None else facts["target_path"])
-    spec = read_target_spec(path, bool(facts["config"]["target"]["trust_remote_code"]))
+    spec = read_target_spec(path, trust_remote_code)
     algorithm = _algorithm(found, facts, spec)
     vocabulary = checkpoint.load_vocabulary(found)
-    head = load_target_head(path, dtype=torch.float32, device=torch.device("cpu"))
+    head = load_target_head(path, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trust_remote_code)
     draft = algorithm.build_draft(vocabulary, head)
     load_state(draft, state, found)
     step = read_manifest(found).step
@@ -110,7 +111,7 @@ def load_state(draft: nn.Module, state: dict[str, Tensor], source: Path) -> None
 
 def read_initial(path: Path, target: TargetSpec) -> tuple[dict[str, Tensor], VocabularyMap]:
     """State and vocabulary map to start from: of a checkpoint, a run or an exported draft."""
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or steps_on_disk(path):
+    if _is_training(path):
         found = find_checkpoint(path)
         return checkpoint.load_draft_state(found)[1], checkpoint.load_vocabulary(found)
     _, draft = read_draft(path, target)
@@ -119,3 +120,56 @@ def read_initial(path: Path, target: TargetSpec) -> tuple[dict[str, Tensor], Voc
     if offsets is None:
         return state, VocabularyMap.identity(target.vocab_size)
     return state, VocabularyMap.from_offsets(offsets, target.vocab_size)
+
+
+def _is_training(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or bool(steps_on_disk(path))
+
+
+def initial_problems(path: Path, algorithm: Algorithm, target: TargetSpec) -> list[Problem]:
+    """Everything in which the draft at `path` is another than `algorithm` is going to train.
+
+    Weights of the same shapes would load all the same, and mean something else. Raises CheckpointError when there is
+    no readable draft.
+    """
+    initial = _initial_algorithm(path, target)
+    found = []
+    if initial.taps != algorithm.taps:
+        found.append(
+            Problem(
+                field="draft.taps",
+                value=list(algorithm.taps),
+                message=f"the draft in draft.init_from reads {list(initial.taps)}",
+                remedy=f"draft.taps={list(initial.taps)}",
+            )
+        )
+    theirs, ours = asdict(initial.geometry), asdict(algorithm.geometry)
+    for name in sorted((theirs.keys() | ours.keys()) - _NO_DIFFERENCE):
+        if theirs.get(name) != ours.get(name):
+            found.append(
+                Problem(
+                    field="draft.init_from",
+                    value=str(path),
+                    message=f"its {name} is {theirs.get(name)}, this draft's {ours.get(name)}",
+                    remedy="draft.config=FILE with its config.json, which `torchspec export` writes for a checkpoint",
+                )
+            )
+    return found
+
+
+# The number of taps is compared with the taps; more positions change nothing in a draft that rotates.
+_NO_DIFFERENCE = {"num_taps", "max_position_embeddings"}
+# Of the target a checkpoint was trained for: what its draft's geometry was derived from.
+_TARGET_FACTS = (
+    "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
+
+
+def _initial_algorithm(path: Path, target: TargetSpec) -> Algorithm:
+    if not _is_training(path):
+        return read_draft(path, target)[0]
+    found = find_checkpoint(path)
+    facts = read_json(found / checkpoint.DRAFT)
+    saved = facts["identity"]["target"]
+    return _algorithm(found, facts, replace(target, **{name: saved[name] for name in _TARGET_FACTS}))

@@ -236,7 +236,8 @@ def _wide(value: Tensor) -> Tensor:
 
 def _check_embedding(stored_VH: Tensor, target: TargetSpec) -> None:
     """Many published drafts carry a copy of the target's embedding; a different one would be lost silently."""
-    head = load_target_head(target.path, dtype=torch.float32, device=torch.device("cpu"))
+    trusted = target.trust_remote_code
+    head = load_target_head(target.path, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trusted)
     same_shape = stored_VH.shape == head.embedding_VH.shape
     if not same_shape or not torch.allclose(stored_VH.float(), head.embedding_VH, rtol=0, atol=1e-2):
         raise CheckpointError(

@@ -76,7 +76,9 @@ def evaluate_draft(
     spec = target.engine.describe()
     algorithm, module = read_draft(draft, spec)
     module = module.to(device=target.torch_device, dtype=target.dtype).eval()
-    head = load_target_head(target.path, dtype=target.dtype, device=target.torch_device)
+    head = load_target_head(
+        target.path, dtype=target.dtype, device=target.torch_device, trust_remote_code=spec.trust_remote_code
+    )
     drafter = algorithm.drafter(module, head, target.device)
     wanted = sorted({settings.draft_length, *lengths})
     variants = {f"draft {length}": Variant(drafter=drafter, draft_length=length) for length in wanted}

@@ -31,6 +31,7 @@ class ExportOptions(Section):
     target: Path | None = Field(
         None, description="directory of the target; default: where it was in training. An exported draft needs it"
     )
+    trust_remote_code: bool = Field(False, description="run Python code found in the target's directory")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the stored tensors")
 
 
@@ -77,7 +78,7 @@ def _read(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
 
     if (options.checkpoint / CONFIG).is_file():
         return _read_exported(options)
-    rebuilt = rebuild(options.checkpoint, target=options.target)
+    rebuilt = rebuild(options.checkpoint, target=options.target, trust_remote_code=options.trust_remote_code)
     recorded = find_checkpoint(options.checkpoint).parent.parent / PROBE
     probe = Probe.load(recorded) if recorded.is_file() else None
     return (
@@ -100,6 +101,7 @@ def _read_exported(options: ExportOptions) -> tuple[Algorithm, nn.Module, Export
         message = "required: an exported draft does not say where its target is"
         raise ConfigError([Problem(field="--target", message=message, remedy="give --target")])
     target = resolve_target(options.target)
-    algorithm, draft = read_draft(options.checkpoint, read_target_spec(target))
-    head = load_target_head(target, dtype=torch.float32, device=torch.device("cpu"))
+    trusted = options.trust_remote_code
+    algorithm, draft = read_draft(options.checkpoint, read_target_spec(target, trusted))
+    head = load_target_head(target, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=trusted)
     return algorithm, draft.float(), ExportContext(head=head, device=registry.load_device("cpu"))
