@@ -208,9 +208,8 @@ def _check_geometry(geometry: Geometry, target: TargetSpec, problems: list[Probl
 
 def read_draft_config(path: Path) -> dict[str, Any]:
     """The geometry fields that a draft's config.json states. Raises ValueError saying what is wrong with the file."""
-    file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:

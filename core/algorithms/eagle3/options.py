@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from torchspec.core.config.schema import Positive, Section
 
@@ -36,3 +36,9 @@ class Eagle3Options(Section):
     normalisation: Literal["token", "per_sequence"] = Field(
         "token", description="mean over counted slots of the whole optimizer window, or of each sequence first"
     )
+
+    @field_validator("config")
+    @classmethod
+    def _the_file(cls, config: Path | None) -> Path | None:
+        """The file itself: checkpoints carry the files that options name, and compare them by their contents."""
+        return config / "config.json" if config is not None and config.is_dir() else config
