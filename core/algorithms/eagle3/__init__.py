@@ -20,9 +20,8 @@ def _create(options: Eagle3Options, target: TargetSpec) -> Algorithm:
 
 
 def _reads(config: dict[str, Any]) -> bool:
-    return (
-        "LlamaForCausalLMEagle3" in config.get("architectures", ()) or config.get("speculators_model_type") == "eagle3"
-    )
+    architectures = config.get("architectures") or ()
+    return "LlamaForCausalLMEagle3" in architectures or config.get("speculators_model_type") == "eagle3"
 
 
 def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Module]:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchspec.core.algorithms.eagle3.geometry import Geometry, default_taps, derive, geometry_fields
+from torchspec.core.algorithms.eagle3.geometry import (
+    Geometry,
+    default_taps,
+    derive,
+    geometry_fields,
+    layers_listed,
+    object_at,
+)
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.algorithms.eagle3.serving import check_names, layer_prefix
@@ -176,9 +183,9 @@ def from_files(files: DraftFiles, target: TargetSpec) -> tuple[Eagle3, nn.Module
     check_names(files)
     try:
         fields = geometry_fields(files.config)
+        taps = _taps(files.config, fields)
     except ValueError as error:
         raise CheckpointError(f"config.json of the draft: {error}") from error
-    taps = _taps(files.config, fields)
     options = Eagle3Options(taps=taps, norm_before_residual=_norm_before_residual(files.config))
     try:
         geometry, taps_used = derive(options, target, fields)
@@ -198,13 +205,12 @@ def from_files(files: DraftFiles, target: TargetSpec) -> tuple[Eagle3, nn.Module
 
 
 def _taps(config: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[int, ...] | None:
-    ours = config.get("torchspec", {}).get("tap_layers")
+    ours = layers_listed(object_at(config, "torchspec"), "tap_layers")
     if ours is not None:
-        return tuple(ours)
+        return ours
     if "taps" in fields:
         return tuple(fields["taps"])
-    listed = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
-    return None if listed is None else tuple(listed)
+    return layers_listed(object_at(config, "eagle_config"), "eagle_aux_hidden_state_layer_ids")
 
 
 def _norm_before_residual(config: Mapping[str, Any]) -> bool:

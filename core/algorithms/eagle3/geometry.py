@@ -245,13 +245,31 @@ def geometry_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["rope_parameters"] = rope
     if speculators:
         # The vLLM numbering: id l + 1 is the output of layer l.
-        ids = config.get("eagle_aux_hidden_state_layer_ids")
+        ids = layers_listed(config, "eagle_aux_hidden_state_layer_ids")
         fields |= {} if ids is None else {"taps": tuple(number - 1 for number in ids)}
-    elif "eagle_config" in config:
+    else:
         # Engines number the plain layout's ids differently, so only how many there are can be relied on.
-        ids = config["eagle_config"].get("eagle_aux_hidden_state_layer_ids")
+        ids = layers_listed(object_at(config, "eagle_config"), "eagle_aux_hidden_state_layer_ids")
         fields |= {} if ids is None else {"num_taps": len(ids)}
     return fields
+
+
+def object_at(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key, an empty one where there is none. Raises ValueError for anything else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be an object, got {value!r}")
+    return value or {}
+
+
+def layers_listed(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """The layer numbers under a key, as they stand there; None where there are none. Raises ValueError for others."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(type(number) is int for number in value):
+        raise ValueError(f"{key} must be a list of layer numbers, got {value!r}")
+    return tuple(value)
 
 
 def _check_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -281,11 +299,13 @@ def _copy(fields: dict[str, Any], name: str, source: Mapping[str, Any], key: str
 
 def _rope(layer: Mapping[str, Any]) -> dict[str, object]:
     """Either reader's fields: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
-    if isinstance(layer.get("rope_parameters"), Mapping):
-        return llama_rope(layer["rope_parameters"])
-    if "rope_theta" not in layer:
-        return {}
-    scaling = dict(layer.get("rope_scaling") or {})
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling["type"])
-    return llama_rope({"rope_type": "default", **scaling, "rope_theta": layer["rope_theta"]})
+    parameters, theta = object_at(layer, "rope_parameters"), layer.get("rope_theta")
+    if not parameters and theta is not None:
+        scaling = dict(object_at(layer, "rope_scaling"))
+        if "type" in scaling:
+            scaling.setdefault("rope_type", scaling["type"])
+        parameters = {"rope_type": "default", **scaling, "rope_theta": theta}
+    theta = parameters.get("rope_theta", 1.0)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise ValueError(f"rope_theta must be a positive number, got {theta!r}")
+    return llama_rope(parameters)

@@ -236,6 +236,7 @@ def test_a_directory_of_something_else_is_not_replaced(tiny_target: Path, tmp_pa
         (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "truncated"),
         (lambda d: (d / "config.json").write_text('{"architectures": ["BertModel"]}'), "which no algorithm here reads"),
+        (lambda d: (d / "config.json").write_text('{"architectures": null}'), "which no algorithm here reads"),
     ],
 )
 def test_unreadable_drafts(tiny_target: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
@@ -243,6 +244,24 @@ def test_unreadable_drafts(tiny_target: Path, tmp_path: Path, damage: Callable[[
     write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
     damage(tmp_path / "draft")
     with pytest.raises(CheckpointError, match=message):
+        read_draft(tmp_path / "draft", algorithm.target)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eagle_config": "abc"},
+        {"torchspec": {"tap_layers": 3}},
+        {"torchspec": None, "eagle_config": {"eagle_aux_hidden_state_layer_ids": "abc"}},
+        {"torchspec": [1, 3, 4]},
+    ],
+)
+def test_odd_values_are_named(tiny_target: Path, tmp_path: Path, fields: dict[str, object]) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    path = tmp_path / "draft/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=r"config.json of the draft: .* must be "):
         read_draft(tmp_path / "draft", algorithm.target)
 
 

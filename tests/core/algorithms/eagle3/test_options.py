@@ -25,6 +25,9 @@ def spec(tiny_llama: Path) -> TargetSpec:
     return read_target_spec(tiny_llama)
 
 
+SPECULATORS = {"speculators_model_type": "eagle3", "transformer_layer_config": {}}
+
+
 def problems(target: TargetSpec, **options: Any) -> dict[str, str]:
     """What is reported, by field."""
     with pytest.raises(ConfigError) as caught:
@@ -141,12 +144,28 @@ def test_speculators_configs_number_layers_from_the_embedding(
         ({"speculators_model_type": "eagle3"}, "transformer_layer_config"),
         ({"norm_output": True}, "EAGLE-3.1"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, "2 taps"),
+        ({"eagle_config": "abc"}, "eagle_config must be an object"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 3}}, "must be a list of layer numbers, got 3"),
+        ({**SPECULATORS, "eagle_aux_hidden_state_layer_ids": "abc"}, "must be a list of layer numbers, got 'abc'"),
+        ({**SPECULATORS, "eagle_aux_hidden_state_layer_ids": [1, 2.5]}, "must be a list of layer numbers"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a positive number"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta must be a positive number"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ({"rope_theta": 1e4, "rope_scaling": "linear"}, "rope_scaling must be an object"),
     ],
 )
 def test_draft_configs_of_another_kind_are_refused(
     spec: TargetSpec, draft_config: Callable[..., Path], fields: dict[str, Any], message: str
 ) -> None:
     assert message in " ".join(problems(spec, config=draft_config(**fields)).values())
+
+
+@pytest.mark.parametrize("fields", [{"eagle_config": None}, {"eagle_config": {}}, {"rope_theta": None}])
+def test_fields_without_a_value_are_not_there(
+    spec: TargetSpec, draft_config: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    plain = Eagle3.create(Eagle3Options(), spec)
+    assert Eagle3.create(Eagle3Options(config=draft_config(**fields)), spec).geometry == plain.geometry
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
