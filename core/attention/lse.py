@@ -1,4 +1,4 @@
-"""Log-sum-exp algebra: attention over a union of key sets from attention over each (maths.md section 2).
+"""Log-sum-exp algebra: attention over a union of key sets from attention over each (2205.14135 section 3.1).
 
 Shape letters: B batch, S rows, H heads, D head size.
 """

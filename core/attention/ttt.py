@@ -1,4 +1,4 @@
-"""Attention of the training-time test (EAGLE-3, 2503.01840; maths.md sections 1 and 2).
+"""Attention of the training-time test (EAGLE-3, 2503.01840; slot by slot in docs/concepts.md).
 
 At unroll step k a slot sees the step-0 keys that a mask allows and, for each step s = 1..k, the one key that the same
 slot wrote at step s. One softmax runs over all of them. The step-0 part is the device's flash attention; a diagonal key
