@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from torchspec.core import registry
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, load_dataset, load_prompts
-from torchspec.core.data.tokenizer import load_tokenizer
 from torchspec.core.data.vocabulary import build_vocabulary, coverage
 from torchspec.core.decoding.measure import with_room
 from torchspec.core.interfaces.algorithm import Algorithm
@@ -22,7 +22,6 @@ from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, Target
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
-from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.rebuild import load_state, read_initial
@@ -64,12 +63,10 @@ class Start:
     checkpoint: Path | None
 
 
-def load_data(config: RunConfig, context: ParallelContext, progress: ProgressSink | None) -> Data:
+def load_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, context: ParallelContext, progress: ProgressSink | None
+) -> Data:
     """Rank 0 tokenises, the others find its work in the cache."""
-    target = resolve_target(config.target.path)
-    tokenizer = load_tokenizer(
-        target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
-    )
     settings = DatasetSettings.from_config(config.data)
     train = context.main_first(lambda: load_dataset(config.data.train, tokenizer, settings, progress))
     if not config.data.validation:
@@ -95,14 +92,6 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
     head = load_target_head(path, dtype=dtype, device=context.torch_device, trust_remote_code=trusted)
     return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
-
-
-def fit_algorithm(config: RunConfig) -> Algorithm:
-    """The algorithm fitted to the target, from headers and configuration alone: misfits show before any long work."""
-    path = resolve_target(config.target.path)
-    target = read_target_spec(path, config.target.trust_remote_code)
-    TargetWeights.open(path)
-    return create_algorithm(config, target)
 
 
 def create_algorithm(config: RunConfig, target: TargetSpec) -> Algorithm:
@@ -160,6 +149,7 @@ def build_setup(
         context=context,
         progress=_named("validate", progress),
     )
+    context.agree(validator.rehearse)
     facts = draft_facts(config, model.algorithm, target.spec, start.vocabulary, data.train.fingerprint)
     return Setup(
         config=config.train,

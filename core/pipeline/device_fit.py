@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torchspec.core import registry
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import Problem
@@ -9,8 +11,17 @@ from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import EngineSpec
 
 
-def device_problems(config: RunConfig, device: DeviceSpec, ranks: int) -> list[Problem]:
-    """`ranks` are those of this machine. Nothing is said of a device that is not there: its probe says why."""
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How many there are, in all and on this machine; `launched`: by a launcher, which decides what each sees."""
+
+    all: int = 1
+    here: int = 1
+    launched: bool = False
+
+
+def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list[Problem]:
+    """Nothing is said of a device that is not there: its probe says why."""
     found: list[Problem] = []
     if not registry.probe(device).ok:
         return found
@@ -23,13 +34,14 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: int) -> list[P
                 choices=("float32",),
             )
         )
-    if ranks > 1 and "ranks_share_device" not in device.capabilities:
+    if ranks.here > 1 and "ranks_share_device" not in device.capabilities:
         count = device.load().runtime.device_count()
-        if ranks > count:
+        its_own = ranks.launched and count == 1  # some launchers show each rank one device, another for each
+        if ranks.here > count and not its_own:
             found.append(
                 Problem(
                     field="nproc",
-                    value=ranks,
+                    value=ranks.here,
                     message=f"only {count} {device.name} device(s) are visible here",
                     remedy=f"start at most {count} ranks",
                 )

@@ -11,15 +11,14 @@ from typing import Any
 
 from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
-from torchspec.core.errors import ConfigError
 from torchspec.core.export.layout import ExportContext, write_draft
 from torchspec.core.export.selfcheck import Probe
-from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
-from torchspec.core.pipeline.device_fit import backend_problems, device_problems
+from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import rebuild
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
@@ -62,36 +61,22 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
     Raises TorchspecError for everything a user can act on.
     """
     place = settings.launch()
-    check_fit(config, place.local_world_size)
-    name, _ = registry.choose_device(config.device, settings.default_device())
-    context = mesh.start(registry.load_device(name), place)
+    checked = check(config, Ranks(all=place.world_size, here=place.local_world_size, launched=place.world_size > 1))
+    context = mesh.start(registry.load_device(checked.device.name), place)
     try:
-        return _train(config, provenance, context, progress if context.is_main else None)
+        return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)
     finally:
         mesh.shutdown(context)
 
 
-def check_fit(config: RunConfig, ranks: int) -> None:
-    """ConfigError for what the device or the engine cannot do for so many ranks of this machine.
-
-    Cheap, and needs no other rank: asked before any process waits for another.
-    """
-    name, _ = registry.choose_device(config.device, settings.default_device())
-    problems = device_problems(config, registry.devices().spec(name), ranks)
-    problems += backend_problems(config, registry.backends().spec(config.backend))
-    if problems:
-        raise ConfigError(problems)
-
-
 def _train(
-    config: RunConfig, provenance: Mapping[str, str], context: ParallelContext, progress: ProgressSink | None
+    checked: Checked, provenance: Mapping[str, str], context: ParallelContext, progress: ProgressSink | None
 ) -> RunOutcome:
-    if config.train.tensorboard:
+    if checked.config.train.tensorboard:
         check_tensorboard()
-    algorithm = context.agree(lambda: assembly.fit_algorithm(config))
-    run = context.main_only(lambda: run_dir.open_run(config))
+    run = context.main_only(lambda: run_dir.open_run(checked.config))
     try:
-        return _train_in(run, config, provenance, context, algorithm, progress)
+        return _train_in(run, checked, provenance, context, progress)
     finally:
         if run is not None:
             run.lock.close()
@@ -99,15 +84,15 @@ def _train(
 
 def _train_in(
     run: RunDirectory | None,
-    config: RunConfig,
+    checked: Checked,
     provenance: Mapping[str, str],
     context: ParallelContext,
-    algorithm: Algorithm,
     progress: ProgressSink | None,
 ) -> RunOutcome:
+    config, algorithm = checked.config, checked.algorithm
     checkpoints = config.output / run_dir.CHECKPOINTS
     resumed = checkpoint.choose(checkpoints, context)
-    data = assembly.load_data(config, context, progress)
+    data = assembly.load_data(config, checked.tokenizer, context, progress)
     with _loaded(config, context, progress) as target:
         start = context.agree(lambda: assembly.find_start(config, algorithm, target.spec, data, resumed))
         model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context))
@@ -193,7 +178,8 @@ def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) ->
 
     if progress is not None:
         progress("export", 0, 1)
-    rebuilt = rebuild(config.output, target=target.spec.path)
+    trusted = config.target.trust_remote_code
+    rebuilt = rebuild(config.output, target=target.spec.path, trust_remote_code=trusted)
     probe = config.output / run_dir.PROBE
     export = ExportContext(
         head=rebuilt.head,

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from torchspec.core import registry
-from torchspec.core import settings as variables
-from torchspec.core.config import environment
 from torchspec.core.config.fields import settings as setting_paths
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.data import cache
 from torchspec.core.data.dataset import DatasetSettings
-from torchspec.core.data.rows import BadRow, RowReader
-from torchspec.core.data.tokenizer import load_tokenizer
-from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.data.rows import BadRow
+from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import VocabularyMap
-from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
-from torchspec.core.models.target_weights import TargetWeights
+from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.pipeline import run_dir
-from torchspec.core.pipeline.assembly import create_algorithm, initial_path
-from torchspec.core.pipeline.device_fit import backend_problems, device_problems
+from torchspec.core.pipeline.assembly import initial_path
+from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.plan_memory import Load, Part, estimate
-from torchspec.core.training.checkpoint_files import MANIFEST, steps_on_disk
+from torchspec.core.pipeline.preflight import Checked, check
+from torchspec.core.training.checkpoint_files import steps_on_disk
 
-Found = TypeVar("Found")
 GIB, MIB = 1 << 30, 1 << 20
 
 
@@ -84,20 +78,6 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999 else str(value)
 
 
-class _Problems(list[Problem]):
-    """Collects what is wrong, so that everything is reported at once."""
-
-    def attempt(self, path: str, work: Callable[[], Found]) -> Found | None:
-        """The result, or None with the failure noted under the setting it comes from."""
-        try:
-            return work()
-        except ConfigError as error:
-            self.extend(error.problems)
-        except TorchspecError as error:
-            self.append(Problem(field=path, message=str(error)))
-        return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class _ShapesOnly:
     """A target head without values, to build a draft of shapes from."""
@@ -112,35 +92,19 @@ class _ShapesOnly:
         return normed_TH @ (self.head_VH if rows_NH is None else rows_NH).T
 
 
-def make_plan(config: RunConfig, provenance: Mapping[str, str], *, ranks: int = 1) -> Plan:
-    """Work out a run of `ranks` processes. Raises ConfigError with every problem found."""
-    problems = _Problems(environment.problems(config.model_dump()))
-    device = problems.attempt("device", lambda: _device(config))
-    _check_adapters(config, device, ranks, problems)
-    _check_output(config, problems)
-    path = problems.attempt("target.path", lambda: resolve_target(config.target.path))
-    target = weights = algorithm = None
-    if path is not None:
-        target = problems.attempt("target.path", lambda: read_target_spec(path, config.target.trust_remote_code))
-        weights = problems.attempt("target.path", lambda: TargetWeights.open(path))
-    if target is not None:
-        spec = target
-        algorithm = problems.attempt("draft", lambda: create_algorithm(config, spec))
-        _check_initial(config, problems)
-    data = _data(config, path, problems)
-    known = list(dict.fromkeys(problems))
-    if known:
-        raise ConfigError(known)
-    assert device is not None
-    assert target is not None
-    assert weights is not None
-    assert algorithm is not None
+def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | None = None) -> Plan:
+    """Work out a run. Raises ConfigError with every problem found."""
+    ranks = ranks or Ranks()
+    checked = check(config, ranks)
+    config, provenance = checked.config, {**provenance, **checked.sources}
+    device, target, weights, algorithm = checked.device, checked.target, checked.weights, checked.algorithm
+    data = _data(checked)
     steps = _steps(config, data)
     draft = _shapes(algorithm, target)
     parameters = [p for p in draft.parameters() if p.requires_grad]
     dtype = running_dtype(config.target.dtype, target.dtype, torch.device(device.device_type))
     return Plan(
-        run=_run(config, device, ranks),
+        run=_run(config, device, ranks.all),
         target={
             "path": str(target.path),
             "architecture": target.architecture,
@@ -160,65 +124,20 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], *, ranks: int = 
         },
         data=data,
         steps=steps,
-        memory=estimate(algorithm, draft, target, weights, _load(config, data, dtype, ranks)),
+        memory=estimate(algorithm, draft, target, weights, _load(config, data, dtype, ranks.all)),
         settings=_settings(config, provenance),
-        notes=_notes(config, data, steps, ranks),
+        notes=_notes(checked, data, steps, ranks.all),
     )
 
 
-def _device(config: RunConfig) -> DeviceSpec:
-    name, _ = registry.choose_device(config.device, variables.default_device())
-    return registry.devices().spec(name)
-
-
-def _check_adapters(config: RunConfig, device: DeviceSpec | None, ranks: int, problems: _Problems) -> None:
-    if device is not None:
-        problems += device_problems(config, device, ranks)
-    backend = problems.attempt("backend", lambda: registry.backends().spec(config.backend))
-    if backend is not None:
-        problems += backend_problems(config, backend)
-
-
-def _check_output(config: RunConfig, problems: _Problems) -> None:
-    problem = run_dir.refusal(config)
-    if problem is not None:
-        problems.append(Problem(field="output", value=str(config.output), message=problem))
-
-
-def _check_initial(config: RunConfig, problems: _Problems) -> None:
-    path = initial_path(config)
-    if path is None:
-        return
-    known = ("config.json", MANIFEST, "checkpoints")
-    if not any((path / name).exists() for name in known) and not steps_on_disk(path):
-        problems.append(
-            Problem(
-                field="draft.init_from",
-                value=str(path),
-                message="is neither an exported draft nor a checkpoint nor a run directory",
-            )
-        )
-
-
-def _data(config: RunConfig, target: Path | None, problems: _Problems) -> dict[str, Any]:
+def _data(checked: Checked) -> dict[str, Any]:
     """Counts: exact where the data has been tokenised before, else of rows, before any is filtered."""
+    config, reader = checked.config, checked.reader
     facts: dict[str, Any] = {"train": [str(file) for file in config.data.train]}
-    reader = problems.attempt("data.train", lambda: RowReader(config.data.train))
     if config.data.validation:
         facts["validation"] = [str(file) for file in config.data.validation]
-        problems.attempt("data.validation", lambda: RowReader(config.data.validation))
-    if target is None:
-        return facts
-    tokenizer = problems.attempt(
-        "target.path",
-        lambda: load_tokenizer(
-            target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
-        ),
-    )
-    if reader is None or tokenizer is None:
-        return facts
     reading = DatasetSettings.from_config(config.data)
-    entry = cache.entry_path(reading, cache.fingerprint(reader.files, tokenizer, reading, None))
+    entry = cache.entry_path(reading, cache.fingerprint(reader.files, checked.tokenizer, reading, None))
     cached = cache.find(entry, None) if entry.exists() else None
     if cached is not None:
         lengths = cached.offsets.diff()
@@ -234,7 +153,7 @@ def _data(config: RunConfig, target: Path | None, problems: _Problems) -> dict[s
         bad += isinstance(row, BadRow)
         usable += not isinstance(row, BadRow)
     if not usable:
-        problems.append(Problem(field="data.train", message=f"none of the {bad} rows can be used"))
+        raise ConfigError([Problem(field="data.train", message=f"none of the {bad} rows can be used")])
     return {**facts, "samples": usable, "bad rows": bad, "counted": "rows, before tokenising and filtering"}
 
 
@@ -287,18 +206,22 @@ def _run(config: RunConfig, device: DeviceSpec, ranks: int) -> dict[str, Any]:
 
 
 def _settings(config: RunConfig, provenance: Mapping[str, str]) -> list[dict[str, Any]]:
-    tree = config.model_dump(mode="json")
-    rows = []
-    for path in setting_paths(type(config)):
-        value: Any = tree
-        for key in path.split("."):
-            value = value[key] if isinstance(value, dict) else None
-        rows.append({"path": path, "value": value, "source": provenance.get(path, "default")})
-    return rows
+    return [
+        {"path": path, "value": _value(config, path), "source": provenance.get(path, "default")}
+        for path in setting_paths(type(config))
+    ]
 
 
-def _notes(config: RunConfig, data: Mapping[str, Any], steps: Mapping[str, Any], ranks: int) -> list[str]:
-    notes = []
+def _value(config: RunConfig, path: str) -> Any:
+    value: Any = config.model_dump(mode="json")
+    for key in path.split("."):
+        value = value[key] if isinstance(value, dict) else None
+    return value
+
+
+def _notes(checked: Checked, data: Mapping[str, Any], steps: Mapping[str, Any], ranks: int) -> list[str]:
+    config = checked.config
+    notes = [f"{path} is {_value(config, path)}: {why}" for path, why in checked.sources.items()]
     if ranks > config.train.batch_size:
         notes.append(f"{ranks} ranks share batches of {config.train.batch_size} samples: some have nothing to do")
     if config.train.warmup_steps >= steps["total"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from torchspec.core.training.sharding import COMPUTE, unsharded_state
 from torchspec.core.training.window import Model
 
 MICROSECONDS = 1_000_000
+REHEARSED_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Validator:
     def __call__(self) -> dict[str, Any]:
         """A row for metrics.jsonl, the same on every rank; tokens per second are of all ranks together."""
         drafter = self.model.algorithm.drafter(self._copy(), self.model.head, self.context.device)
-        share = list(self.prompts[self.context.rank :: self.context.world_size])
+        share = self._share()
         result = None
         if share:
             settings = EvalSettings(
@@ -60,6 +62,20 @@ class Validator:
         else:  # fewer prompts than ranks
             self.context.agree(lambda: None)
         return self._merge(result)
+
+    def rehearse(self) -> None:
+        """Open a session as the validations will, with the beginnings of prompts; the engine's own error if it cannot.
+
+        Whether a target can be decoded, and so many sequences of it together, is known only with the target loaded.
+        """
+        first = self._share()[: self.settings.batch_size]
+        if first:
+            beginnings = [list(islice(prompt.input_ids, REHEARSED_TOKENS)) for prompt in first]
+            self.model.engine.open(beginnings, self.model.algorithm.taps)
+
+    def _share(self) -> list[PromptLike]:
+        """This rank's prompts; none where there are fewer than ranks."""
+        return list(self.prompts[self.context.rank :: self.context.world_size])
 
     def _copy(self) -> nn.Module:
         state = unsharded_state(self.model.draft)

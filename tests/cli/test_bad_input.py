@@ -77,7 +77,7 @@ def trained(place: Path, tiny_target: Path) -> Path:
     [
         ("missing.jsonl", 2, ["data.train", "no such file", "missing.jsonl"]),
         (".", 2, ["data.train", "is a directory"]),
-        ("empty.jsonl", 1, ["empty.jsonl is empty"]),
+        ("empty.jsonl", 2, ["empty.jsonl is empty"]),
         ("garbage.jsonl", 1, ["none of the 2 rows", "garbage.jsonl:1: not valid JSON", "garbage.jsonl:2"]),
         ("roles.jsonl", 1, ["roles.jsonl:1", "unknown role 'robot'", "assistant"]),
     ],
@@ -93,8 +93,8 @@ def test_data(answer: Answer, tiny_target: Path, data: str, code: int, says: lis
     [
         ("nowhere", 2, ["target.path", "no such directory", "`embedded`", "nothing is downloaded"]),
         (".", 2, ["target.path", "no config.json"]),
-        ("no_tokenizer", 1, ["tokenizer in no_tokenizer", "tokenizer.json"]),
-        ("no_weights", 1, ["no_weights has no weights", "model.safetensors"]),
+        ("no_tokenizer", 2, ["tokenizer in no_tokenizer", "tokenizer.json"]),
+        ("no_weights", 2, ["no_weights has no weights", "model.safetensors"]),
     ],
 )
 def test_targets(answer: Answer, target: str, code: int, says: list[str]) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,10 @@ def call(place: Path) -> Iterator[Call]:
         yield run
 
 
-def start(place: Path, *words: object) -> subprocess.Popen[str]:
-    """A process of its own, for signals and ranks."""
+def start(place: Path, *words: object, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """A process of its own, for signals and ranks; `before`: the module, with arguments, that starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torchspec", *map(str, words)],
+        [sys.executable, "-m", *before, "torchspec", *map(str, words)],
         cwd=place,
         env={**os.environ, "TORCHSPEC_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
@@ -243,12 +243,31 @@ def test_a_stopped_run_continues_where_it_stopped(place: Path, call: Call, tiny_
     assert [row.get("loss") for row in metrics(place / "stopped")] == [row.get("loss") for row in metrics(trained)]
 
 
-def test_two_ranks_of_one_command(place: Path, tiny_target: Path, trained: Path) -> None:
-    process = start(
-        place, "train", "--nproc", 2, "--config", "run.yaml", "--target", tiny_target, "--data", "train.jsonl",
-        "--device", "cpu", "--output", "two", *SMALL, "train.max_steps=2",
+@pytest.mark.parametrize("launcher", ["--nproc", "torchrun"])
+def test_two_ranks_of_one_command(place: Path, tiny_target: Path, trained: Path, launcher: str) -> None:
+    words = (
+        "train", "--config", "run.yaml", "--target", tiny_target, "--data", "train.jsonl", "--device", "cpu",
+        "--output", launcher.strip("-"), *SMALL, "train.max_steps=2",
     )  # fmt: skip
+    if launcher == "torchrun":
+        process = start(place, *words, before=("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"))
+    else:
+        process = start(place, *words, "--nproc", "2")
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    ours = [row["loss"] for row in metrics(place / "two")]
-    assert ours == pytest.approx([row["loss"] for row in metrics(trained)[:2]], rel=1e-5)
+    run = place / launcher.strip("-")
+    for name in ("loss", "grad_norm"):
+        expected = [row[name] for row in metrics(trained)[:2]]
+        assert [row[name] for row in metrics(run)] == pytest.approx(expected, rel=1e-5), name
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    typed = [*map(str, words), *(() if launcher == "torchrun" else ("--nproc", "2"))]
+    assert environment["sessions"][0]["command"][1:] == typed
+
+
+def test_one_rank_of_many_prints_the_plan(call: Call, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train", "--dry-run", "--target", tiny_target, "--data", "train.jsonl", "--output", "planned", *SMALL)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for rank in ("0", "5"):
+        monkeypatch.setenv("RANK", rank)
+        assert ("ranks" in call(*words, "--device", "cpu")[0]) == (rank == "0")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MistralConfig, MistralForCausalLM, dynamic_module_utils
 
 from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
@@ -27,6 +29,43 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(json.dumps({"id": f"c{number}", "messages": messages}))
     (directory / "train.jsonl").write_text("\n".join(rows[:13]) + "\n")
     (directory / "validation.jsonl").write_text("\n".join(rows[13:]) + "\n")
+    return directory
+
+
+@pytest.fixture
+def sliding_target(tiny_target: Path, tmp_path: Path) -> Path:
+    """A random Mistral whose layers see 32 tokens back."""
+    sizes = json.loads((tiny_target / "config.json").read_text())
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "eos_token_id",
+    )  # fmt: skip
+    config = MistralConfig(**{name: sizes[name] for name in names}, bos_token_id=None, sliding_window=32)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "sliding")
+    for file in (*tiny_target.glob("*token*"), *tiny_target.glob("chat_template*")):
+        shutil.copy(file, tmp_path / "sliding")
+    return tmp_path / "sliding"
+
+
+@pytest.fixture
+def own_code_target(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny target as an architecture that only the code in its own directory knows."""
+    directory = tmp_path / "own_code"
+    shutil.copytree(tiny_target, directory)
+    (directory / "tiny_own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n\n"
+        "class TinyOwnConfig(Qwen3Config):\n    model_type = 'tiny_own'\n\n"
+        "class TinyOwnForCausalLM(Qwen3ForCausalLM):\n    config_class = TinyOwnConfig\n"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "tiny_own", "architectures": ["TinyOwnForCausalLM"]}
+    config["auto_map"] = {
+        "AutoConfig": "tiny_own.TinyOwnConfig",
+        "AutoModelForCausalLM": "tiny_own.TinyOwnForCausalLM",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    # Where transformers copies such code to; not into the home of whoever runs the tests.
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     return directory
 
 

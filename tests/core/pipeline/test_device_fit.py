@@ -11,42 +11,56 @@ import pytest
 
 from torchspec.core import registry
 from torchspec.core.errors import ConfigError
-from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.pipeline import inprocess
+from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.plan import make_plan
+from torchspec.core.pipeline.preflight import check
 
 
 @pytest.fixture
-def plain_device(monkeypatch: pytest.MonkeyPatch) -> DeviceSpec:
-    """The only device there is: one of it, for one rank, without bfloat16."""
-    loaded: Any = SimpleNamespace(runtime=SimpleNamespace(device_count=lambda: 1))
+def plain_device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The only device there is: `count` of it, each for one rank, without bfloat16."""
+    shown = SimpleNamespace(count=2)
+    loaded: Any = SimpleNamespace(runtime=SimpleNamespace(device_count=lambda: shown.count))
     cpu = registry.devices().spec("cpu")
     spec = replace(cpu, capabilities=cpu.capabilities - {"bf16", "ranks_share_device"}, load=lambda: loaded)
     monkeypatch.setattr(registry, "devices", lambda: SimpleNamespace(spec=lambda name: spec, names=lambda: ("cpu",)))
-    return spec
+    return shown
 
 
 def test_a_run_is_refused_with_everything_that_does_not_fit(
-    make_config: Any, tmp_path: Path, plain_device: DeviceSpec
+    make_config: Any, tmp_path: Path, plain_device: SimpleNamespace
 ) -> None:
     config, provenance = make_config(tmp_path / "run")
     asked = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "bfloat16"})})
     with pytest.raises(ConfigError) as planned:
-        make_plan(asked, provenance, ranks=2)
+        make_plan(asked, provenance, Ranks(all=3, here=3))
     with pytest.raises(ConfigError) as started:
-        inprocess.check_fit(asked, 2)
+        check(asked, Ranks(all=3, here=3))
     for error in (planned.value, started.value):
-        assert [(p.field, p.value) for p in error.problems] == [("precision.compute", "bfloat16"), ("nproc", 2)]
-    inprocess.check_fit(config, 1)
+        assert [(p.field, p.value) for p in error.problems] == [("precision.compute", "bfloat16"), ("nproc", 3)]
+
+
+def test_only_the_ranks_of_this_machine_need_its_devices(
+    make_config: Any, tmp_path: Path, plain_device: SimpleNamespace
+) -> None:
+    config, provenance = make_config(tmp_path / "run")
+    assert make_plan(config, provenance, Ranks(all=16, here=2, launched=True)).run["ranks"] == 16
+    with pytest.raises(ConfigError, match="only 2 cpu device"):
+        check(config, Ranks(all=3, here=3, launched=True))
+    plain_device.count = 1
+    check(config, Ranks(all=3, here=3, launched=True))  # the launcher showed each rank a device of its own
+    with pytest.raises(ConfigError, match="only 1 cpu device"):
+        check(config, Ranks(all=3, here=3))
 
 
 def test_training_asks_before_it_joins_the_other_ranks(
-    make_config: Any, tmp_path: Path, plain_device: DeviceSpec, monkeypatch: pytest.MonkeyPatch
+    make_config: Any, tmp_path: Path, plain_device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a launcher the other ranks never come here: a rank that waited for them would wait in vain."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     config, provenance = make_config(tmp_path / "run")
-    with pytest.raises(ConfigError, match="only 1 cpu device"):
+    with pytest.raises(ConfigError, match="only 2 cpu device"):
         inprocess.train(config, provenance=provenance)
     assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from torchspec.core.errors import CheckpointError, TorchspecError
+from torchspec.cli import main
+from torchspec.core.errors import CheckpointError, ConfigError, TorchspecError
 from torchspec.core.export.layout import read_draft
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.pipeline.inprocess import train
@@ -92,6 +94,52 @@ def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> N
         train(config, provenance=provenance)
         first, later = rows(tmp_path / "first", "train"), rows(tmp_path / source, "train")
         assert later[0]["loss"] < first[0]["loss"] - 0.5
+        other = ("draft.taps=[0, 3, 5]", "draft.norm_before_residual=true", "draft.vocab_size=99")
+        config, provenance = make_config(tmp_path / "refused", init, *other)
+        with pytest.raises(ConfigError) as caught:
+            train(config, provenance=provenance)
+        said = str(caught.value)
+        assert "draft.taps: the draft in draft.init_from reads [1, 3, 4] (got [0, 3, 5])" in said
+        assert "its norm_before_residual is False, this draft's True" in said
+        assert "its draft_vocab_size is 100, this draft's 99" in said
+        assert not (tmp_path / "refused").exists()
+
+    turned = tmp_path / "turned"
+    shutil.copytree(tmp_path / "first" / "draft", turned)
+    stated = json.loads((turned / "config.json").read_text())
+    rope = {**stated["rope_parameters"], "rope_theta": 12345.0}
+    (turned / "config.json").write_text(json.dumps({**stated, "rope_parameters": rope}))
+    config, provenance = make_config(tmp_path / "refused", f"draft.init_from={turned}")
+    with pytest.raises(ConfigError, match=r"(?s)its rope_parameters is \{.*12345.0.*draft.config=FILE"):
+        train(config, provenance=provenance)
+    config, provenance = make_config(
+        tmp_path / "follows", f"draft.init_from={turned}", f"draft.config={turned}", "train.max_steps=1"
+    )
+    train(config, provenance=provenance)
+
+
+def test_a_target_that_cannot_be_decoded_as_asked_is_refused_before_training(
+    make_config: Any, tmp_path: Path, sliding_target: Path
+) -> None:
+    config, provenance = make_config(tmp_path / "run", "eval.batch_size=2", target={"path": str(sliding_target)})
+    with pytest.raises(TorchspecError, match="decode with batch size 1, not 2"):
+        train(config, provenance=provenance)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_target_with_code_of_its_own(make_config: Any, tmp_path: Path, own_code_target: Path) -> None:
+    """Trained, validated and exported with leave; exported again from the checkpoint, and not without leave."""
+    target = {"path": str(own_code_target), "trust_remote_code": True}
+    config, provenance = make_config(tmp_path / "run", "train.max_steps=1", target=target)
+    outcome = train(config, provenance=provenance)
+    assert outcome.draft is not None
+    checkpoint = ["--checkpoint", str(outcome.directory), "--format", "vllm"]
+    exported = ["--checkpoint", str(outcome.draft), "--format", "vllm", "--target", str(own_code_target)]
+    for number, words in enumerate((checkpoint, exported)):
+        output = tmp_path / str(number)
+        assert main(["export", *words, "--output", str(output)]) == 1
+        assert main(["export", *words, "--output", str(output), "--trust-remote-code"]) == 0
+        assert (output / "config.json").is_file()
 
 
 @pytest.mark.slow
@@ -125,7 +173,8 @@ def test_two_ranks_stopped_and_continued_give_one_ranks_run(
     one, two = rows(tmp_path / "one", "train"), rows(tmp_path / "two", "train")
     assert [row["step"] for row in two] == [row["step"] for row in one] == list(range(1, 11))
     for row, expected in zip(two, one, strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-5)
+        for name in ("loss", "grad_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=2e-5), name
         assert row["tokens"] == expected["tokens"]
     assert [row["rounds"] for row in rows(tmp_path / "two", "validation")] == [
         row["rounds"] for row in rows(tmp_path / "one", "validation")

@@ -17,13 +17,15 @@ from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
+from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.inprocess import train
 from torchspec.core.pipeline.plan import make_plan
 from torchspec.core.pipeline.plan_memory import Load, estimate
 
 
 def test_numbers_of_a_plan(make_config: Any, tmp_path: Path, tiny_target: Path) -> None:
     config, provenance = make_config(tmp_path / "run", "train.epochs=3", "eval.every=5")
-    plan = make_plan(config, provenance, ranks=2)
+    plan = make_plan(config, provenance, Ranks(all=2, here=2))
     assert not (tmp_path / "run").exists()
     algorithm = SPEC.create(config.draft, read_target_spec(tiny_target))
     head = load_target_head(tiny_target, dtype=torch.float32, device=torch.device("cpu"))
@@ -69,12 +71,29 @@ def test_every_problem_is_reported_at_once(make_config: Any, tmp_path: Path, tin
     )
     with pytest.raises(ConfigError) as caught:
         make_plan(broken, provenance)
+    with pytest.raises(ConfigError) as started:
+        train(broken, provenance=provenance)
+    assert started.value.problems == caught.value.problems
     fields = [problem.field for problem in caught.value.problems]
     assert set(fields) == {"backend", "output", "target.path", "draft.taps", "draft.init_from", "data.train"}
     assert len(fields) == len(set(map(str, caught.value.problems)))
     messages = str(caught.value)
     for part in ("safetensors", "tokenizer", "empty.jsonl", "99"):
         assert part in messages, part
+
+
+def test_samples_longer_than_the_target_reads_are_refused_unless_nobody_asked_for_them(
+    make_config: Any, tmp_path: Path
+) -> None:
+    """The target reads 512 tokens, the default is 2,048."""
+    plan = make_plan(*make_config(tmp_path / "run"))
+    (row,) = [row for row in plan.settings if row["path"] == "data.max_length"]
+    assert (row["value"], row["source"]) == (512, "the target's context")
+    assert "data.max_length is 512: the target's context" in plan.notes
+    for run in (make_plan, lambda config, provenance: train(config, provenance=provenance)):
+        with pytest.raises(ConfigError, match=r"(?s)data.max_length: the target reads at most 512.*got 513.*=512"):
+            run(*make_config(tmp_path / "run", "data.max_length=513"))
+    make_plan(*make_config(tmp_path / "run", "data.max_length=512"))
 
 
 @pytest.mark.parametrize("unroll", [2, 5])

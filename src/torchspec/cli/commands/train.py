@@ -74,7 +74,8 @@ def run(words: Sequence[str]) -> int:
     from torchspec import __version__
     from torchspec.core.settings import launch as place
 
-    first = place().rank == 0
+    here = place()
+    first = here.rank == 0
     if first:
         announce(f"torchspec {__version__}: checking the configuration")
     from torchspec.core.config.load import load_config
@@ -83,20 +84,25 @@ def run(words: Sequence[str]) -> int:
         config, provenance = load_config(file=file, flags=values, overrides=overrides)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
-    if nproc > 1 and place().world_size > 1:
+    if nproc > 1 and here.world_size > 1:
         problems.append(Problem(field="--nproc", value=nproc, message="a launcher has already started the ranks"))
     if problems:
         raise ConfigError(problems)
+    if dry_run and not first:
+        return 0  # one plan is enough
+
+    from torchspec.core.pipeline.device_fit import Ranks
+
+    ranks = Ranks(all=max(nproc, here.world_size), here=max(nproc, here.local_world_size), launched=here.world_size > 1)
     if dry_run:
         from torchspec.core.pipeline.plan import make_plan
 
-        return _show_plan(make_plan(config, provenance, ranks=max(nproc, place().world_size)), as_json)
+        return _show_plan(make_plan(config, provenance, ranks), as_json)
     if nproc > 1:
-        from torchspec.core.pipeline.inprocess import check_fit
         from torchspec.core.pipeline.launch import launch, torchspec_command
+        from torchspec.core.pipeline.preflight import check
 
-        check_fit(config, nproc)
-
+        check(config, ranks)
         return launch(torchspec_command(["train", *_without_nproc(words)]), nproc)
     return train(config, provenance, silent=not first)
 

@@ -1,0 +1,147 @@
+"""What can be known of a run before anything heavy: everything that is wrong with it, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from torchspec.core import registry
+from torchspec.core import settings as variables
+from torchspec.core.config import environment
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.data.rows import RowReader
+from torchspec.core.data.tokenizer import load_tokenizer
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.device import DeviceSpec
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.models.target_spec import read_target_spec, resolve_target
+from torchspec.core.models.target_weights import TargetWeights
+from torchspec.core.pipeline import run_dir
+from torchspec.core.pipeline.assembly import create_algorithm, initial_path
+from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
+from torchspec.core.pipeline.rebuild import initial_problems
+from torchspec.core.training.checkpoint_files import MANIFEST, steps_on_disk
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """`config` is what will be run: settings left at a default that does not fit the target are fitted to it, and
+    `sources` says why, by the setting's path. `reader` has read nothing yet."""
+
+    config: RunConfig
+    sources: dict[str, str]
+    device: DeviceSpec
+    target: TargetSpec
+    weights: TargetWeights
+    algorithm: Algorithm
+    tokenizer: PreTrainedTokenizerBase
+    reader: RowReader
+
+
+class _Problems(list[Problem]):
+    """Collects what is wrong, so that everything is reported at once."""
+
+    def attempt(self, path: str, work: Callable[[], Found]) -> Found | None:
+        """The result, or None with the failure noted under the setting it comes from."""
+        try:
+            return work()
+        except ConfigError as error:
+            self.extend(error.problems)
+        except TorchspecError as error:
+            self.append(Problem(field=path, message=str(error)))
+        return None
+
+
+def check(config: RunConfig, ranks: Ranks) -> Checked:
+    """Raises ConfigError with every problem found. Reads headers and configuration, and no row of data.
+
+    Needs no other rank: asked before any process waits for another.
+    """
+    problems = _Problems(environment.problems(config.model_dump()))
+    device = problems.attempt("device", lambda: _device(config))
+    if device is not None:
+        problems += device_problems(config, device, ranks)
+    backend = problems.attempt("backend", lambda: registry.backends().spec(config.backend))
+    if backend is not None:
+        problems += backend_problems(config, backend)
+    refusal = run_dir.refusal(config)
+    if refusal is not None:
+        problems.append(Problem(field="output", value=str(config.output), message=refusal))
+    reader = problems.attempt("data.train", lambda: RowReader(config.data.train))
+    if config.data.validation:
+        problems.attempt("data.validation", lambda: RowReader(config.data.validation))
+
+    target = weights = algorithm = tokenizer = None
+    sources: dict[str, str] = {}
+    path = problems.attempt("target.path", lambda: resolve_target(config.target.path))
+    if path is not None:
+        weights = problems.attempt("target.path", lambda: TargetWeights.open(path))
+        tokenizer = problems.attempt("target.path", lambda: _tokenizer(config, path))
+        target = problems.attempt("target.path", lambda: read_target_spec(path, config.target.trust_remote_code))
+    if target is not None:
+        algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
+        _check_initial(config, algorithm, target, problems)
+        config, sources = _fit_length(config, target, problems)
+
+    if problems:
+        raise ConfigError([problem for n, problem in enumerate(problems) if problem not in problems[:n]])
+    assert device is not None
+    assert target is not None
+    assert weights is not None
+    assert algorithm is not None
+    assert tokenizer is not None
+    assert reader is not None
+    return Checked(
+        config=config, sources=sources, device=device, target=target, weights=weights, algorithm=algorithm,
+        tokenizer=tokenizer, reader=reader,
+    )  # fmt: skip
+
+
+def _device(config: RunConfig) -> DeviceSpec:
+    name, _ = registry.choose_device(config.device, variables.default_device())
+    return registry.devices().spec(name)
+
+
+def _tokenizer(config: RunConfig, target: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(
+        target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
+    )
+
+
+def _check_initial(config: RunConfig, algorithm: Algorithm | None, target: TargetSpec, problems: _Problems) -> None:
+    """A run that continues has its weights already: what it once started from may be gone."""
+    path = initial_path(config)
+    if path is None or steps_on_disk(config.output / run_dir.CHECKPOINTS):
+        return
+    known = ("config.json", MANIFEST, "checkpoints")
+    if not any((path / name).exists() for name in known) and not steps_on_disk(path):
+        message = "is neither an exported draft nor a checkpoint nor a run directory"
+        problems.append(Problem(field="draft.init_from", value=str(path), message=message))
+    elif algorithm is not None:
+        problems += problems.attempt("draft.init_from", lambda: initial_problems(path, algorithm, target)) or []
+
+
+def _fit_length(config: RunConfig, target: TargetSpec, problems: _Problems) -> tuple[RunConfig, dict[str, str]]:
+    """data.max_length within the target's context: a default is cut to it, a value of the user's is refused."""
+    context = target.max_position_embeddings
+    if config.data.max_length <= context:
+        return config, {}
+    if "max_length" in config.data.model_fields_set:
+        problems.append(
+            Problem(
+                field="data.max_length",
+                value=config.data.max_length,
+                message=f"the target reads at most {context} tokens (max_position_embeddings in its config.json)",
+                remedy=f"give data.max_length={context} or less, or leave it out",
+            )
+        )
+        return config, {}
+    data = config.data.model_copy(update={"max_length": context})
+    return config.model_copy(update={"data": data}), {"data.max_length": "the target's context"}
