@@ -6,7 +6,7 @@ machine whose speed drifts is slow for all of them alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -28,7 +28,7 @@ class PromptLike(Protocol):
     @property
     def sample_id(self) -> str: ...
     @property
-    def input_ids(self) -> Iterable[int]: ...
+    def input_ids(self) -> Collection[int]: ...
 
 
 Prompt = TypeVar("Prompt", bound=PromptLike)
@@ -88,7 +88,7 @@ class Run:
 
 def with_room(context: int, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts after which a target of so many positions can say something. DataError if there is none."""
-    usable = [prompt for prompt in prompts if 0 < sum(1 for _ in prompt.input_ids) < context]
+    usable = [prompt for prompt in prompts if 0 < len(prompt.input_ids) < context]
     if not usable:
         found = f"each of the {len(prompts)} is empty or fills" if prompts else "the data gave none to put into"
         raise DataError(f"no prompt to decode: {found} the target's context of {context} tokens")
