@@ -6,7 +6,6 @@ or skipped because an earlier run generated it. A run that was killed continues,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self, TextIO
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from torchspec.core.data.chat import Renderer
@@ -25,6 +25,7 @@ from torchspec.core.decoding.conversation import Conversation, Writer
 from torchspec.core.decoding.journal import Journal
 from torchspec.core.errors import DataError
 from torchspec.core.interfaces.engine import TargetEngine
+from torchspec.core.models.target_weights import weights_fingerprint
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,6 +75,7 @@ def regenerate(
     output: Path,
     settings: RegenerateSettings,
     *,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> RegenerateReport:
     """Write `output` (JSON Lines): each conversation with its assistant turns replaced by the target's own.
@@ -83,11 +85,13 @@ def regenerate(
     target read and wrote, and `metadata`: turns written and asked for, why it ended, and the settings.
     A conversation has several rows where the chat template rewrites earlier turns.
 
-    At temperature > 0 what is drawn depends on the settings and on which conversations are batched together, so a run
-    that is killed and repeated ends with the same file, byte for byte.
+    `dtype` is the precision that the target runs in; None: that of its weights. At temperature > 0 what is drawn
+    depends on the seed and on the prompt: equal conversations get equal answers. A run that is killed and repeated ends
+    with the same file, byte for byte; another batch size may change the order of rows, and what rounding tips over.
 
-    Raises DataError when files cannot be read or written, when `output` holds something else than an earlier run with
-    the same settings, and when not a single conversation could be used; TargetError without a chat template.
+    Raises DataError when files cannot be read or written, when `output` holds something else than an earlier run of
+    the same target, weights and precision included, with the same settings, and when not a single conversation could
+    be used; TargetError without a chat template.
     """
     if output.resolve() in {Path(file).resolve() for file in files}:
         raise DataError(f"the output {output} is one of the files that are read: name another output")
@@ -100,6 +104,8 @@ def regenerate(
     )
     identity = {
         "target": target.path.resolve().name,
+        "weights": weights_fingerprint(target.path)[:16],
+        "dtype": str(dtype or target.dtype).removeprefix("torch."),
         "template": template_digest(tokenizer)[:16],
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
@@ -113,7 +119,7 @@ def regenerate(
             fresh = [conversation for conversation in batch if conversation.sample_id not in journal.finished]
             skipped += len(batch) - len(fresh)
             if fresh:
-                # The whole batch, as the run that was killed did: sampled tokens depend on who is in it.
+                # The whole batch, as the run that was killed did: in another shape sums are rounded otherwise.
                 _write_turns(engine, batch, writer, settings)
                 journal.append([conversation.rows() for conversation in fresh])
             ok += len(fresh)
@@ -203,21 +209,20 @@ def _write_turns(
     engine: TargetEngine, batch: Sequence[Conversation], writer: Writer, settings: RegenerateSettings
 ) -> None:
     """Every turn of every conversation, turn by turn, so that earlier ones are the context of later ones."""
-    turn, waiting = 0, list(batch)
+    waiting = list(batch)
     while waiting:
         for group, room in _groups(waiting, writer.context, settings.max_new_tokens):
             answers = engine.generate(
                 [conversation.ids for conversation in group],
                 max_new_tokens=room,
                 temperature=settings.temperature,
-                seed=_seed(settings.seed, group[0].sample_id, turn),
+                seed=settings.seed,
             )
             for conversation, tokens in zip(group, answers, strict=True):
                 conversation.answer(tokens, writer)
                 if conversation.finish is None:
                     conversation.ask(writer)
         waiting = [conversation for conversation in waiting if conversation.finish is None]
-        turn += 1
 
 
 def _groups(
@@ -232,9 +237,3 @@ def _groups(
     for conversation, room in rooms:
         if room < max_new_tokens:
             yield [conversation], room
-
-
-def _seed(seed: int, sample_id: str, turn: int) -> int:
-    """Different for every call, and the same when a run is repeated."""
-    digest = hashlib.sha256(f"{seed}/{turn}/{sample_id}".encode()).digest()
-    return int.from_bytes(digest[:4])

@@ -98,7 +98,10 @@ class TargetEngine(Protocol):
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """New tokens of each prompt, the end-of-turn token included when it was produced."""
+        """New tokens of each prompt, the end-of-turn token included when it was produced.
+
+        What is drawn at temperature > 0 depends on `seed` and on the prompt's tokens, not on the other prompts.
+        """
         ...
 
     def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:

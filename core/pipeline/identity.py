@@ -14,9 +14,8 @@ from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.models.target_weights import weights_fingerprint
 from torchspec.core.pipeline.run_dir import versions
-
-BLOCK, BLOCKS = 4096, 64
 
 
 def draft_facts(
@@ -75,22 +74,6 @@ def vocabulary_facts(vocabulary: VocabularyMap) -> dict[str, Any]:
     ids_N = vocabulary.ids_N.cpu().contiguous()
     digest = hashlib.sha256(ids_N.numpy().tobytes()).hexdigest()
     return {"size": vocabulary.size, "target_size": vocabulary.target_size, "sha256": digest}
-
-
-def weights_fingerprint(target: Path) -> str:
-    """A digest that tells a target from a fine-tuned one: size and sampled blocks of each weight file.
-
-    64 blocks of 4 KiB per file, evenly spread: any training changes nearly every block.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(target.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size};".encode())
-        with file.open("rb") as stream:
-            for block in range(BLOCKS):
-                stream.seek(max(0, size - BLOCK) * block // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -165,6 +165,18 @@ def test_bfloat16_is_reported_as_such(parts: Any, tiny_target: Path) -> None:
     assert result.seconds.draft > 0
 
 
+def test_regenerated_text_does_not_depend_on_the_batch(parts: Any, tiny_target: Path, tmp_path: Path) -> None:
+    data, tokenizer = tmp_path / "data.jsonl", load_tokenizer(tiny_target)
+    data.write_text("".join(json.dumps(row) + "\n" for row in CONVERSATIONS))
+    written = []
+    for size in (1, 4):
+        request = RegenerateSettings(max_new_tokens=12, temperature=1.0, batch_size=size)
+        regenerate(parts.engine, tokenizer, [data], tmp_path / f"{size}.jsonl", request)
+        rows = map(json.loads, (tmp_path / f"{size}.jsonl").read_text().splitlines())
+        written.append({row["id"]: row["input_ids"] for row in rows})
+    assert written[0] == written[1]
+
+
 def test_regenerated_conversations_are_training_data(parts: Any, tiny_target: Path, tmp_path: Path) -> None:
     data, output = tmp_path / "data.jsonl", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in CONVERSATIONS))

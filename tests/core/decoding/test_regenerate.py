@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,11 +310,29 @@ def test_an_output_that_is_not_ours_is_left_alone(target: Any, tokenizer: Any, t
     regenerate(target, tokenizer, [source], output, RegenerateSettings())
     refused("temperature = 0.0, not 0.5", temperature=0.5)
     refused("seed = 0, not 3", seed=3)
+    with pytest.raises(DataError, match="dtype = 'float32', not 'bfloat16'"):
+        regenerate(target, tokenizer, [source], output, RegenerateSettings(), dtype=torch.bfloat16)
     with output.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         refused("being written by another run")
     with pytest.raises(DataError, match="one of the files that are read"):
         regenerate(target, tokenizer, [source], source, RegenerateSettings())
+
+
+def test_another_target_of_the_same_name_does_not_continue_a_file(
+    target: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write_rows(tmp_path / "in.jsonl", many(3)), tmp_path / "rows.jsonl"
+    describe = target.describe
+    for version in ("first", "second"):
+        (tmp_path / version / "model").mkdir(parents=True)
+        (tmp_path / version / "model" / "model.safetensors").write_text(version)
+        spec = replace(describe(), path=tmp_path / version / "model")
+        monkeypatch.setattr(target, "describe", lambda spec=spec: spec)
+        if version == "first":
+            assert regenerate(target, tokenizer, [source], output, RegenerateSettings()).ok == 3
+    with pytest.raises(DataError, match="was generated with weights = "):
+        regenerate(target, tokenizer, [source], output, RegenerateSettings())
 
 
 def test_trouble_with_files_is_named(target: Any, tokenizer: Any, tmp_path: Path) -> None:

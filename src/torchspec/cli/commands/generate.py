@@ -54,7 +54,13 @@ def run(words: Sequence[str]) -> int:
         target = load_target(options)
         try:
             report = regenerate(
-                target.engine, target.tokenizer, options.data, options.output, settings, progress=progress
+                target.engine,
+                target.tokenizer,
+                options.data,
+                options.output,
+                settings,
+                dtype=target.dtype,
+                progress=progress,
             )
         finally:
             target.engine.close()

@@ -125,7 +125,9 @@ def _on_generated_text(options: QuickstartOptions, config: RunConfig, data: Path
     with ProgressDisplay() as progress:
         target = load_target(_target_options(config))
         try:
-            regenerate(target.engine, target.tokenizer, [asked], answered, settings, progress=progress)
+            regenerate(
+                target.engine, target.tokenizer, [asked], answered, settings, dtype=target.dtype, progress=progress
+            )
         finally:
             target.engine.close()
     return config.model_copy(update={"data": config.data.model_copy(update={"train": [answered]})})
