@@ -28,6 +28,14 @@ from torchspec.core.training.checkpoint_files import (
     steps_on_disk,
 )
 
+# The number of taps is compared with the taps; more positions change nothing in a draft that rotates.
+_NO_DIFFERENCE = {"num_taps", "max_position_embeddings"}
+# Of the target a checkpoint was trained for: what its draft's geometry was derived from.
+_TARGET_FACTS = (
+    "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class RebuiltDraft:
@@ -155,15 +163,6 @@ def initial_problems(path: Path, algorithm: Algorithm, target: TargetSpec) -> li
                 )
             )
     return found
-
-
-# The number of taps is compared with the taps; more positions change nothing in a draft that rotates.
-_NO_DIFFERENCE = {"num_taps", "max_position_embeddings"}
-# Of the target a checkpoint was trained for: what its draft's geometry was derived from.
-_TARGET_FACTS = (
-    "num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-)  # fmt: skip
 
 
 def _initial_algorithm(path: Path, target: TargetSpec) -> Algorithm:
