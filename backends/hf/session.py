@@ -73,7 +73,12 @@ class HfDecodeSession:
             hook.remove()
         if output.logits.shape[1] != 1:
             raise TargetError(f"{type(self._target.model).__name__} bypasses its own output head: it cannot be decoded")
-        self._cache: Cache = output[self._cache_name]
+        filled = output.get(self._cache_name)
+        if filled is None:
+            raise TargetError(
+                f"{type(self._target.model).__name__} hands back no {self._cache_name}: it cannot be decoded"
+            )
+        self._cache: Cache = filled
         taps = [self._recorder.of_row(row, length) for row, length in enumerate(self._lengths)]
         self._recorder.outputs.clear()
         return Prefill(logits_BV=output.logits[:, 0].clone(), taps=taps)

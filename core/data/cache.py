@@ -42,6 +42,9 @@ def fingerprint(
 
     Contents and names (not directories) of the files in their order, the tokenizer, its chat template, the settings,
     the versions of the libraries that render and tokenise, and of the rules applied here.
+
+    Not the date, even where a chat template prints it (`strftime_now`): data then keep the date of the day on which
+    they were tokenised, and a run can be continued on another day.
     """
     relevant = {name: value for name, value in asdict(settings).items() if name != "cache_dir"}
     facts = {

@@ -7,6 +7,7 @@ cache row out of order differ by 0.1 and more.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, Gemma2Config, MistralConfig, PreTrainedConfig, Qwen3NextConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from torchspec.backends.api import TargetError
 from torchspec.backends.hf import session as session_module
@@ -224,6 +226,20 @@ def test_the_cache_is_passed_under_the_name_that_the_model_takes(qwen3: HfEngine
         warnings.simplefilter("error", FutureWarning)
         session = qwen3.open([[1, 2, 3]], ())
         session.step(torch.tensor([[4, 5]]))
+
+
+def test_a_model_that_hands_back_no_cache_is_refused(qwen3: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next step would start from nothing, and nobody would notice."""
+    model = qwen3._target.model
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forgetful(*args: object, **more: object) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=forward(*args, **more).logits)
+
+    monkeypatch.setattr(model, "forward", forgetful)
+    with pytest.raises(TargetError, match=r"hands back no (cache|past_key_values)"):
+        qwen3.open([[1, 2, 3]], ())
 
 
 @pytest.mark.parametrize(
