@@ -37,8 +37,10 @@ class UnitNorm:
         self.floor = like.new_tensor(size * eps, dtype=self.wide)
 
     def __call__(self, x: Tensor) -> Tensor:
-        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide)
-        return (x * torch.addcmul(self.floor, length, length).rsqrt()).to(x.dtype)
+        if x.dtype != self.wide:
+            return self(x.to(self.wide)).to(x.dtype)
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(self.floor, length, length).rsqrt()
 
 
 SHARES_BYTES = 64 << 20
