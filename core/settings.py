@@ -34,6 +34,11 @@ def default_device() -> str | None:
     return os.environ.get("TORCHSPEC_DEVICE") or None
 
 
+def cores() -> int:
+    """Processor cores that this process may use, at least 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_dir() -> Path:
     """`TORCHSPEC_CACHE`, else `$XDG_CACHE_HOME/torchspec`, else `~/.cache/torchspec`."""
     named = os.environ.get("TORCHSPEC_CACHE")
@@ -55,9 +60,8 @@ def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> 
     The starting process serves the rendezvous store at `address:port` (torch's agent store). Threads are shared out
     among the ranks unless the user has chosen a number.
     """
-    cores = os.cpu_count() or 1
     return {
-        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        "OMP_NUM_THREADS": str(max(1, cores() // world_size)),
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -72,7 +72,7 @@ def steps(output: Path) -> list[int]:
 
 
 def test_a_quick_start_leaves_everything_and_runs_again(quickstart: Quickstart, output: Path) -> None:
-    table, said = quickstart()
+    table, said = quickstart("--generate", "0", "--nproc", "1")
     result = json.loads((output / "eval.json").read_text())
     assert set(result) >= KEYS
     assert result["lossless"] is True
@@ -85,11 +85,11 @@ def test_a_quick_start_leaves_everything_and_runs_again(quickstart: Quickstart, 
     assert "# quickstart.yaml:" in (output / "config.yaml").read_text()
     for word in ("acceptance length", "tokens/s", "speed-up", "lossless", "prompt lookup", "no draft"):
         assert word in table
-    for word in ("1/4", "2/4", "3/4", "4/4", str(output / "report.html")):
+    for word in ("1/5", "2/5", "3/5", "4/5", "5/5", str(output / "report.html")):
         assert word in said
 
     (output / "eval.json").unlink()
-    result = json.loads(quickstart("--json")[0])
+    result = json.loads(quickstart("--generate", "0", "--nproc", "1", "--json")[0])
     assert result == json.loads((output / "eval.json").read_text())
     assert steps(output) == [1, 2, 3], "the finished training is not done again"
 
@@ -104,9 +104,16 @@ def test_an_earlier_run_is_moved_aside_not_deleted(tmp_path: Path, capsys: pytes
     assert f"the earlier run is now {tmp_path / 'run.2'}" in capsys.readouterr().err
 
 
+def test_training_on_the_texts_as_they_are(quickstart: Quickstart, output: Path) -> None:
+    quickstart("--generate", "0", "--nproc", "1")
+    assert not list((output / "data").glob("generated-*.jsonl"))
+    assert json.loads((output / "data.json").read_text())["files"] == [str(output / "data" / "train.jsonl")]
+
+
 def test_training_on_what_the_target_says(quickstart: Quickstart, output: Path) -> None:
-    quickstart("--generate", "5")
-    (file,) = (output / "data").glob("generated-*.jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["id"] for row in rows] == ["train0", "train2", "train4", "train7", "train9"]
-    assert json.loads((output / "data.json").read_text())["files"] == [str(file)]
+    quickstart("--generate", "5", "--nproc", "2")
+    files = sorted((output / "data").glob("generated-*.jsonl"))
+    rows = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in files]
+    assert [sorted(ids) for ids in rows] == [["train0", "train4", "train9"], ["train2", "train7"]]
+    assert json.loads((output / "data.json").read_text())["files"] == [str(file) for file in files]
+    assert json.loads((output / "environment.json").read_text())["ranks"] == 2

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from importlib import resources
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +26,18 @@ if TYPE_CHECKING:
 
 RECIPE = "quickstart.yaml"
 GENERATED_TOKENS = 256
-GENERATION_BATCH = 32
+GENERATION_BATCH = 96
+MOST_RANKS = 4
 
 
 class QuickstartOptions(JsonOption):
     output: Path = Field(Path("runs/quickstart"), description="the run directory")
     device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
+    nproc: Positive | None = Field(
+        None, description="processes that answer and train; default: one per core on a CPU, up to 4, else 1"
+    )
     generate: int = Field(
-        0,
+        2500,
         ge=0,
         description="train on this many conversations answered by the target itself; 0: on the texts as they are",
     )
@@ -43,9 +50,10 @@ class QuickstartOptions(JsonOption):
 def parser() -> Parser:
     made = Parser(
         "quickstart",
-        "Build conversations from the Python standard library, train a draft for the embedded target on them, measure\n"
-        "it by lossless speculative decoding on held-out ones, and write a report. Settings of the training can be\n"
-        "given as for `torchspec train`. Given again, it continues a run that was stopped.",
+        "Build conversations from the Python standard library, let the embedded target answer some of them, train a\n"
+        "draft on its answers, measure it by lossless speculative decoding on held-out questions, and write a report.\n"
+        "Settings of the training can be given as for `torchspec train`. Given again, it continues a run that was\n"
+        "stopped.",
         usage="torchspec quickstart [options] [section.key=value ...]",
     )
     add_options(made, QuickstartOptions, all_flags(QuickstartOptions))
@@ -53,7 +61,7 @@ def parser() -> Parser:
 
 
 def run(words: Sequence[str]) -> int:
-    announce("torchspec quickstart: conversations, training, evaluation, report")
+    announce("torchspec quickstart: conversations, answers, training, evaluation, report")
     options, overrides, problems = collect_options(parser(), QuickstartOptions, words)
     if options is not None:
         from torchspec.core.config import environment
@@ -65,19 +73,23 @@ def run(words: Sequence[str]) -> int:
         move_aside(options.output)
     data = options.output / "data"
 
-    announce(f"1/4 conversations, from the standard library of this Python, in {data}")
+    announce(f"1/5 conversations, from the standard library of this Python, in {data}")
     if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):
         prepare(data)
-    config, provenance = _configure(options, data, overrides)
+    train_files = [data / "train.jsonl"]
+    config, _ = _configure(options, data, train_files, overrides)
+    nproc = options.nproc or _default_nproc(config)
     if options.generate:
-        config = _on_generated_text(options, config, data)
-    announce(f"2/4 training in {options.output}; if it is stopped, the same command continues it")
-    code = train(config, provenance)
+        train_files = _answers(options, config, data, nproc)
+    else:
+        announce("2/5 answers: the texts as they are")
+    announce(f"3/5 training in {options.output}; if it is stopped, the same command continues it")
+    code = _train(options, data, train_files, overrides, nproc)
     if code:
         return code
-    announce("3/4 decoding held-out conversations with the draft and without it")
+    announce("4/5 decoding held-out conversations with the draft and without it")
     evaluation = _evaluate(options, config, data)
-    announce("4/4 report")
+    announce("5/5 report")
     evaluation.write(options.output / "eval.json")
     page = _report(options.output)
     _show(options, evaluation)
@@ -96,13 +108,40 @@ def move_aside(output: Path) -> None:
     announce(f"the earlier run is now {aside}")
 
 
-def _configure(options: QuickstartOptions, data: Path, overrides: Sequence[str]) -> tuple[RunConfig, dict[str, str]]:
+def _recipe() -> AbstractContextManager[Path]:
+    return resources.as_file(resources.files("torchspec") / "assets" / "recipes" / RECIPE)
+
+
+def _configure(
+    options: QuickstartOptions, data: Path, train_files: Sequence[Path], overrides: Sequence[str]
+) -> tuple[RunConfig, dict[str, str]]:
     from torchspec.core.config.load import load_config
 
-    files = {"train": [data / "train.jsonl"], "validation": [data / "validation.jsonl"]}
+    files = {"train": list(train_files), "validation": [data / "validation.jsonl"]}
     values: dict[str, Any] = {"output": options.output, "data": files, "device": options.device}
-    with resources.as_file(resources.files("torchspec") / "assets" / "recipes" / RECIPE) as recipe:
+    with _recipe() as recipe:
         return load_config(file=recipe, values=values, values_source="quickstart", overrides=overrides)
+
+
+def _default_nproc(config: RunConfig) -> int:
+    """A small model on a CPU gains nothing from a second thread, and everything from a second process."""
+    from torchspec.core import registry, settings
+
+    name, _ = registry.choose_device(config.device, settings.default_device())
+    return min(settings.cores(), MOST_RANKS) if name == "cpu" else 1
+
+
+def _train(
+    options: QuickstartOptions, data: Path, train_files: Sequence[Path], overrides: Sequence[str], nproc: int
+) -> int:
+    if nproc == 1:
+        return train(*_configure(options, data, train_files, overrides))
+    from torchspec.core.pipeline.launch import launch, torchspec_command
+
+    with _recipe() as recipe:
+        words = ["train", "--config", recipe, "--output", options.output, "--validation", data / "validation.jsonl"]
+        words += ["--data", *train_files, *(["--device", options.device] if options.device else []), *overrides]
+        return launch(torchspec_command([str(word) for word in words]), nproc)
 
 
 def _target_options(config: RunConfig) -> TargetOptions:
@@ -110,27 +149,49 @@ def _target_options(config: RunConfig) -> TargetOptions:
     return TargetOptions(target=config.target.path, device=config.device, backend=config.backend, **reading)
 
 
-def _on_generated_text(options: QuickstartOptions, config: RunConfig, data: Path) -> RunConfig:
-    """The configuration with the target's own words for training data, written first if they are not there yet."""
+def _answers(options: QuickstartOptions, config: RunConfig, data: Path, nproc: int) -> list[Path]:
+    """Files of conversations answered by the target itself, one per process, written first if they are not there."""
+    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    count = min(options.generate, len(rows))
+    announce(f"2/5 answers: the target writes its own to {count} of them, the text a draft learns most from")
+    # Evenly over the modules, which the file has in order.
+    chosen = [rows[place * len(rows) // count] for place in range(count)]
+    parts = []
+    for part in range(min(nproc, count)):
+        asked = data / f"asked-{count}-{part}.jsonl"
+        asked.write_text("".join(chosen[part::nproc]), encoding="utf-8")
+        parts.append((asked, data / f"generated-{count}-{part}.jsonl"))
+    with (
+        ProgressDisplay() as progress,
+        ProcessPoolExecutor(nproc, mp_context=get_context("spawn")) as processes,
+    ):
+        target = _target_options(config)
+        others = [processes.submit(_answer, target, asked, answered) for asked, answered in parts[1:]]
+        _answer(target, *parts[0], progress, alone=not others)
+        for other in others:
+            other.result()
+    return [answered for _, answered in parts]
+
+
+def _answer(
+    options: TargetOptions, asked: Path, answered: Path, progress: ProgressDisplay | None = None, *, alone: bool = False
+) -> None:
+    """Have the target answer one file; with one thread, unless this is the only process."""
+    import torch
+
     from torchspec.cli.target import load_target
     from torchspec.core.decoding.regenerate import RegenerateSettings, regenerate
 
-    announce(f"    {options.generate} of them are answered by the target itself")
-    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    count = min(options.generate, len(rows))
-    asked, answered = data / f"asked-{count}.jsonl", data / f"generated-{count}.jsonl"
-    # Evenly over the modules, which the file has in order.
-    asked.write_text("".join(rows[place * len(rows) // count] for place in range(count)), encoding="utf-8")
+    threads = torch.get_num_threads()
+    if not alone:
+        torch.set_num_threads(1)
     settings = RegenerateSettings(max_new_tokens=GENERATED_TOKENS, batch_size=GENERATION_BATCH)
-    with ProgressDisplay() as progress:
-        target = load_target(_target_options(config))
-        try:
-            regenerate(
-                target.engine, target.tokenizer, [asked], answered, settings, dtype=target.dtype, progress=progress
-            )
-        finally:
-            target.engine.close()
-    return config.model_copy(update={"data": config.data.model_copy(update={"train": [answered]})})
+    target = load_target(options)
+    try:
+        regenerate(target.engine, target.tokenizer, [asked], answered, settings, dtype=target.dtype, progress=progress)
+    finally:
+        target.engine.close()
+        torch.set_num_threads(threads)
 
 
 def _evaluate(options: QuickstartOptions, config: RunConfig, data: Path) -> Evaluation:
