@@ -3,6 +3,8 @@
     python examples/embedded_target/export.py --folder build/et/run --tokenizer build/et/tokenizer \\
         --output src/torchspec/assets/embedded_target
 
+``--average FOLDER`` exports the mean of the weights of two checkpoints of one run.
+
 The folder is written aside and swapped in by renames, so a reader finds the old one or the new one whole,
 but for the instant between two renames. A ``MODEL_CARD.md`` in the old folder is kept.
 """
@@ -52,9 +54,19 @@ def swap_in(aside: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def export(folder: Path, tokenizer_folder: Path, output: Path) -> int:
+@torch.no_grad()
+def average_into(model: Any, other: Any) -> None:
+    """The mean of both models' weights, in place."""
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.lerp_(theirs, 0.5)
+
+
+def export(folder: Path, tokenizer_folder: Path, output: Path, average: Path | None = None) -> int:
     """Write the model folder and return its bytes."""
-    model = load_model(folder).to(torch.bfloat16)
+    model = load_model(folder)
+    if average is not None:
+        average_into(model, load_model(average))
+    model = model.to(torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     ends, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     settings = {"eos_token_id": ends, "pad_token_id": pad, "do_sample": False}
@@ -78,8 +90,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder that holds checkpoint.pt")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of train_tokenizer.py")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write or replace")
+    parser.add_argument("--average", type=Path, help="folder of another checkpoint.pt of the same run")
     arguments = parser.parse_args()
-    size = export(arguments.folder, arguments.tokenizer, arguments.output)
+    size = export(arguments.folder, arguments.tokenizer, arguments.output, arguments.average)
     print(f"{size:,} bytes in {arguments.output}")
 
 

@@ -55,6 +55,7 @@ class Recipe:
     shares: dict[str, float] = field(default_factory=lambda: {"conversations": 0.35, "library": 0.30, "tests": 0.35})
     tests_share: float = 0.5  # of the steps that are for conversations: that text is new for longer
     own_every: int = 6  # steps
+    own_weight: float = 1.0  # of a repeat, beside a token of the text
     own_rows: int = 24  # of a rank, in such a step
     seed: int = 0
 
@@ -82,6 +83,10 @@ def repeat_loss_sum(states_RTH: torch.Tensor, head_VH: torch.Tensor, avoid_RT: t
     # A probability that rounds to one would have an infinite loss and no gradient.
     cost = -torch.log(-torch.expm1(log_p.clamp(max=-1e-4)))
     return torch.where(avoid != IGNORED, cost, 0.0).sum()
+
+
+FINISH = Recipe(decay_from=0.7, own_every=2, own_weight=2.0)
+"""After the run proper, for a few minutes more: the repeats above all. Average the result with what it started from."""
 
 
 class Trainer:
@@ -195,7 +200,8 @@ class Trainer:
             rows = max(1, self.arguments.micro_tokens // OWN)
             for part in zip(ids_RT.to(self.device).split(rows), avoid_RT.to(self.device).split(rows), strict=True):
                 states = self._states(part[0])
-                torch.autograd.backward(self.repeat_loss_sum(states, self.model.lm_head.weight, part[1]))
+                cost = self.repeat_loss_sum(states, self.model.lm_head.weight, part[1])
+                torch.autograd.backward(recipe.own_weight * cost)
         total, counted = self._reduce(total, counted)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = self.recipe.rate(self.progress, self.step)
@@ -287,11 +293,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="a torch device, cpu by default")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --folder")
+    parser.add_argument("--finish", action="store_true", help="with --resume and more --minutes: unlearn repeats")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if "RANK" in os.environ:
         dist.init_process_group("gloo" if torch.device(arguments.device).type == "cpu" else None)
-    trainer = Trainer(arguments, Recipe())
+    trainer = Trainer(arguments, FINISH if arguments.finish else Recipe())
     if arguments.resume:
         trainer.load()
     trainer.run()

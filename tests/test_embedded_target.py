@@ -1,0 +1,97 @@
+"""The target that ships: a real, small language model of a standard architecture, and what its card says of it."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from torchspec.core.data.stdlib_corpus import Conversation, iter_conversations
+
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return Path(str(resources.files("torchspec") / "assets" / "embedded_target"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[Conversation]:
+    """Evenly over the held-out modules of the interpreter at hand."""
+    everything = list(iter_conversations("test"))
+    return everything[:: len(everything) // 24][:24]
+
+
+def test_it_is_small_deep_and_narrow(folder: Path, model: Any) -> None:
+    config = model.config
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 12 * MEGABYTE
+    assert config.model_type in ("qwen3", "llama")
+    assert config.num_hidden_layers >= 8
+    assert config.head_dim in (32, 64)
+    assert config.num_key_value_heads >= 2
+    assert not list(folder.glob("*.py")), "it loads without code of its own"
+
+
+def test_the_template_marks_what_the_assistant_says(tokenizer: Any) -> None:
+    """The mask covers the answer and the end of its turn, but not the newline behind."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "def f(x):\n    return x"}]
+    rendered = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    said = [t for t, on in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if on]
+    assert tokenizer.decode(said) == "def f(x):\n    return x<|im_end|>"
+    assert said[-1] == tokenizer.eos_token_id
+
+
+@torch.no_grad()
+def test_it_has_learned_python(model: Any, tokenizer: Any, held_out: list[Conversation]) -> None:
+    """Cross-entropy of held-out answers, in nats per token: an untrained model has log(2048) = 7.6."""
+    total, counted = 0.0, 0
+    for conversation in held_out:
+        rendered = tokenizer.apply_chat_template(
+            conversation.messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = torch.tensor(rendered["input_ids"])
+        counts = torch.tensor(rendered["assistant_masks"], dtype=torch.bool)[1:]
+        log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        total -= float(log_p.gather(1, ids[1:, None])[:, 0][counts].sum())
+        counted += int(counts.sum())
+    assert total / counted < 3.0
+
+
+@torch.no_grad()
+def test_its_answers_do_not_loop(model: Any, tokenizer: Any, held_out: list[Conversation]) -> None:
+    """Share of repeated 8-grams of greedy answers. The card's figure is of more of them; a looping model has 0.5."""
+    tokenizer.padding_side = "left"
+    inputs = tokenizer.apply_chat_template(
+        [c.messages[:-1] for c in held_out], add_generation_prompt=True, padding=True, return_tensors="pt",
+        return_dict=True,
+    )  # fmt: skip
+    output = model.generate(**inputs, max_new_tokens=192, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    total = repeated = 0
+    for row in output.tolist():
+        answer = row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row
+        grams = [tuple(answer[i : i + 8]) for i in range(len(answer) - 7)]
+        total, repeated = total + len(grams), repeated + len(grams) - len(set(grams))
+    assert total > 1000
+    assert repeated / total < 0.25
+
+
+def test_its_card_states_its_quality(folder: Path) -> None:
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert re.search(r"perplexity.*\| \d+\.\d+", card)
+    assert re.search(r"repeated 8-grams.*\| (0|1?\d)\.\d %", card), "under 20 %"
