@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,11 @@ def write_draft(
 ) -> SelfCheck:
     """Write `draft` (unsharded) in `layout` and prove that an engine's reading of the files gives its predictions.
 
-    An existing draft directory is replaced only after the new one has passed; what people must know before they serve
-    it (`DraftFiles.notes`) goes to the log. Raises ConfigError where the layout
-    cannot hold this draft, CheckpointError when the written files fail the check or cannot be written.
+    An existing draft directory is replaced only after the new one has passed, and nothing else ever is; what people
+    must know before they serve it (`DraftFiles.notes`) goes to the log. Raises ConfigError where the layout cannot
+    hold this draft, CheckpointError when the written files fail the check or cannot be written.
     """
+    check_replaceable(directory)
     state = {name: _stored(tensor, dtype) for name, tensor in draft.state_dict().items()}
     files = algorithm.to_files(state, layout)
     try:
@@ -66,7 +68,7 @@ def write_draft(
         save_file(files.tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
         outcome = check_files(algorithm, draft, read_files(aside), context.head, context.device, context.probe)
-        aside.chmod(0o755)
+        _open_to_readers(aside)
         _replace(aside, directory)
         for note in files.notes:
             logger.warning("%s: %s", directory, note)
@@ -78,6 +80,29 @@ def write_draft(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return outcome
+
+
+def check_replaceable(directory: Path) -> None:
+    """CheckpointError unless a draft may be put at `directory`: nothing is there, or a draft and no file beside it."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    refusal = f"{directory} exists and is not a draft directory"
+    if not directory.is_dir() or not _is_draft(directory):
+        raise CheckpointError(f"{refusal}, so it is not replaced: name another --output")
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in (CONFIG, WEIGHTS))
+    if foreign:
+        raise CheckpointError(
+            f"{refusal} alone, so it is not replaced: it also holds {', '.join(foreign[:3])}"
+            f"{', ...' if len(foreign) > 3 else ''}. Move what is yours, or name another --output"
+        )
+
+
+def _is_draft(directory: Path) -> bool:
+    try:
+        config = _read_config(directory)
+    except (CheckpointError, OSError):
+        return False
+    return any(registry.algorithms().spec(name).reads(config) for name in registry.algorithms().names())
 
 
 def read_files(directory: Path) -> DraftFiles:
@@ -133,13 +158,19 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (kept.to(dtype) if kept.is_floating_point() else kept).clone().contiguous()
 
 
+def _open_to_readers(aside: Path) -> None:
+    """The modes that the umask asks for: safetensors and mkdtemp write for the owner alone, config.json shows them."""
+    mode = stat.S_IMODE((aside / CONFIG).stat().st_mode)
+    (aside / WEIGHTS).chmod(mode)
+    aside.chmod(0o700 | mode | (mode & 0o444) >> 2)
+
+
 def _replace(aside: Path, directory: Path) -> None:
     """Put a finished directory in place; the old one is removed last, so that one of them always exists."""
     if not directory.exists():
         aside.rename(directory)
         return
-    if not directory.is_dir() or (any(directory.iterdir()) and not (directory / CONFIG).exists()):
-        raise CheckpointError(f"{directory} exists and is not a draft directory: name another --output")
+    check_replaceable(directory)
     old = directory.with_name(f".{directory.name}-old-{os.getpid()}")
     directory.rename(old)
     aside.rename(directory)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +228,34 @@ def test_a_directory_of_something_else_is_not_replaced(tiny_target: Path, tmp_pa
     with pytest.raises(CheckpointError, match="not a draft directory"):
         write_draft(algorithm, draft, "plain", tmp_path / "mine", context)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
+
+
+def test_a_target_and_a_draft_with_files_of_others_are_not_replaced(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target)
+    shutil.copytree(tiny_target, tmp_path / "target")
+    (tmp_path / "bare").mkdir()  # a target of a draft's two files
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_target / name, tmp_path / "bare")
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    (tmp_path / "draft/README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, message in (("target", "not a draft"), ("bare", "not a draft"), ("draft", "also holds README.md")):
+        with pytest.raises(CheckpointError, match=message):
+            write_draft(algorithm, draft, "plain", tmp_path / name, context)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("umask", "file", "directory"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
+def test_modes_follow_the_umask(tiny_target: Path, tmp_path: Path, umask: int, file: int, directory: int) -> None:
+    algorithm, draft, context = make(tiny_target)
+    earlier = os.umask(umask)
+    try:
+        write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    finally:
+        os.umask(earlier)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "draft").iterdir()}
+    assert modes == {"config.json": file, "model.safetensors": file}
+    assert (tmp_path / "draft").stat().st_mode & 0o777 == directory
 
 
 @pytest.mark.parametrize(
