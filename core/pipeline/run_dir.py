@@ -8,6 +8,7 @@ RUN/
     metrics.jsonl      see core/training/metrics.py
     probe.safetensors  a recorded piece of target features, for the export's self-check
     checkpoints/       see core/training/checkpoint_files.py
+    .checkpointed      there has been a checkpoint
     draft/             the exported draft of the best (else the last) checkpoint
     report.html
 """
@@ -32,7 +33,7 @@ from torchspec.core import settings
 from torchspec.core.config.dump import to_yaml
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import TorchspecError
-from torchspec.core.training.checkpoint_files import write_json
+from torchspec.core.training.checkpoint_files import lost, write_json
 
 CONFIG, PROVENANCE, ENVIRONMENT, DATA = "config.yaml", "provenance.json", "environment.json", "data.json"
 METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
@@ -87,6 +88,11 @@ def refusal(config: RunConfig) -> str | None:
     path = config.output
     if path.exists() and not path.is_dir():
         return "is a file: name a directory with --output"
+    if is_run(path) and lost(path / CHECKPOINTS):
+        return (
+            "holds a run whose checkpoints are gone or damaged, and a run never starts over by itself: "
+            "restore one into its checkpoints/ from a copy, move the directory away, or name another"
+        )
     if is_run(path):
         if config.train.resume == "never":
             return "holds a run already, and train.resume is `never`: name another, or leave train.resume at `auto`"

@@ -74,6 +74,7 @@ def save(checkpoints: Path, snapshot: Snapshot, context: ParallelContext, keep_l
         if context.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(_not_written(checkpoints, snapshot.step, error)) from error
+    context.main_only(lambda: files.note_saved(checkpoints))
     context.agree(lambda: files.prune(checkpoints, keep_last) if context.is_main else None)
     return final
 

@@ -8,11 +8,13 @@ checkpoints/
         vocabulary.safetensors
         state/*.safetensors   one file per rank: fp32 weights (`draft.*`) and AdamW state (`optimizer.*`)
         rng/rank_*.safetensors
-    best.json                 the validated checkpoint with the greatest acceptance length
+    best.json                 for people: the validated checkpoint with the greatest acceptance length
+../.checkpointed              there has been a checkpoint
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +29,8 @@ from torchspec.core.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST, BEST = "manifest.json", "best.json"
-REPLACED = ".replaced"
+REPLACED, DAMAGED = ".replaced", ".damaged"
+CHECKPOINTED = ".checkpointed"
 NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -145,10 +148,27 @@ def steps_on_disk(checkpoints: Path) -> list[int]:
 def set_aside(checkpoints: Path, step: int) -> Path:
     """Take a damaged checkpoint out of the numbered ones, so that the step can be saved again."""
     source = directory_of(checkpoints, step)
-    target = source.with_name(f"{source.name}.damaged")
+    target = source.with_name(f"{source.name}{DAMAGED}")
     shutil.rmtree(target, ignore_errors=True)
     source.rename(target)
     return target
+
+
+def note_saved(checkpoints: Path) -> None:
+    """Leave a mark that outlives the checkpoints: without them, the run is not to be taken for a new one."""
+    with contextlib.suppress(OSError):  # a full disk: the checkpoint itself is there
+        (checkpoints.parent / CHECKPOINTED).touch()
+
+
+def lost(checkpoints: Path) -> bool:
+    """Whether there have been checkpoints and none is left to resume from.
+
+    Runs of earlier versions left no mark; of those, the ones that finished left a draft.
+    """
+    if steps_on_disk(checkpoints) or any(checkpoints.glob(f".step_*{REPLACED}")):
+        return False
+    marked = any((checkpoints.parent / name).exists() for name in (CHECKPOINTED, "draft"))
+    return marked or any(checkpoints.glob(f"step_*{DAMAGED}"))
 
 
 def put_in_place(aside: Path, final: Path) -> None:

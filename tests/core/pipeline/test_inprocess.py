@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,35 @@ def test_a_run_leaves_everything_it_promises(make_config: Any, tmp_path: Path, t
 
     rebuilt = rebuild(run)
     assert rebuilt.step == best["step"]
+
+
+@pytest.mark.parametrize("harm", ["damaged", "removed", "removed, without the mark"])
+def test_a_run_without_a_whole_checkpoint_never_starts_over(make_config: Any, tmp_path: Path, harm: str) -> None:
+    config, provenance = make_config(tmp_path / "run", "data.validation=[]", "train.max_steps=2")
+    train(config, provenance=provenance)
+    history = (tmp_path / "run" / "metrics.jsonl").read_text()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    if harm == "damaged":
+        os.truncate(directory_of(checkpoints, 2) / "trainer.json", 1)
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+            train(config, provenance=provenance)
+    else:
+        shutil.rmtree(checkpoints)
+    for name in [".checkpointed"] if harm.endswith("mark") else ["draft"]:
+        place = tmp_path / "run" / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="never starts over by itself: restore one"):
+            train(config, provenance=provenance)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == history
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: Any, tmp_path: Path) -> None:
+    config, provenance = make_config(tmp_path / "run", "data.validation=[]", "train.max_steps=1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
+    assert train(config, provenance=provenance).step == 1
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1]
 
 
 def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> None:
