@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from torchspec.cli import main
 
@@ -151,6 +152,26 @@ def test_a_draft_of_another_target(answer: Answer, trained: Path) -> None:
     words = ("eval", "--target", "embedded", "--data", "good.jsonl", "--device", "cpu")
     said = answer(*words, "--draft", trained / "draft", code=1)
     assert "vocabulary" in said or "vocab_size" in said
+
+
+def test_export_for_another_target_of_the_same_shape(
+    answer: Answer, place: Path, trained: Path, tiny_target: Path
+) -> None:
+    other = shutil.copytree(tiny_target, place / "other_weights")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    words = ("export", "--checkpoint", trained, "--format", "hf", "--output", "e")
+    said = answer(*words, "--target", other, code=1)
+    assert f"was trained on the target at {tiny_target.resolve()}" in said
+    assert str(other) in said
+    assert not (place / "e").exists()
+
+
+def test_export_onto_a_target_is_refused_before_any_work(answer: Answer, place: Path, tiny_target: Path) -> None:
+    target = shutil.copytree(tiny_target, place / "precious")
+    said = answer("export", "--checkpoint", "nowhere", "--format", "hf", "--output", target, code=1)
+    assert f"{target} exists and is not a draft directory" in said
+    assert (target / "tokenizer.json").is_file()
 
 
 def test_no_draft_and_no_checkpoint(answer: Answer, tiny_target: Path) -> None:

@@ -52,11 +52,12 @@ def run(words: Sequence[str]) -> int:
     import torch
 
     from torchspec.core.config import environment
-    from torchspec.core.export.layout import FORMATS, write_draft
+    from torchspec.core.export.layout import FORMATS, check_replaceable, write_draft
 
     problems = environment.output_problems("--output", options.output.parent)
     if problems:
         raise ConfigError(problems)
+    check_replaceable(options.output)
     algorithm, draft, context = _read(options)
     dtype: torch.dtype = getattr(torch, options.dtype)
     outcome = write_draft(algorithm, draft, FORMATS[options.format], options.output, context, dtype)
@@ -79,13 +80,30 @@ def _read(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
     if (options.checkpoint / CONFIG).is_file():
         return _read_exported(options)
     rebuilt = rebuild(options.checkpoint, target=options.target, trust_remote_code=options.trust_remote_code)
-    recorded = find_checkpoint(options.checkpoint).parent.parent / PROBE
+    checkpoint = find_checkpoint(options.checkpoint)
+    _check_target(checkpoint, rebuilt.target.path)
+    recorded = checkpoint.parent.parent / PROBE
     probe = Probe.load(recorded) if recorded.is_file() else None
     return (
         rebuilt.algorithm,
         rebuilt.draft,
         ExportContext(head=rebuilt.head, device=registry.load_device("cpu"), probe=probe),
     )
+
+
+def _check_target(checkpoint: Path, target: Path) -> None:
+    """CheckpointError when `target` is not the one the draft was trained on; one of the same shape would pass."""
+    from torchspec.core.errors import CheckpointError
+    from torchspec.core.models.target_weights import weights_fingerprint
+    from torchspec.core.training.checkpoint import DRAFT
+    from torchspec.core.training.checkpoint_files import read_json
+
+    facts = read_json(checkpoint / DRAFT)
+    if weights_fingerprint(target) != facts["identity"]["target"]["weights"]:
+        raise CheckpointError(
+            f"{checkpoint} was trained on the target at {facts['target_path']}, and the weights in {target} are "
+            "others: give --target with the weight files of the training (saved anew they count as others)"
+        )
 
 
 def _read_exported(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
