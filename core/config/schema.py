@@ -9,10 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+
+LEAST_TEMPERATURE = 1e-4
+"""Below it, logits divided by the temperature leave float32; there is nothing left to sample either."""
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise ValueError(f"must be 0 (greedy) or a number >= {LEAST_TEMPERATURE:g}")
+    return value
+
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_temperature)]
 
 
 class Section(BaseModel):
@@ -53,7 +66,7 @@ class TrainConfig(Section):
     batch_size: Positive = Field(8, description="samples of one optimizer step, over all ranks")
     micro_batch_size: Positive = Field(8, description="samples of one forward pass on one rank")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="linear warm-up, in optimizer steps")
@@ -81,7 +94,7 @@ class DecodingConfig(Section):
     samples: Positive = Field(16, description="prompts decoded, at even distances over the files")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
     draft_length: Positive = Field(5, description="tokens drafted per round (chain)")
-    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    temperature: Temperature = Field(0.0, description="0: greedy")
     batch_size: Positive = Field(1, description="prompts decoded together")
 
 
@@ -96,7 +109,7 @@ class RunConfig(Section):
     device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
     backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
     algorithm: str = Field("eagle3", description="draft algorithm")
-    seed: int = Field(0, description="seeds data order and initialisation")
+    seed: Seed = Field(0, description="seeds data order and initialisation")
     target: TargetConfig
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())

@@ -133,7 +133,7 @@ def _decode(engine: TargetEngine, way: Variant, batch: Batch, settings: EvalSett
     request = DecodeSettings(
         max_new_tokens=settings.max_new_tokens, draft_length=way.draft_length, temperature=settings.temperature
     )
-    seed = settings.seed * SEED_STRIDE + number
+    seed = (settings.seed * SEED_STRIDE + number) % 2**63
     if way.drafter is None:
         return decode_plain(engine, batch.prompts, request, seed=seed)
     return decode(engine, way.drafter, batch.prompts, request, seed=seed)

@@ -89,7 +89,15 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     found = problems(
         file=file,
         flags={"device": 3, "algorithm": "eagle3"},
-        overrides=["lr=1", "data=4", "words", "target.dtype=bf16", "train.betas=[1, x]", "train.lr=.nan", "device=cpu"],
+        overrides=[
+            "lr=1",
+            "data=4",
+            "words",
+            "target.dtype=bf16",
+            "train.betas=[0.9, x]",
+            "train.lr=.nan",
+            "device=cpu",
+        ],
     )
     assert set(found) == {
         "train.lrr", "train.schedule", "train.batch_size", "evall", "draft.unroll", "lr", "data", "words",
@@ -107,6 +115,30 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     assert "section" in found["data"].message
     assert "section.key=value" in found["words"].remedy
     assert "--device" in found["device"].message
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("train.betas=[0.9, 1.0]", "a list of 2 numbers >= 0 and < 1"),
+        ("train.betas=[-0.1, 0.9]", "a list of 2 numbers >= 0 and < 1"),
+        (f"seed={2**63}", "a whole number >= 0"),
+        ("seed=-1", "a whole number >= 0"),
+        ("eval.temperature=1e-300", "must be 0 (greedy) or a number >= 0.0001"),
+        ("eval.temperature=-1", "must be a number >= 0"),
+    ],
+)
+def test_values_that_torch_would_choke_on(word: str, says: str) -> None:
+    path = word.partition("=")[0]
+    found = problems(flags=REQUIRED, overrides=[word])
+    assert list(found) == [path]
+    assert says in found[path].message
+
+
+def test_the_last_values_that_work() -> None:
+    words = ["train.betas=[0, 0.9999]", f"seed={2**63 - 1}", "eval.temperature=1e-4"]
+    config, _ = load_config(flags=REQUIRED, overrides=words, probe=False)
+    assert (config.train.betas, config.seed, config.eval.temperature) == ((0.0, 0.9999), 2**63 - 1, 1e-4)
 
 
 def test_an_unknown_algorithm_does_not_hide_other_errors() -> None:
@@ -203,7 +235,7 @@ def test_every_setting_is_described_and_typed() -> None:
         assert info.description, path
         assert "a value" not in type_text(info), path
     schema = full_schema()
-    assert type_text(settings(schema)["train.betas"]) == "a list of 2 numbers"
+    assert type_text(settings(schema)["train.betas"]) == "a list of 2 numbers >= 0 and < 1"
     assert type_text(settings(schema)["train.max_steps"]) == "a whole number >= 1 or null"
     assert type_text(settings(schema)["train.decay_fraction"]) == "a number >= 0.0 and <= 1.0"
     assert choices(settings(schema)["train.resume"]) == ("auto", "never")

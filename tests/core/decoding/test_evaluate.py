@@ -232,3 +232,9 @@ def test_prompts_that_fill_the_context_are_left_out_together() -> None:
     assert with_room(6, [long, short, empty]) == [short]
     with pytest.raises(DataError, match="each of the 2"):
         with_room(6, [long, empty])
+
+
+def test_the_largest_seed_of_a_configuration_samples(make_target: Make, make_drafter: Make) -> None:
+    target = make_target(3)
+    request = EvalSettings(max_new_tokens=4, draft_length=2, temperature=1.0, seed=2**63 - 1, compare_draftless=False)
+    assert evaluate(target, make_drafter(target), make_prompts(2), request).tokens == 8

@@ -11,14 +11,14 @@ from pydantic import Field
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
 from torchspec.cli.schemas import JsonOption, PromptOptions
-from torchspec.core.config.schema import DecodingConfig, Positive
+from torchspec.core.config.schema import DecodingConfig, Positive, Seed
 
 
 class EvalOptions(DecodingConfig, JsonOption, PromptOptions):
     draft: Path = Field(description="an exported draft: `draft/` of a run, or written by `torchspec export`")
     sweep: list[Positive] = Field([], description="also measure these draft lengths, side by side")
     prompt_lookup: bool = Field(False, description="also measure n-gram drafting, for comparison")
-    seed: int = Field(0, description="of sampling, at temperature > 0")
+    seed: Seed = Field(0, description="of sampling, at temperature > 0")
     output: Path | None = Field(None, description="write the figures here as JSON (eval.json)")
 
 

@@ -12,16 +12,16 @@ from pydantic import Field
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
 from torchspec.cli.schemas import JsonOption, TargetOptions
-from torchspec.core.config.schema import Positive
+from torchspec.core.config.schema import Positive, Seed, Temperature
 
 
 class GenerateOptions(JsonOption, TargetOptions):
     data: list[Path] = Field(description="JSON, JSONL or Parquet files of conversations", min_length=1)
     output: Path = Field(description="the JSONL file to write; a run that was stopped continues it")
     max_new_tokens: Positive = Field(512, description="tokens of one assistant turn at most")
-    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    temperature: Temperature = Field(0.0, description="0: greedy")
     batch_size: Positive = Field(8, description="conversations written together")
-    seed: int = Field(0, description="of sampling, at temperature > 0")
+    seed: Seed = Field(0, description="of sampling, at temperature > 0")
 
 
 def parser() -> Parser:
