@@ -179,7 +179,8 @@ def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) ->
     if progress is not None:
         progress("export", 0, 1)
     trusted = config.target.trust_remote_code
-    rebuilt = rebuild(config.output, target=target.spec.path, trust_remote_code=trusted)
+    best = checkpoint_files.whole_best(config.output / run_dir.CHECKPOINTS)
+    rebuilt = rebuild(best or config.output, target=target.spec.path, trust_remote_code=trusted)
     probe = config.output / run_dir.PROBE
     export = ExportContext(
         head=rebuilt.head,

@@ -20,8 +20,8 @@ from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target
 from torchspec.core.training import checkpoint
 from torchspec.core.training.checkpoint_files import (
-    BEST,
     MANIFEST,
+    best_step,
     directory_of,
     read_json,
     read_manifest,
@@ -57,8 +57,9 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if (checkpoints / BEST).is_file():
-        return checkpoints / str(read_json(checkpoints / BEST)["checkpoint"])
+    best = best_step(checkpoints)  # the manifests say which it is; best.json repeats it for people
+    if best is not None:
+        return directory_of(checkpoints, best[0])
     steps = steps_on_disk(checkpoints)
     if not steps:
         raise CheckpointError(

@@ -126,7 +126,8 @@ def _not_written(checkpoints: Path, step: int, error: BaseException) -> str:
 def choose(checkpoints: Path, context: ParallelContext) -> Path | None:
     """The newest whole checkpoint, every file verified; None when there is none at all. A collective.
 
-    A damaged one is reported, renamed `*.damaged` and passed over for the one before it. Raises CheckpointError when
+    A damaged one is reported, renamed `*.damaged` and passed over for the one before it; a damaged best one is set
+    aside as well. Raises CheckpointError when
     there are checkpoints and none is whole: training from scratch would hide the loss.
     """
     context.agree(lambda: files.remove_leftovers(checkpoints) if context.is_main else None)
@@ -144,6 +145,7 @@ def choose(checkpoints: Path, context: ParallelContext) -> Path | None:
             continue
         if reasons:
             logger.warning("resuming from the previous checkpoint, step %d, instead", step)
+        context.main_only(lambda: files.whole_best(checkpoints))  # a damaged best one would not be surpassed
         return candidate
     if reasons:
         raise CheckpointError(

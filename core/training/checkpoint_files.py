@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST, BEST = "manifest.json", "best.json"
@@ -213,6 +216,36 @@ def best_step(checkpoints: Path) -> tuple[int, float] | None:
     return best
 
 
+def whole_best(checkpoints: Path) -> Path | None:
+    """The best validated checkpoint that is whole, else the newest; None when there is none.
+
+    Damaged ones are reported and set aside on the way.
+    """
+    while steps := steps_on_disk(checkpoints):
+        best = best_step(checkpoints)
+        step = steps[-1] if best is None else best[0]
+        directory = directory_of(checkpoints, step)
+        try:
+            verify(directory, read_manifest(directory).files)
+        except CheckpointError as error:
+            logger.warning("checkpoint %s is damaged and not used, renamed *%s: %s", directory, DAMAGED, error)
+            set_aside(checkpoints, step)
+            write_best(checkpoints)
+            continue
+        return directory
+    return None
+
+
+def write_best(checkpoints: Path) -> None:
+    """best.json, from the manifests."""
+    best = best_step(checkpoints)
+    if best is None:
+        (checkpoints / BEST).unlink(missing_ok=True)
+    else:
+        name = directory_of(checkpoints, best[0]).name
+        write_json(checkpoints / BEST, {"step": best[0], "acceptance_length": best[1], "checkpoint": name})
+
+
 def prune(checkpoints: Path, keep_last: int) -> None:
     """Keep the newest `keep_last` and the best; write best.json."""
     best = best_step(checkpoints)
@@ -220,6 +253,4 @@ def prune(checkpoints: Path, keep_last: int) -> None:
     for step in steps[:-keep_last]:
         if best is None or step != best[0]:
             remove(directory_of(checkpoints, step))
-    if best is not None:
-        name = directory_of(checkpoints, best[0]).name
-        write_json(checkpoints / BEST, {"step": best[0], "acceptance_length": best[1], "checkpoint": name})
+    write_best(checkpoints)

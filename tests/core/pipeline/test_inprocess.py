@@ -22,7 +22,7 @@ from torchspec.core.errors import CheckpointError, ConfigError, TorchspecError
 from torchspec.core.export.layout import read_draft
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.pipeline.inprocess import train
-from torchspec.core.pipeline.rebuild import rebuild
+from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild
 from torchspec.core.training.checkpoint import load_draft_state
 from torchspec.core.training.checkpoint_files import directory_of, read_json, steps_on_disk
 
@@ -93,7 +93,7 @@ def test_a_run_without_a_whole_checkpoint_never_starts_over(make_config: Any, tm
     checkpoints = tmp_path / "run" / "checkpoints"
     if harm == "damaged":
         os.truncate(directory_of(checkpoints, 2) / "trainer.json", 1)
-        with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
             train(config, provenance=provenance)
     else:
         shutil.rmtree(checkpoints)
@@ -104,6 +104,30 @@ def test_a_run_without_a_whole_checkpoint_never_starts_over(make_config: Any, tm
         with pytest.raises(ConfigError, match="never starts over by itself: restore one"):
             train(config, provenance=provenance)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == history
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next(
+    make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And best.json may hold anything: the manifests say which is best."""
+    config, provenance = make_config(tmp_path / "run", "train.max_steps=3", "train.checkpoint_every=1", "eval.every=1")
+    train(config, provenance=provenance)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step, score in ((1, 9.0), (2, 8.0)):
+        directory = directory_of(checkpoints, step)
+        if not directory.exists():
+            shutil.copytree(directory_of(checkpoints, 3), directory)
+        manifest = json.loads((directory / "manifest.json").read_text())
+        (directory / "manifest.json").write_text(json.dumps({**manifest, "step": step, "score": score}))
+    os.truncate(directory_of(checkpoints, 1) / "trainer.json", 1)
+    (checkpoints / "best.json").write_text("[]")
+    with caplog.at_level("WARNING", logger="torchspec"):
+        assert train(config, provenance=provenance).acceptance_length == 8.0
+    assert "step_00000001 is damaged and not used, renamed *.damaged" in caplog.text
+    assert (checkpoints / "step_00000001.damaged").is_dir()
+    assert read_json(checkpoints / "best.json")["step"] == 2
+    (checkpoints / "best.json").write_text("{}")
+    assert find_checkpoint(tmp_path / "run") == directory_of(checkpoints, 2)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: Any, tmp_path: Path) -> None:
