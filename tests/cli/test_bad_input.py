@@ -202,4 +202,15 @@ def test_adapters_of_eval_are_checked_with_its_files(answer: Answer, tiny_target
 
 def test_generating_onto_the_input(answer: Answer, tiny_target: Path) -> None:
     words = ("generate", "--target", tiny_target, "--data", "good.jsonl", "--device", "cpu")
-    assert "one of the files that are read" in answer(*words, "--output", "good.jsonl", code=1)
+    assert "one of the files that are read" in answer(*words, "--output", "good.jsonl", code=2)
+
+
+@pytest.mark.parametrize("output", ["good.jsonl", "run/draft/model.safetensors", "run", "good.jsonl/eval.json"])
+def test_eval_refuses_an_output_before_it_measures(
+    answer: Answer, place: Path, trained: Path, tiny_target: Path, output: str
+) -> None:
+    words = ("eval", "--target", tiny_target, "--draft", trained / "draft", "--data", "good.jsonl", "--device", "cpu")
+    before = (place / "good.jsonl").read_bytes()
+    said = answer(*words, "--output", output, code=2)
+    assert "--output" in said
+    assert (place / "good.jsonl").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -159,6 +160,20 @@ def test_eval_measures_the_exported_draft(place: Path, call: Call, trained: Path
     table = call(*words, *small)[0]
     for word in ("acceptance length", "tokens/s", "speed-up", "lossless", "yes", "prompt lookup", "no draft", "greedy"):
         assert word in table
+
+
+def test_eval_prints_its_figures_when_they_cannot_be_written(
+    call: Call, trained: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    words = ("eval", "--target", tiny_target, "--draft", trained / "draft", "--data", "held_out.jsonl", "--json")
+    few = ("--device", "cpu", "--samples", 1, "--max-new-tokens", 2, "--draft-length", 1, "--output", "full.json")
+    out, err = call(*words, *few, code=1)
+    assert json.loads(out)["acceptance_length"] >= 1
+    assert "cannot write full.json: No space left on device" in err
 
 
 def test_export_in_both_layouts_and_from_one_to_the_other(

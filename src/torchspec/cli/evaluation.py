@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ class Evaluation:
             aside.replace(path)
         except OSError as error:
             raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def _figures(result: EvalResult) -> dict[str, Any]:

@@ -33,8 +33,18 @@ class Target:
     dtype: torch.dtype
 
 
-def check(options: TargetOptions, capability: str, files: Sequence[Path] = (), *, output: Path | None = None) -> None:
-    """Raise ConfigError with everything that cannot work: adapters, the capability needed, files, the target."""
+def check(
+    options: TargetOptions,
+    capability: str,
+    files: Sequence[Path] = (),
+    *,
+    output: Path | None = None,
+    reads: Sequence[Path] = (),
+) -> None:
+    """Raise ConfigError with everything that cannot work: adapters, the capability needed, files, the target.
+
+    `output` is a file to write, which must be none of `files` and none of `reads`, read beside them.
+    """
     problems: list[Problem] = []
     backend = registry.backends()
     faults = environment.adapter_problems("--backend", options.backend, backend)
@@ -49,10 +59,21 @@ def check(options: TargetOptions, capability: str, files: Sequence[Path] = (), *
     except ConfigError as error:
         problems += error.problems
     problems += environment.file_problems("--data", files)
-    problems += environment.output_problems("--output", output) if output is not None else []
+    problems += _output_problems(output, [*files, *reads]) if output is not None else []
     problems += environment.target_problems("--target", options.target)
     if problems:
         raise ConfigError(problems)
+
+
+def _output_problems(output: Path, reads: Sequence[Path]) -> list[Problem]:
+    message = ""
+    if output.is_dir():
+        message = "is a directory, not a file"
+    elif output.resolve() in {path.resolve() for path in reads}:
+        message = "is one of the files that are read"
+    if message:
+        return [Problem(field="--output", value=str(output), message=message, remedy="name another file")]
+    return environment.output_problems("--output", output.parent)
 
 
 def _has(name: str, capability: str) -> bool:

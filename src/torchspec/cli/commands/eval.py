@@ -43,8 +43,8 @@ def run(words: Sequence[str]) -> int:
     from torchspec.core.data.dataset import DatasetSettings, load_prompts
     from torchspec.core.decoding.evaluate import EvalSettings
 
-    output = options.output.parent if options.output else None
-    check(options, "decode", options.data, output=output)
+    reads = [path for path in (options.chat_template, *options.draft.glob("*")) if path is not None]
+    check(options, "decode", options.data, output=options.output, reads=reads)
     settings = EvalSettings(
         max_new_tokens=options.max_new_tokens,
         draft_length=options.draft_length,
@@ -68,10 +68,10 @@ def run(words: Sequence[str]) -> int:
             )
         finally:
             target.engine.close()
-    if options.output is not None:
-        evaluation.write(options.output)
     if options.json_output:
         print(json.dumps(evaluation.to_json(), indent=2))
     else:
         show(evaluation)
+    if options.output is not None:  # last: a full disk must not cost the figures
+        evaluation.write(options.output)
     return 0

@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     from torchspec.cli.target import check, load_target
     from torchspec.core.decoding.regenerate import RegenerateSettings, regenerate
 
-    check(options, "generate", options.data, output=options.output.parent)
+    check(options, "generate", options.data, output=options.output)
     settings = RegenerateSettings(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
