@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 from io import RawIOBase
@@ -16,6 +17,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from torchspec.core.errors import TorchspecError
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -91,17 +94,28 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def is_row(value: Any) -> bool:
+    """Whether a line's JSON is a row: an object that says its kind and step."""
+    return isinstance(value, dict) and isinstance(value.get("kind"), str) and type(value.get("step")) is int
+
+
 def _cut(path: Path, after_step: int, validated: bool) -> None:
     """Keep the rows up to `after_step`; the file is replaced whole, so a crash here loses nothing."""
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    foreign = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
+        if not is_row(row):
+            foreign += 1
+            continue
         repeated = row["kind"] == "validation" and row["step"] == after_step and not validated
         if row["step"] <= after_step and not repeated:
             kept.append(line + "\n")
+    if foreign:
+        logger.warning("%s: %d lines that are no rows of a run (`kind` and `step`) are removed", path, foreign)
     aside = path.with_name(f".{path.name}.cut")
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(kept)

@@ -49,6 +49,15 @@ def test_a_line_cut_short_by_a_kill_goes(tmp_path: Path) -> None:
     assert read(path)[-2:] == [("validation", 4), ("train", 5)]
 
 
+def test_lines_that_are_no_rows_go_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path)
+    path.write_bytes(b'{"a": 1}\n[]\n{"kind": "train", "step": "1"}\n\xff\n' + path.read_bytes())
+    MetricsLog(path, after_step=1).close()
+    assert read(path) == [("train", 1)]
+    assert "3 lines that are no rows of a run" in caplog.text
+
+
 def test_values_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
