@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,6 +15,8 @@ from jinja2 import Environment, select_autoescape
 
 from torchspec.core.errors import TorchspecError
 from torchspec.core.report import charts
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -54,15 +58,18 @@ def write_report(run_dir: Path) -> Path:
         charts=_charts(record),
         config=yaml.safe_dump(record.config, sort_keys=False) if record.config else "",
     )
+    aside = path.with_name(f".{path.name}.partial")
     try:
-        path.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)  # whole or not at all
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read a run directory; unfinished lines of metrics.jsonl are passed over."""
+    """Read a run directory; lines of metrics.jsonl that are unfinished or no rows are passed over."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file() and not (run_dir / "eval.json").is_file():
         raise TorchspecError(
@@ -70,13 +77,12 @@ def read_run(run_dir: Path) -> RunRecord:
             "Name the --output of a `torchspec train`"
         )
     rows = _json_lines(metrics)
-    config = run_dir / "config.yaml"
     return RunRecord(
         directory=run_dir,
-        train=[row for row in rows if row.get("kind", "train") == "train"],
-        validation=[row for row in rows if row.get("kind") == "validation"],
+        train=[row for row in rows if row["kind"] == "train"],
+        validation=[row for row in rows if row["kind"] == "validation"],
         evaluation=_json(run_dir / "eval.json"),
-        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        config=_object(run_dir / "config.yaml", yaml.safe_load),
         environment=_json(run_dir / "environment.json"),
         data=_json(run_dir / "data.json"),
     )
@@ -99,20 +105,34 @@ def _number(value: object) -> str:
 
 
 def _json(path: Path) -> Row:
+    return _object(path, json.loads)
+
+
+def _object(path: Path, parse: Callable[[str], Any]) -> Row:
+    """What a file beside the metrics holds; the page goes without one that is damaged."""
     if not path.is_file():
         return {}
-    loaded = json.loads(path.read_text(encoding="utf-8"))
-    return loaded if isinstance(loaded, dict) else {}
+    try:
+        loaded = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("%s is damaged and left out of the report: %s", path, error)
+        return {}
+    if not isinstance(loaded, dict):
+        logger.warning("%s is damaged and left out of the report: a %s", path, type(loaded).__name__)
+        return {}
+    return loaded
 
 
 def _json_lines(path: Path) -> list[Row]:
     rows: list[Row] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 continue  # the line a killed run was writing
+            if isinstance(row, dict) and isinstance(row.get("kind"), str) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -144,7 +164,7 @@ def _series(rows: list[Row], key: str) -> list[tuple[float, float]]:
 def _positions(rows: list[Row], key: str) -> dict[str, list[tuple[float, float]]]:
     count = max((len(row[key]) for row in rows if isinstance(row.get(key), list)), default=0)
     return {
-        f"position {k + 1}": [(row["step"], row[key][k]) for row in rows if isinstance(row.get(key), list)]
+        f"position {k + 1}": [(r["step"], r[key][k]) for r in rows if isinstance(r.get(key), list) and k < len(r[key])]
         for k in range(count)
     }
 

@@ -1,0 +1,46 @@
+"""The page of a run whose files are not all whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from torchspec.core.errors import TorchspecError
+from torchspec.core.report.html import read_run, write_report
+
+ROWS = [{"kind": "train", "step": step, "loss": 2.0 / step, "accuracy_per_position": [0.5] * step} for step in (1, 2)]
+
+
+def test_damaged_files_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [json.dumps(row) for row in [*ROWS, {"a": 1}, [], {"kind": "train"}, {"kind": "train", "step": "x"}]]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff{")
+    for name, text in (("environment.json", "{"), ("data.json", "[]"), ("config.yaml", "a: [")):
+        (tmp_path / name).write_text(text)
+    with caplog.at_level(logging.WARNING):
+        record = read_run(tmp_path)
+        write_report(tmp_path)
+    assert record.train == ROWS
+    assert record.environment == record.data == record.config == {}
+    for name in ("environment.json", "data.json", "config.yaml"):
+        assert f"{name} is damaged and left out of the report" in caplog.text
+
+
+def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "report.html").write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(TorchspecError, match=r"cannot write .*report\.html"):
+            write_report(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "report.html").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
