@@ -19,7 +19,7 @@ from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.preflight import Checked, check
-from torchspec.core.pipeline.rebuild import rebuild
+from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.metrics import MetricsLog
@@ -181,11 +181,10 @@ def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) ->
     trusted = config.target.trust_remote_code
     best = checkpoint_files.whole_best(config.output / run_dir.CHECKPOINTS)
     rebuilt = rebuild(best or config.output, target=target.spec.path, trust_remote_code=trusted)
-    probe = config.output / run_dir.PROBE
     export = ExportContext(
         head=rebuilt.head,
         device=registry.load_device("cpu"),  # the rebuilt draft and head are there, and the check is small
-        probe=Probe.load(probe) if probe.is_file() else None,
+        probe=recorded_probe(config.output),
     )
     layout = rebuilt.algorithm.layouts[0]
     write_draft(rebuilt.algorithm, rebuilt.draft, layout, config.output / run_dir.DRAFT, export)

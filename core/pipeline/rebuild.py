@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from torchspec.core import registry
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.layout import read_draft
+from torchspec.core.export.selfcheck import Probe
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target
+from torchspec.core.pipeline.run_dir import PROBE
 from torchspec.core.training import checkpoint
 from torchspec.core.training.checkpoint_files import (
     MANIFEST,
@@ -27,6 +31,8 @@ from torchspec.core.training.checkpoint_files import (
     read_manifest,
     steps_on_disk,
 )
+
+logger = logging.getLogger(__name__)
 
 # The number of taps is compared with the taps; more positions change nothing in a draft that rotates.
 _NO_DIFFERENCE = {"num_taps", "max_position_embeddings"}
@@ -86,6 +92,18 @@ def rebuild(directory: Path, *, target: Path | None = None, trust_remote_code: b
     load_state(draft, state, found)
     step = read_manifest(found).step
     return RebuiltDraft(algorithm=algorithm, draft=draft, target=spec, head=head, vocabulary=vocabulary, step=step)
+
+
+def recorded_probe(run: Path) -> Probe | None:
+    """The features recorded in a run directory for the self-check; without (whole) ones it draws random features."""
+    path = run / PROBE
+    if not path.is_file():
+        return None
+    try:
+        return Probe.load(path)
+    except (OSError, SafetensorError, KeyError) as error:
+        logger.warning("%s is damaged and not used, the export is checked on random features: %s", path, error)
+        return None
 
 
 def _algorithm(found: Path, facts: dict[str, Any], target: TargetSpec) -> Algorithm:

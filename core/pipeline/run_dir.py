@@ -3,7 +3,8 @@
 RUN/
     config.yaml        the resolved configuration; `--config` reads it back
     provenance.json    where each setting came from
-    environment.json   versions, device, git revision, and every session's command line and starting step
+    environment.json   versions, device, git revision, of the last session and of every one, with its command line and
+                       starting step
     data.json          what became of the rows
     metrics.jsonl      see core/training/metrics.py
     probe.safetensors  a recorded piece of target features, for the export's self-check
@@ -16,7 +17,7 @@ RUN/
 from __future__ import annotations
 
 import fcntl
-import json
+import logging
 import platform
 import re
 import subprocess
@@ -32,8 +33,10 @@ import torch
 from torchspec.core import settings
 from torchspec.core.config.dump import to_yaml
 from torchspec.core.config.schema import RunConfig
-from torchspec.core.errors import TorchspecError
-from torchspec.core.training.checkpoint_files import lost, write_json
+from torchspec.core.errors import CheckpointError, TorchspecError
+from torchspec.core.training.checkpoint_files import DAMAGED, lost, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 CONFIG, PROVENANCE, ENVIRONMENT, DATA = "config.yaml", "provenance.json", "environment.json", "data.json"
 METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
@@ -111,11 +114,10 @@ def record_session(
     run: RunDirectory, config: RunConfig, provenance: Mapping[str, str], environment: Mapping[str, Any], step: int
 ) -> None:
     """Write the resolved configuration, where it came from, and this session's circumstances."""
-    earlier: list[Any] = []
     path = run.path / ENVIRONMENT
-    if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("sessions", [])
+    earlier = _earlier_sessions(path)
     session = {
+        **environment,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
         "command": command_line(settings.typed_command()),
@@ -126,6 +128,23 @@ def record_session(
         write_json(run.path / PROVENANCE, dict(provenance))
     except OSError as error:
         raise TorchspecError(f"cannot write into {run.path}: {error.strerror}") from error
+
+
+def _earlier_sessions(path: Path) -> list[Any]:
+    """Of environment.json; a damaged one is set aside, for it is a record and nothing depends on it."""
+    if not path.is_file():
+        return []
+    try:
+        sessions = read_json(path).get("sessions", [])
+        if isinstance(sessions, list):
+            return sessions
+        reason = f"its sessions are a {type(sessions).__name__}, expected a list"
+    except CheckpointError as error:
+        reason = str(error)
+    aside = path.with_name(path.name + DAMAGED)
+    logger.warning("%s is begun anew, the old one renamed %s: %s", path, aside.name, reason)
+    path.replace(aside)
+    return []
 
 
 def versions() -> dict[str, str]:

@@ -21,8 +21,9 @@ from torchspec.cli import main
 from torchspec.core.errors import CheckpointError, ConfigError, TorchspecError
 from torchspec.core.export.layout import read_draft
 from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.inprocess import train
-from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild
+from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
 from torchspec.core.training.checkpoint import load_draft_state
 from torchspec.core.training.checkpoint_files import directory_of, read_json, steps_on_disk
 
@@ -66,7 +67,8 @@ def test_a_run_leaves_everything_it_promises(make_config: Any, tmp_path: Path, t
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
     assert json.loads((run / "provenance.json").read_text())["train.epochs"] == "command line"
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["torch"] == metadata.version("torch")
+    for facts in (environment, environment["sessions"][0]):
+        assert (facts["torch"], facts["device"], facts["ranks"]) == (metadata.version("torch"), "cpu", 1)
     assert environment["sessions"][0]["from_step"] == 0
     assert json.loads((run / "data.json").read_text())["kept"] == 13
 
@@ -128,6 +130,25 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next(
     assert read_json(checkpoints / "best.json")["step"] == 2
     (checkpoints / "best.json").write_text("{}")
     assert find_checkpoint(tmp_path / "run") == directory_of(checkpoints, 2)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sessions": 1}'])
+def test_a_damaged_record_of_sessions_is_begun_anew(make_config: Any, tmp_path: Path, text: str) -> None:
+    config, provenance = make_config(tmp_path)
+    run = run_dir.open_run(config)
+    (tmp_path / "environment.json").write_text(text)
+    for step in (3, 6):
+        run_dir.record_session(run, config, provenance, {"ranks": 2}, step)
+    run.lock.close()
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert [(session["from_step"], session["ranks"]) for session in environment["sessions"]] == [(3, 2), (6, 2)]
+    assert (tmp_path / "environment.json.damaged").read_text() == text
+
+
+def test_a_damaged_probe_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "probe.safetensors").write_bytes(b"x" * 20)
+    assert recorded_probe(tmp_path) is None
+    assert "probe.safetensors is damaged and not used" in caplog.text
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: Any, tmp_path: Path) -> None:
