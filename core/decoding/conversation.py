@@ -7,6 +7,8 @@ was said before (dropping earlier reasoning, say) the next turn starts a row of 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -73,6 +75,13 @@ class Conversation:
         if not self.turns:
             raise RowError("no assistant turn to generate: every one calls a tool")
 
+    @property
+    def asked_digest(self) -> str:
+        """Of all that the answers depend on: the messages that are not written anew, their places, and the tools."""
+        given = [message for place, message in enumerate(self._row.messages) if place not in self.turns]
+        text = json.dumps([given, self.turns, self._row.tools], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def ask(self, writer: Writer) -> None:
         """Bring `ids` up to the next turn, or set `finish`. RowError if there is no way to the first one."""
         try:
@@ -117,7 +126,12 @@ class Conversation:
         """The finished conversation, ready to train on: usually one row."""
         assert self.finish is not None
         self._close_row()
-        facts = {"conversation": self.sample_id, "turns": len(self.said), "asked": len(self.turns)}
+        facts = {
+            "conversation": self.sample_id,
+            "prompt": self.asked_digest,
+            "turns": len(self.said),
+            "asked": len(self.turns),
+        }
         return [
             {
                 "id": self.sample_id if number == 1 else f"{self.sample_id}~{number}",

@@ -24,7 +24,7 @@ _OPENING = b'{"id": "'
 
 
 class Journal:
-    """`finished` holds the ids of the conversations that are in the file.
+    """`finished` holds the ids of the conversations that are in the file, with the digest of what each was asked.
 
     `identity` is what must be equal in every row's metadata for rows to belong together; DataError when the file
     holds others, or something that was not written here.
@@ -33,7 +33,7 @@ class Journal:
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self._path = path
         self._identity = dict(identity)
-        self.finished: set[str] = set()
+        self.finished: dict[str, str | None] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
@@ -56,12 +56,12 @@ class Journal:
 
     def append(self, conversations: Iterable[list[Entry]]) -> None:
         """Write the rows of finished conversations, durably. DataError when the disk refuses."""
-        text, finished = bytearray(), set()
+        text, finished = bytearray(), {}
         for rows in conversations:
             for number, row in enumerate(rows, start=1):
                 metadata = {**row["metadata"], "part": number, "parts": len(rows), **self._identity}
                 text += json.dumps({**row, "metadata": metadata}, ensure_ascii=False).encode() + b"\n"
-            finished.add(str(rows[-1]["metadata"]["conversation"]))
+            finished[str(rows[-1]["metadata"]["conversation"])] = rows[-1]["metadata"].get("prompt")
         try:
             left = memoryview(text)
             while left:
@@ -70,6 +70,17 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from error
         self.finished |= finished
+
+    def holds(self, conversation: str, prompt: str) -> bool:
+        """Whether it is finished; DataError when what is in the file answers another `prompt` (a digest)."""
+        if conversation not in self.finished:
+            return False
+        if self.finished[conversation] not in (prompt, None):  # None: written before digests were
+            raise DataError(
+                f"{self._path} holds answers to other messages under {conversation}: the data have changed since. Name "
+                f"another output, or remove {self._path} to have everything written anew"
+            )
+        return True
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(f"{self._path} cannot be written: {error.strerror or error} (a repeated run goes on from it)")
@@ -90,7 +101,7 @@ class Journal:
                 ) from None
             self._check(metadata, number)
             if last:
-                self.finished.add(conversation)
+                self.finished[conversation] = metadata.get("prompt")
                 complete = end
         return complete
 

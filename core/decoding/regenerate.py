@@ -82,16 +82,16 @@ def regenerate(
 
     Earlier turns, as regenerated, are the context of later ones; a last message that waits for an answer gets one.
     A row holds `messages` (and `tools`) to read and `input_ids` with `loss_mask` to train on, exactly the tokens the
-    target read and wrote, and `metadata`: turns written and asked for, why it ended, and the settings.
-    A conversation has several rows where the chat template rewrites earlier turns.
+    target read and wrote, and `metadata`: a digest of what was asked, turns written and asked for, why it ended, and
+    the settings. A conversation has several rows where the chat template rewrites earlier turns.
 
     `dtype` is the precision that the target runs in; None: that of its weights. At temperature > 0 what is drawn
     depends on the seed and on the prompt: equal conversations get equal answers. A run that is killed and repeated ends
     with the same file, byte for byte; another batch size may change the order of rows, and what rounding tips over.
 
     Raises DataError when files cannot be read or written, when `output` holds something else than an earlier run of
-    the same target, weights and precision included, with the same settings, and when not a single conversation could
-    be used; TargetError without a chat template.
+    the same target, weights and precision included, with the same settings and on the same messages, and when not a
+    single conversation could be used; TargetError without a chat template.
     """
     if output.resolve() in {Path(file).resolve() for file in files}:
         raise DataError(f"the output {output} is one of the files that are read: name another output")
@@ -114,9 +114,11 @@ def regenerate(
     total = sum(1 for _ in read_rows(files)) if progress is not None else 0
     failures = _Failures(output.with_name(output.name + ".failed.jsonl"))
     ok = skipped = cut = turns = tokens = 0
+    if progress is not None:
+        progress("generate", 0, total)
     with Journal(output, identity) as journal, failures:
         for batch in _batches(read_rows(files), writer, failures, settings.batch_size):
-            fresh = [conversation for conversation in batch if conversation.sample_id not in journal.finished]
+            fresh = [each for each in batch if not journal.holds(each.sample_id, each.asked_digest)]
             skipped += len(batch) - len(fresh)
             if fresh:
                 # The whole batch, as the run that was killed did: in another shape sums are rounded otherwise.

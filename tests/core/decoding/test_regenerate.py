@@ -335,6 +335,35 @@ def test_another_target_of_the_same_name_does_not_continue_a_file(
         regenerate(target, tokenizer, [source], output, RegenerateSettings())
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [chat("b", "old"), chat("a", "old", "b"), chat("a", "old", tools=[{"type": "function", "name": "f"}])],
+    ids=["question", "more turns", "tools"],
+)
+def test_answers_to_other_messages_are_not_kept(
+    target: Any, tokenizer: Any, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """Rows without ids are known by their place alone, where another conversation may stand the next time."""
+    data, output = write_rows(tmp_path / "in.jsonl", [chat("a", "old")]), tmp_path / "out.jsonl"
+    regenerate(target, tokenizer, [data], output, RegenerateSettings())
+    before = output.read_bytes()
+    write_rows(data, [chat("a", "another text of the turn that is replaced")])
+    assert regenerate(target, tokenizer, [data], output, RegenerateSettings()).skipped == 1
+    write_rows(data, [changed])
+    with pytest.raises(DataError, match=r"other messages under .*in.jsonl:1: the data have changed"):
+        regenerate(target, tokenizer, [data], output, RegenerateSettings())
+    assert output.read_bytes() == before
+
+
+def test_progress_starts_before_the_first_batch(target: Any, tokenizer: Any, tmp_path: Path) -> None:
+    data, said = write_rows(tmp_path / "in.jsonl", many(3)), []
+    settings = RegenerateSettings(batch_size=2)
+    regenerate(
+        target, tokenizer, [data], tmp_path / "out.jsonl", settings, progress=lambda *report: said.append(report)
+    )
+    assert said == [("generate", done, 3) for done in (0, 2, 3)]
+
+
 def test_trouble_with_files_is_named(target: Any, tokenizer: Any, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", many(6))
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be written"):
