@@ -54,6 +54,12 @@ def typed_command() -> list[str]:
     return list(json.loads(handed_on)) if handed_on else list(sys.argv)
 
 
+def launcher() -> int | None:
+    """The process id of the `--nproc` launcher that started this rank."""
+    number = os.environ.get("TORCHSPEC_LAUNCHER", "")
+    return int(number) if number.isdecimal() else None
+
+
 def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
     """This process's environment for a rank it starts on this machine: what torchrun would set.
 
@@ -72,4 +78,5 @@ def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> 
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHSPEC_COMMAND": json.dumps(sys.argv),
+        "TORCHSPEC_LAUNCHER": str(os.getpid()),
     }

@@ -164,6 +164,20 @@ class ParallelContext:
             raise PeerError(f"another rank is gone or no longer answers; its own output says why ({lost[0]})")
 
 
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """A collective that broke as a PeerError: torch raises it from wherever it happened, FSDP's own included."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise PeerError(
+            f"another rank is gone or no longer answers; its own output, or its launcher, says why ({error}). "
+            "The newest checkpoint counts: the same command continues from it"
+        ) from error
+
+
 def start(device: Device, launch: Launch, timeout: timedelta = DEADLINE) -> ParallelContext:
     """Bind this rank's device, then create the mesh, and the process group unless the program has one already."""
     owns_world = not dist.is_initialized()

@@ -18,6 +18,7 @@ from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
 from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.launch import follow_launcher
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
@@ -60,11 +61,13 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
     SIGINT or SIGTERM finishes the step, writes a checkpoint and returns; the same call continues.
     Raises TorchspecError for everything a user can act on.
     """
+    follow_launcher()
     place = settings.launch()
     checked = check(config, Ranks(all=place.world_size, here=place.local_world_size, launched=place.world_size > 1))
     context = mesh.start(registry.load_device(checked.device.name), place)
     try:
-        return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)
+        with mesh.lost_peers_named():
+            return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)
     finally:
         mesh.shutdown(context)
 

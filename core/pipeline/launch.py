@@ -8,6 +8,7 @@ checkpoint is ours to set, and their exit code is handed on. torchrun itself wor
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typing import IO
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchspec.core.errors import ConfigError, Problem
-from torchspec.core.settings import rank_environment
+from torchspec.core.settings import launcher, rank_environment
 
 LOOPBACK = "127.0.0.1"
 SHUTDOWN_SECONDS = 120.0
@@ -33,6 +34,7 @@ PEER_SECONDS = 15.0
 """After a rank died: its peers cannot finish anything, they only get to say so."""
 POLL_SECONDS = 0.05
 TAIL_BYTES = 4000
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(kw_only=True)
@@ -63,6 +65,15 @@ def launch(command: Sequence[str], nproc: int, *, shutdown_seconds: float = SHUT
 def torchspec_command(arguments: Sequence[str]) -> list[str]:
     """The command line of one rank. As with the installed command, no module is imported from the working directory."""
     return [sys.executable, "-P", "-m", "torchspec", *arguments]
+
+
+def follow_launcher() -> None:
+    """In a rank: have the system send SIGTERM here when the launcher dies, however it dies (Linux only).
+
+    SIGTERM leaves a checkpoint. A launcher that is gone already needs no care: it held the rendezvous.
+    """
+    if sys.platform == "linux" and os.getppid() == launcher():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _start(command: Sequence[str], number: int, nproc: int, port: int, stack: contextlib.ExitStack) -> _Rank:
@@ -106,7 +117,9 @@ def _wait(ranks: Sequence[_Rank], received: Sequence[int], shutdown_seconds: flo
     while True:
         codes = [rank.process.poll() for rank in ranks]
         if failed is None:
-            failed = next((rank for rank, code in zip(ranks, codes, strict=True) if code), None)
+            failures = [(rank, code) for rank, code in zip(ranks, codes, strict=True) if code]
+            # Of several at once, one that was killed is the cause: the others lost it.
+            failed = min(failures, key=lambda pair: pair[1] > 0)[0] if failures else None
             if failed is not None and not received:
                 deadline = time.monotonic() + PEER_SECONDS
                 _signal(ranks, signal.SIGTERM)
@@ -119,18 +132,31 @@ def _wait(ranks: Sequence[_Rank], received: Sequence[int], shutdown_seconds: flo
         time.sleep(POLL_SECONDS)
     if failed is None:
         return 0
-    if failed.number != 0 and not received:
-        _show_errors(failed)
+    if not received and (failed.number != 0 or failed.process.returncode < 0):
+        _tell_failure(failed)
     code = failed.process.returncode
     return code if code > 0 else 128 - code
 
 
-def _show_errors(rank: _Rank) -> None:
-    assert rank.errors is not None
+def _tell_failure(rank: _Rank) -> None:
+    code = rank.process.returncode
+    if code >= 0:
+        how = f"failed (exit code {code})"
+    else:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+        often = ", often for want of memory" if -code == signal.SIGKILL else ""
+        how = (
+            f"was killed by signal {-code} ({name}{often}); the newest checkpoint counts: "
+            "the same command continues from it"
+        )
+    print(f"rank {rank.number} {how}", file=sys.stderr)
+    if rank.errors is None:  # its output was ours
+        return
     size = rank.errors.seek(0, os.SEEK_END)
     rank.errors.seek(max(0, size - TAIL_BYTES))
     tail = rank.errors.read().decode(errors="replace").rstrip()
-    print(f"rank {rank.number} failed (exit code {rank.process.returncode}):\n{tail}", file=sys.stderr)
+    if tail:
+        print(f"rank {rank.number} said:\n{tail}", file=sys.stderr)
 
 
 def _signal(ranks: Sequence[_Rank], number: int) -> None:

@@ -43,3 +43,11 @@ def test_a_world_that_the_program_made_stays_its_own() -> None:
         assert total.item() == 1
     finally:
         dist.destroy_process_group()
+
+
+def test_a_collective_that_broke_names_the_lost_peer_and_other_errors_pass() -> None:
+    broken = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"
+    with pytest.raises(mesh.PeerError, match=r"another rank is gone.*Connection closed"), mesh.lost_peers_named():
+        raise RuntimeError(broken)
+    with pytest.raises(RuntimeError, match=r"^shapes$"), mesh.lost_peers_named():
+        raise RuntimeError("shapes")

@@ -32,6 +32,13 @@ def command(directory: Path, body: str) -> list[str]:
     return [sys.executable, str(script), str(directory)]
 
 
+def wait_for(logs: list[Path], text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not all(log.exists() and text in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_ranks_get_torchruns_environment(tmp_path: Path) -> None:
     body = """
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "TORCHELASTIC_USE_AGENT_STORE")
@@ -52,11 +59,40 @@ def test_only_rank_0_is_heard_unless_another_fails(tmp_path: Path, capfd: pytest
     start = time.monotonic()
     assert launch(command(tmp_path, body), 2) == 1
     assert time.monotonic() - start < 20  # rank 0 was told to go
-    assert "rank 1 failed (exit code 1):\nbroken on purpose" in capfd.readouterr().err
+    assert "rank 1 failed (exit code 1)\nrank 1 said:\nbroken on purpose" in capfd.readouterr().err
 
 
-def test_a_rank_ended_by_a_signal_counts_as_128_plus_it(tmp_path: Path) -> None:
-    assert launch(command(tmp_path, "os.kill(os.getpid(), 9)"), 1) == 137
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_with_its_signal_and_counts_as_128_plus_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], victim: int
+) -> None:
+    body = f"os.kill(os.getpid(), 9) if rank == {victim} else time.sleep(60)"
+    assert launch(command(tmp_path, body), 2) == 137
+    heard = capfd.readouterr().err
+    assert f"rank {victim} was killed by signal 9 (SIGKILL, often for want of memory)" in heard
+    assert "the same command continues from it" in heard
+    assert "said:" not in heard
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_ranks_are_told_to_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    body = """
+    from torchspec.core.pipeline.launch import follow_launcher
+    follow_launcher()
+    def stop(number, frame):
+        note(f"signal {number}")
+        sys.exit(0)
+    signal.signal(15, stop)
+    note("ready")
+    time.sleep(60)
+    """
+    program = "import sys; from torchspec.core.pipeline.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
+    process = subprocess.Popen([sys.executable, "-c", program, *command(tmp_path, body)])
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    wait_for(logs, "ready")
+    process.kill()
+    process.wait()
+    wait_for(logs, "signal 15")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -75,10 +111,7 @@ def test_a_signal_reaches_every_rank_once_and_the_exit_code_comes_back(tmp_path:
     program = "import sys; from torchspec.core.pipeline.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     process = subprocess.Popen([sys.executable, "-c", program, *command(tmp_path, body)], start_new_session=True)
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    deadline = time.monotonic() + 60
-    while not all(log.exists() and "ready" in log.read_text() for log in logs):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(logs, "ready")
     os.killpg(process.pid, number)
     assert process.wait(30) == 128 + number
     assert [log.read_text().splitlines() for log in logs] == [["ready", f"signal {int(number)}", "saved"]] * 2
