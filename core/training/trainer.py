@@ -23,6 +23,7 @@ from torchspec.core.errors import TorchspecError
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training import checkpoint
+from torchspec.core.training.checkpoint_files import directory_of, steps_on_disk
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from torchspec.core.training.random_state import untouched
@@ -209,7 +210,17 @@ class Trainer:
         raise NonFiniteError(
             f"step {self.counters.step + 1}: loss {loss}, gradient norm {norm}; the parameters were not updated. "
             f"Samples concerned: {named}{more}. Look at these samples, or lower train.lr or train.clip_norm, and start "
-            "again: the newest checkpoint is from before this step"
+            f"again{self._where_again()}"
+        )
+
+    def _where_again(self) -> str:
+        """Where the next start would begin, and that it may be too late there."""
+        steps = steps_on_disk(self.setup.checkpoints)
+        if not steps:
+            return ": there is no checkpoint yet, so from the beginning"
+        return (
+            f" from the checkpoint of step {steps[-1]}. If the loss was running away by then, no rate helps: move "
+            f"{directory_of(self.setup.checkpoints, steps[-1])} away and an earlier one is used, or name another output"
         )
 
     def _batches(self, epoch: int) -> list[list[int]]:

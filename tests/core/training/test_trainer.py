@@ -109,11 +109,15 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update_and_names_step_and_
     trainer.model = replace(trainer.model, algorithm=algorithm)
     trainer._step()
     before = unsharded_state(trainer.model.draft)
-    with pytest.raises(NonFiniteError, match=rf"step 2: loss (nan|inf).*Samples concerned: row-{bad}\. "):
+    said = rf"step 2: loss (nan|inf).*Samples concerned: row-{bad}\. .*there is no checkpoint yet"
+    with pytest.raises(NonFiniteError, match=said):
         trainer._step()
     after = unsharded_state(trainer.model.draft)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert (trainer.counters.step, trainer.counters.updates) == (1, 1)
+    trainer._save()
+    with pytest.raises(NonFiniteError, match=r"again from the checkpoint of step 1\. If the loss was running away"):
+        trainer._step()
 
 
 def test_max_steps_and_log_every(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
