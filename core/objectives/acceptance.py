@@ -5,6 +5,8 @@ Shape letters: B rows, S slots (positions of the longest row), K unroll steps.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def acceptance_sums(agree_BSK: Tensor, loss_mask_BS: Tensor, document_BS: Tensor
 
 
 def summarise_acceptance(sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-    """From added `acceptance_sums`. Lengths count the bonus token; 0.0 where no round fitted a supervised span.
+    """From added `acceptance_sums`. Lengths count the bonus token; NaN where no round fitted a supervised span.
 
     simulated_acceptance_length          mean of 1 + A over the walk
     simulated_acceptance_per_position    share of rounds that accepted at least k + 1 tokens; they sum to length - 1
@@ -85,7 +87,7 @@ def summarise_acceptance(sums: dict[str, Tensor]) -> dict[str, float | list[floa
     rounds, slots = int(sums["walk_rounds"]), int(sums["whole_slots"])
     per_position = [int(hits) / max(1, rounds) for hits in sums["walk_hits"]]
     return {
-        "simulated_acceptance_length": 1 + sum(per_position) if rounds else 0.0,
+        "simulated_acceptance_length": 1 + sum(per_position) if rounds else math.nan,
         "simulated_acceptance_per_position": per_position,
-        "joint_prefix_length": 1 + int(sums["whole_hits"].sum()) / slots if slots else 0.0,
+        "joint_prefix_length": 1 + int(sums["whole_hits"].sum()) / slots if slots else math.nan,
     }

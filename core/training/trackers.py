@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,4 +45,5 @@ def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
         return [pair for key, inner in value.items() for pair in _numbers(f"{name}.{key}", inner)]
     if isinstance(value, list | tuple):
         return [pair for place, inner in enumerate(value, 1) for pair in _numbers(f"{name}/{place}", inner)]
-    return [(name, float(value))] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return [(name, float(value))] if number else []

@@ -59,3 +59,5 @@ def test_training_shows_its_newest_figures(tmp_path: Path, capsys: pytest.Captur
         progress("train", 1, 2)
         progress("other", 1, 2)
     assert lines(capsys) == ["train 1/2 loss 2.500, simulated acceptance 1.75, 1234 tokens/s", "other 1/2"]
+    metrics.write_text(json.dumps({**row, "simulated_acceptance_length": None}) + "\n")
+    assert latest_figures(metrics) == "loss 2.500, 1234 tokens/s"

@@ -52,7 +52,7 @@ def summarise(sums: dict[str, Tensor], decay: float) -> dict[str, float | list[f
     alpha_per_position                  mean chance that a sampled token is accepted, over supervised pairs
     supervised_fraction                 of all tokens, those that step 0 predicts
     counted_fraction                    of the supervised pairs, the share in the loss
-    and those of `summarise_acceptance`.
+    and those of `summarise_acceptance`, whose lengths are NaN without a round (null in metrics.jsonl).
     """
     kl_K = sums["cross_entropy"].double() - sums["entropy"].double()
     counted_K, supervised_K = sums["counted"].double(), sums["supervised"].double()

@@ -52,8 +52,7 @@ def latest_figures(metrics: Path) -> str:
         except ValueError:
             continue  # being written, or cut by the start of the tail
         if isinstance(row, dict) and row.get("kind") == "train" and row.get("loss") is not None:
-            return (
-                f"loss {row['loss']:.3f}, simulated acceptance {row.get('simulated_acceptance_length', 0):.2f}, "
-                f"{row['tokens_per_second']:.0f} tokens/s"
-            )
+            length = row.get("simulated_acceptance_length")  # null where no text was long enough for a round
+            accepted = "" if length is None else f"simulated acceptance {length:.2f}, "
+            return f"loss {row['loss']:.3f}, {accepted}{row['tokens_per_second']:.0f} tokens/s"
     return ""

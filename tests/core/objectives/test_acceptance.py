@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,8 +82,9 @@ def test_sums_are_those_of_the_simulation(case: tuple[Tensor, Tensor, Tensor]) -
     assert sums["whole_hits"].tolist() == [sum(count > k for count in every) for k in range(steps)]
     figures = summarise_acceptance(sums)
     length = figures["simulated_acceptance_length"]
-    assert length == pytest.approx(1 + sum(counts) / len(counts) if counts else 0.0)
-    assert figures["joint_prefix_length"] == pytest.approx(1 + sum(every) / len(every) if every else 0.0)
+    assert length == pytest.approx(1 + sum(counts) / len(counts) if counts else math.nan, nan_ok=True)
+    joint = 1 + sum(every) / len(every) if every else math.nan
+    assert figures["joint_prefix_length"] == pytest.approx(joint, nan_ok=True)
 
 
 def test_prefix_stops_at_the_first_miss() -> None:
