@@ -82,6 +82,9 @@ def check(config: RunConfig, ranks: Ranks) -> Checked:
     sources: dict[str, str] = {}
     path = problems.attempt("target.path", lambda: resolve_target(config.target.path))
     if path is not None:
+        if config.output.resolve() == path.resolve():
+            message, remedy = "is the directory of the target", "name a directory for the run"
+            problems.append(Problem(field="output", value=str(config.output), message=message, remedy=remedy))
         weights = problems.attempt("target.path", lambda: TargetWeights.open(path))
         tokenizer = problems.attempt("target.path", lambda: _tokenizer(config, path))
         target = problems.attempt("target.path", lambda: read_target_spec(path, config.target.trust_remote_code))

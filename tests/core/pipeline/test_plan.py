@@ -21,6 +21,7 @@ from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.inprocess import train
 from torchspec.core.pipeline.plan import make_plan
 from torchspec.core.pipeline.plan_memory import Load, estimate
+from torchspec.core.pipeline.preflight import check
 
 
 def test_numbers_of_a_plan(make_config: Any, tmp_path: Path, tiny_target: Path) -> None:
@@ -80,6 +81,12 @@ def test_every_problem_is_reported_at_once(make_config: Any, tmp_path: Path, tin
     messages = str(caught.value)
     for part in ("safetensors", "tokenizer", "empty.jsonl", "99"):
         assert part in messages, part
+
+
+def test_the_directory_of_the_target_is_no_output(make_config: Any, tiny_target: Path) -> None:
+    config, _ = make_config(tiny_target / ".." / tiny_target.name)
+    with pytest.raises(ConfigError, match="output: is the directory of the target"):
+        check(config, Ranks())
 
 
 def test_samples_longer_than_the_target_reads_are_refused_unless_nobody_asked_for_them(
