@@ -73,21 +73,19 @@ def _read(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
     """The draft in memory, and what the check of the export needs."""
     from torchspec.core import registry
     from torchspec.core.export.layout import CONFIG, ExportContext
-    from torchspec.core.export.selfcheck import Probe
-    from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild
-    from torchspec.core.pipeline.run_dir import PROBE
+    from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
 
     if (options.checkpoint / CONFIG).is_file():
         return _read_exported(options)
     rebuilt = rebuild(options.checkpoint, target=options.target, trust_remote_code=options.trust_remote_code)
     checkpoint = find_checkpoint(options.checkpoint)
     _check_target(checkpoint, rebuilt.target.path)
-    recorded = checkpoint.parent.parent / PROBE
-    probe = Probe.load(recorded) if recorded.is_file() else None
     return (
         rebuilt.algorithm,
         rebuilt.draft,
-        ExportContext(head=rebuilt.head, device=registry.load_device("cpu"), probe=probe),
+        ExportContext(
+            head=rebuilt.head, device=registry.load_device("cpu"), probe=recorded_probe(checkpoint.parent.parent)
+        ),
     )
 
 
