@@ -23,7 +23,7 @@ import json
 import os
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -45,6 +45,9 @@ _DOCUMENT_QUESTIONS = (
     "What does this {kind} of {place} do? Answer with its docstring.\n\n{source}",
     "{source}\n\nDocument this Python {kind} of {place}.",
 )
+
+Progress = Callable[[str, int, int], None]
+_STAGE = "source files"
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Item = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -163,20 +166,25 @@ def _of_file(file: SourceFile) -> list[Conversation] | None:
         return None
 
 
-def _build(stdlib: Path | None) -> tuple[dict[Split, list[Conversation]], int]:
+def _build(stdlib: Path | None, progress: Progress | None = None) -> tuple[dict[Split, list[Conversation]], int]:
     """All splits, free of repeated ids and answers, and the number of files that did not parse."""
     splits: dict[Split, list[Conversation]] = {}
     seen: set[str] = set()
-    skipped = 0
+    skipped = files = 0
     for split in get_args(Split):
         kept = splits.setdefault(split, [])
         for file in iter_files(split, stdlib=stdlib):
+            files += 1
+            if progress is not None:
+                progress(_STAGE, files, 0)
             found = None if file.is_test else _of_file(file)
             skipped += found is None and not file.is_test
             for conversation in found or ():
                 if seen.isdisjoint((conversation.id, conversation.answer)):
                     seen.update((conversation.id, conversation.answer))
                     kept.append(conversation)
+    if progress is not None:
+        progress(_STAGE, files, files)
     return splits, skipped
 
 
@@ -200,15 +208,16 @@ def iter_source_text(split: Split, *, stdlib: Path | None = None) -> Iterator[tu
         yield file.module, file.text
 
 
-def write_jsonl(directory: Path, *, stdlib: Path | None = None) -> dict[str, int]:
+def write_jsonl(directory: Path, *, stdlib: Path | None = None, progress: Progress | None = None) -> dict[str, int]:
     """Write ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` into ``directory``, made if missing.
 
     A row is ``{"id": ..., "messages": [{"role": ..., "content": ...}, ...]}``. Each file is written aside
     and renamed, so a reader sees the old one or the whole new one. Returns the rows per split, and under
-    ``"skipped_files"`` how many source files did not parse.
+    ``"skipped_files"`` how many source files did not parse. ``progress`` hears of the files read, a total of 0
+    meaning that their number is not known yet.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    splits, skipped = _build(stdlib)
+    splits, skipped = _build(stdlib, progress)
     counts: dict[str, int] = {}
     for split, conversations in splits.items():
         aside = directory / f".{split}.jsonl.{os.getpid()}"

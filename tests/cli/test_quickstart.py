@@ -104,6 +104,40 @@ def test_an_earlier_run_is_moved_aside_not_deleted(tmp_path: Path, capsys: pytes
     assert f"the earlier run is now {tmp_path / 'run.2'}" in capsys.readouterr().err
 
 
+def contents(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_everything_wrong_is_said_before_anything_is_touched(
+    tmp_path: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--fresh` would have moved the run aside, and the conversations would have been built."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    words = ["quickstart", "--output", str(tmp_path / "run"), "--fresh", "--device", "cpu"]
+    misfits = [f"target.path={tiny_target}", "draft.num_attention_heads=7", "data.max_length=4096"]
+    for wrong, said in (
+        (["--samples", "0", "train.lrr=1"], ("--samples", "train.lrr")),
+        (["target.path=/nowhere"], ("target.path: no such directory",)),
+        (misfits, ("draft.num_key_value_heads", "data.max_length")),
+    ):
+        assert main([*words, *wrong]) == 2
+        text = capsys.readouterr().err
+        assert "1/5" not in text
+        for part in said:
+            assert part in text
+        assert contents(tmp_path) == ["run", "run/metrics.jsonl"]
+
+
+def test_a_run_of_another_command_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["quickstart", "--output", str(tmp_path), "--device", "cpu"]) == 2
+    text = capsys.readouterr().err
+    assert "holds a run that quickstart did not start" in text
+    assert "--fresh" in text
+    assert contents(tmp_path) == ["metrics.jsonl"]
+
+
 def test_training_on_the_texts_as_they_are(quickstart: Quickstart, output: Path) -> None:
     quickstart("--generate", "0", "--nproc", "1")
     assert not list((output / "data").glob("generated-*.jsonl"))

@@ -174,7 +174,11 @@ def test_files_that_do_not_parse_are_counted(library: Path) -> None:
 
 
 def test_jsonl_rows_and_counts(library: Path, tmp_path: Path) -> None:
-    counts = write_jsonl(tmp_path / "data" / "set", stdlib=library)
+    reports: list[tuple[str, int, int]] = []
+    counts = write_jsonl(tmp_path / "data" / "set", stdlib=library, progress=lambda *report: reports.append(report))
+    read = len(reports) - 1
+    assert read > 1
+    assert reports == [("source files", n, 0) for n in range(1, read + 1)] + [("source files", read, read)]
     assert counts == {"train": 8, "validation": 0, "test": 0, "skipped_files": 0}
     folder = tmp_path / "data" / "set"
     assert sorted(path.name for path in folder.iterdir()) == ["test.jsonl", "train.jsonl", "validation.jsonl"]

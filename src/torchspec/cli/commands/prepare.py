@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from torchspec.cli.console import announce
+from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
 from torchspec.core.config.schema import Section
 from torchspec.core.errors import ConfigError
@@ -38,15 +38,16 @@ def run(words: Sequence[str]) -> int:
     problems = environment.output_problems("--output", options.output)
     if problems:
         raise ConfigError(problems)
-    prepare(options.output)
+    with ProgressDisplay() as progress:
+        prepare(options.output, progress)
     return 0
 
 
-def prepare(directory: Path) -> dict[str, int]:
+def prepare(directory: Path, progress: ProgressDisplay) -> dict[str, int]:
     """Write the three files; returns the rows of each split."""
     from torchspec.core.data.stdlib_corpus import write_jsonl
 
-    counts = write_jsonl(directory)
+    counts = write_jsonl(directory, progress=progress)
     for split in ("train", "validation", "test"):
         announce(f"  {counts[split]:6d} conversations in {directory / split}.jsonl")
     if counts["skipped_files"]:

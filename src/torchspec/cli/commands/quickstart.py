@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -19,7 +20,7 @@ from torchspec.cli.options import Parser, add_options, all_flags, collect_option
 from torchspec.cli.schemas import JsonOption, TargetOptions
 from torchspec.cli.training import train
 from torchspec.core.config.schema import Positive, RunConfig
-from torchspec.core.errors import ConfigError
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
 if TYPE_CHECKING:
     from torchspec.cli.evaluation import Evaluation
@@ -63,10 +64,7 @@ def parser() -> Parser:
 def run(words: Sequence[str]) -> int:
     announce("torchspec quickstart: conversations, answers, training, evaluation, report")
     options, overrides, problems = collect_options(parser(), QuickstartOptions, words)
-    if options is not None:
-        from torchspec.core.config import environment
-
-        problems += environment.output_problems("--output", options.output)
+    problems += _setting_problems(options, overrides)
     if problems or options is None:
         raise ConfigError(problems)
     if options.fresh:
@@ -75,7 +73,8 @@ def run(words: Sequence[str]) -> int:
 
     announce(f"1/5 conversations, from the standard library of this Python, in {data}")
     if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):
-        prepare(data)
+        with ProgressDisplay() as progress:
+            prepare(data, progress)
     train_files = [data / "train.jsonl"]
     config, _ = _configure(options, data, train_files, overrides)
     nproc = options.nproc or _default_nproc(config)
@@ -89,12 +88,47 @@ def run(words: Sequence[str]) -> int:
         return code
     announce("4/5 decoding held-out conversations with the draft and without it")
     evaluation = _evaluate(options, config, data)
+    _show(options, evaluation)  # first: a full disk must not cost the figures
     announce("5/5 report")
     evaluation.write(options.output / "eval.json")
     page = _report(options.output)
-    _show(options, evaluation)
     announce(f"report  {page}\ndraft   {options.output / 'draft'}\nfigures {options.output / 'eval.json'}")
     return 0
+
+
+def _setting_problems(options: QuickstartOptions | None, overrides: Sequence[str]) -> list[Problem]:
+    """All that the training would refuse, asked before anything is touched; `options`: None if they are wrong."""
+    from torchspec.core.pipeline.device_fit import Ranks
+    from torchspec.core.pipeline.preflight import check
+
+    problems = [] if options is None else _output_problems(options)
+    with TemporaryDirectory() as place:
+        data = Path(place) / "data"  # in place of conversations that are yet to be written
+        data.mkdir()
+        for split in ("train", "validation"):
+            (data / f"{split}.jsonl").write_text("{}\n", encoding="utf-8")
+        asked = options or QuickstartOptions(fresh=True)
+        if asked.fresh or problems:
+            asked = asked.model_copy(update={"output": Path(place) / "run"})
+        try:
+            config, _ = _configure(asked, data, [data / "train.jsonl"], overrides)
+            nproc = asked.nproc or _default_nproc(config)
+            check(config, Ranks(all=nproc, here=nproc, launched=False))
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _output_problems(options: QuickstartOptions) -> list[Problem]:
+    from torchspec.core.config import environment
+    from torchspec.core.pipeline.run_dir import is_run
+
+    output = options.output
+    if is_run(output) and not (output / "data" / "train.jsonl").exists() and not options.fresh:
+        message = "holds a run that quickstart did not start"
+        remedy = "name another directory, or give --fresh to move that run aside"
+        return [Problem(field="--output", value=str(output), message=message, remedy=remedy)]
+    return environment.output_problems("--output", output.parent if options.fresh else output)
 
 
 def move_aside(output: Path) -> None:
@@ -104,7 +138,12 @@ def move_aside(output: Path) -> None:
     number = 1
     while (aside := output.with_name(f"{output.name}.{number}")).exists():
         number += 1
-    output.rename(aside)
+    try:
+        output.rename(aside)
+    except OSError as error:
+        raise TorchspecError(
+            f"{output} cannot be moved to {aside} ({error.strerror}): name another --output"
+        ) from error
     announce(f"the earlier run is now {aside}")
 
 
