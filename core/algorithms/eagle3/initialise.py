@@ -29,7 +29,8 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
     geometry, attention = draft.geometry, draft.midlayer.self_attn
     if geometry.num_attention_heads % geometry.num_key_value_heads == 0:
         group = geometry.num_attention_heads // geometry.num_key_value_heads
-        first_of_group = attention.q_proj.weight.unflatten(0, (-1, group, geometry.head_dim))[:, 0]
+        queries = attention.q_proj.weight
+        first_of_group = queries.view(-1, group, geometry.head_dim, queries.shape[1])[:, 0]
         attention.k_proj.weight.copy_(first_of_group.flatten(0, 1))
     if geometry.owns_embedding:
         nn.init.normal_(draft.embed_tokens.weight)
