@@ -181,7 +181,7 @@ def _native_precision(config: RunConfig, provenance: Mapping[str, str]) -> list[
     from torchspec.core import registry, settings
 
     name, _ = registry.choose_device(config.device, settings.default_device())
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if name != "cpu" or not (found.get("avx512_bf16") or found.get("amx_bf16")):
         return []
     return [f"{path}=bfloat16" for path in ("precision.compute", "target.dtype") if path not in provenance]
