@@ -11,7 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from torchspec.core import registry
+from torchspec.core.algorithms.eagle3 import SPEC
+from torchspec.core.data.dataset import Prompt
 from torchspec.core.data.stdlib_corpus import Conversation, iter_conversations
+from torchspec.core.decoding.evaluate import EvalSettings, evaluate
+from torchspec.core.interfaces.engine import EngineOptions
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_spec import read_target_spec
 
 MEGABYTE = 1_000_000
 
@@ -95,3 +103,26 @@ def test_its_card_states_its_quality(folder: Path) -> None:
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert re.search(r"perplexity.*\| \d+\.\d+", card)
     assert re.search(r"repeated 8-grams.*\| (0|1?\d)\.\d %", card), "under 20 %"
+
+
+def test_an_untrained_draft_is_accepted_almost_never(
+    folder: Path, tokenizer: Any, held_out: list[Conversation]
+) -> None:
+    """Whatever acceptance a run reports above 1.0 comes from training."""
+    cpu, target = registry.load_device("cpu"), read_target_spec(folder)
+    algorithm = SPEC.create(SPEC.options(), target)
+    head = load_target_head(folder, dtype=torch.float32, device=torch.device("cpu"))
+    vocabulary = VocabularyMap(ids_N=torch.arange(target.vocab_size), target_size=target.vocab_size)
+    torch.manual_seed(0)
+    drafter = algorithm.drafter(algorithm.build_draft(vocabulary, head).requires_grad_(False), head, cpu)
+    asked = [
+        tokenizer.apply_chat_template(c.messages[:-1], add_generation_prompt=True, return_dict=False)
+        for c in held_out[::4]
+    ]
+    prompts = [Prompt(sample_id=str(n), input_ids=tuple(ids)) for n, ids in enumerate(asked)]
+    engine = registry.load_engine("hf", EngineOptions(target=folder, device=cpu, dtype="float32"))
+    result = evaluate(
+        engine, drafter, prompts, EvalSettings(max_new_tokens=48, draft_length=5, compare_draftless=False)
+    )
+    assert result.rounds > 100
+    assert 1.0 <= result.acceptance_length < 1.15

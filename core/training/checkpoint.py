@@ -127,8 +127,8 @@ def choose(checkpoints: Path, context: ParallelContext) -> Path | None:
     """The newest whole checkpoint, every file verified; None when there is none at all. A collective.
 
     A damaged one is reported, renamed `*.damaged` and passed over for the one before it; a damaged best one is set
-    aside as well. Raises CheckpointError when
-    there are checkpoints and none is whole: training from scratch would hide the loss.
+    aside as well. Raises CheckpointError when there are checkpoints and none is whole: training from scratch would
+    hide the loss.
     """
     context.agree(lambda: files.remove_leftovers(checkpoints) if context.is_main else None)
     steps: list[int] = context.broadcast(files.steps_on_disk(checkpoints) if context.is_main else None)

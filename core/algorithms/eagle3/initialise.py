@@ -1,6 +1,6 @@
 """Where a fresh draft starts.
 
-Shape letters: N draft vocabulary, H hidden size, D head size.
+Shape letters: N draft vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     geometry, attention = draft.geometry, draft.midlayer.self_attn
-    if geometry.num_attention_heads % geometry.num_key_value_heads == 0:
-        group = geometry.num_attention_heads // geometry.num_key_value_heads
-        queries = attention.q_proj.weight
-        first_of_group = queries.view(-1, group, geometry.head_dim, queries.shape[1])[:, 0]
-        attention.k_proj.weight.copy_(first_of_group.flatten(0, 1))
+    group = geometry.num_attention_heads // geometry.num_key_value_heads
+    queries = attention.q_proj.weight
+    first_of_group = queries.view(-1, group, geometry.head_dim, queries.shape[1])[:, 0]
+    attention.k_proj.weight.copy_(first_of_group.flatten(0, 1))
     if geometry.owns_embedding:
         nn.init.normal_(draft.embed_tokens.weight)
         return
