@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from torchspec.cli.commands.quickstart import ANSWERS, GENERATED_TOKENS
 from torchspec.core import registry
 from torchspec.core.algorithms.eagle3 import SPEC
 from torchspec.core.data.dataset import Prompt
 from torchspec.core.data.stdlib_corpus import Conversation, iter_conversations
 from torchspec.core.decoding.evaluate import EvalSettings, evaluate
+from torchspec.core.decoding.remembered import digest_of, read_answers
 from torchspec.core.interfaces.engine import EngineOptions
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import load_target_head
@@ -126,3 +128,21 @@ def test_an_untrained_draft_is_accepted_almost_never(
     )
     assert result.rounds > 100
     assert 1.0 <= result.acceptance_length < 1.15
+
+
+def test_the_answers_beside_it_are_its_own(folder: Path, tokenizer: Any) -> None:
+    """Written again by the model at hand; where two tokens are tied another processor may choose the other."""
+    known = read_answers(folder / ANSWERS, folder, GENERATED_TOKENS)
+    assert len(known) > 10_000
+    asked = [
+        tuple(tokenizer.apply_chat_template(c.messages[:-1], add_generation_prompt=True, return_dict=False))
+        for c in list(iter_conversations("train"))[::150]
+    ]
+    remembered = [(ids, known[digest_of(ids)]) for ids in asked if digest_of(ids) in known]
+    assert len(remembered) > len(asked) / 4, "most questions are the same on every Python"
+    chosen = sorted(remembered, key=lambda pair: len(pair[1]))[:24]
+    options = EngineOptions(target=folder, device=registry.load_device("cpu"), dtype="float32")
+    engine = registry.load_engine("hf", options)
+    written = engine.generate([ids for ids, _ in chosen], max_new_tokens=64)
+    same = sum(text == answer[:64] for text, (_, answer) in zip(written, chosen, strict=True))
+    assert same >= len(chosen) - 2

@@ -24,7 +24,7 @@ from torchspec.core.data.tokenizer import template_digest
 from torchspec.core.decoding.conversation import Conversation, Writer
 from torchspec.core.decoding.journal import Journal
 from torchspec.core.errors import DataError
-from torchspec.core.interfaces.engine import TargetEngine
+from torchspec.core.interfaces.engine import TextGenerator
 from torchspec.core.models.target_weights import weights_fingerprint
 
 Progress = Callable[[str, int, int], None]
@@ -69,7 +69,7 @@ class RegenerateReport:
 
 
 def regenerate(
-    engine: TargetEngine,
+    engine: TextGenerator,
     tokenizer: PreTrainedTokenizerBase,
     files: Sequence[Path],
     output: Path,
@@ -208,7 +208,7 @@ def _start(row: Row | BadRow, writer: Writer, failures: _Failures, unique: Uniqu
 
 
 def _write_turns(
-    engine: TargetEngine, batch: Sequence[Conversation], writer: Writer, settings: RegenerateSettings
+    engine: TextGenerator, batch: Sequence[Conversation], writer: Writer, settings: RegenerateSettings
 ) -> None:
     """Every turn of every conversation, turn by turn, so that earlier ones are the context of later ones."""
     waiting = list(batch)

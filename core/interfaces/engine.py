@@ -83,12 +83,10 @@ class DecodeSession(Protocol):
         ...
 
 
-class TargetEngine(Protocol):
-    def describe(self) -> TargetSpec: ...
+class TextGenerator(Protocol):
+    """What writes a target's text."""
 
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
-        """Run the target over each token sequence, write `Features` into the sink, return references in order."""
-        ...
+    def describe(self) -> TargetSpec: ...
 
     def generate(
         self,
@@ -102,6 +100,12 @@ class TargetEngine(Protocol):
 
         What is drawn at temperature > 0 depends on `seed` and on the prompt's tokens, not on the other prompts.
         """
+        ...
+
+
+class TargetEngine(TextGenerator, Protocol):
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
+        """Run the target over each token sequence, write `Features` into the sink, return references in order."""
         ...
 
     def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torchspec.cli.evaluation import Evaluation
 
 RECIPE = "quickstart.yaml"
+ANSWERS = "answers.jsonl.xz"  # beside the embedded target: what it has answered before
 GENERATED_TOKENS = 192
 GENERATION_BATCH = 96
 MOST_RANKS = 4
@@ -38,13 +39,14 @@ class QuickstartOptions(JsonOption):
         None, description="processes that answer and train; default: one per core on a CPU, up to 4, else 1"
     )
     generate: int = Field(
-        4000,
+        9200,
         ge=0,
-        description="train on this many conversations answered by the target itself; 0: on the texts as they are",
+        description="train on this many conversations answered by the target itself, which remembers most of its "
+        "answers if it is the embedded one; 0: on the texts as they are",
     )
-    samples: Positive = Field(16, description="held-out prompts decoded at the end")
+    samples: Positive = Field(32, description="held-out prompts decoded at the end")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
-    sweep: list[Positive] = Field([1, 2, 3, 5, 7], description="draft lengths measured at the end", min_length=1)
+    sweep: list[Positive] = Field([1, 2, 3, 4, 5], description="draft lengths measured at the end", min_length=1)
     fresh: bool = Field(False, description="move an earlier run in the output directory aside and start anew")
 
 
@@ -237,14 +239,16 @@ def _answer(
 
     from torchspec.cli.target import load_target
     from torchspec.core.decoding.regenerate import RegenerateSettings, regenerate
+    from torchspec.core.decoding.remembered import RememberingWriter, read_answers
 
     threads = torch.get_num_threads()
     if not alone:
         torch.set_num_threads(1)
     settings = RegenerateSettings(max_new_tokens=GENERATED_TOKENS, batch_size=GENERATION_BATCH)
     target = load_target(options)
+    writer = RememberingWriter(target.engine, read_answers(target.path / ANSWERS, target.path, GENERATED_TOKENS))
     try:
-        regenerate(target.engine, target.tokenizer, [asked], answered, settings, dtype=target.dtype, progress=progress)
+        regenerate(writer, target.tokenizer, [asked], answered, settings, dtype=target.dtype, progress=progress)
     finally:
         target.engine.close()
         torch.set_num_threads(threads)
