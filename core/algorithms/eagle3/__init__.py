@@ -20,8 +20,10 @@ def _create(options: Eagle3Options, target: TargetSpec) -> Algorithm:
 
 
 def _reads(config: dict[str, Any]) -> bool:
-    architectures = config.get("architectures") or ()
-    return "LlamaForCausalLMEagle3" in architectures or config.get("speculators_model_type") == "eagle3"
+    if "speculators_model_type" in config:
+        return bool(config["speculators_model_type"] == "eagle3")
+    architectures = config.get("architectures")
+    return isinstance(architectures, list) and "LlamaForCausalLMEagle3" in architectures
 
 
 def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Module]:

@@ -222,8 +222,9 @@ def read_draft_config(path: Path) -> dict[str, Any]:
 def geometry_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Geometry fields (and `taps`) stated by a config.json of the plain or the speculators layout.
 
-    Raises ValueError for a field of the wrong type or a kind of layer that this draft does not have.
+    Raises ValueError for a field of the wrong type, another algorithm or a kind of layer that this draft does not have.
     """
+    _check_algorithm(config)
     speculators = "speculators_model_type" in config
     layer = config.get("transformer_layer_config") if speculators else config
     if not isinstance(layer, Mapping):
@@ -270,6 +271,20 @@ def layers_listed(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None
     if not isinstance(value, list | tuple) or not all(type(number) is int for number in value):
         raise ValueError(f"{key} must be a list of layer numbers, got {value!r}")
     return tuple(value)
+
+
+def _check_algorithm(config: Mapping[str, Any]) -> None:
+    """A config may name its algorithm; a speculators one always does, and then its architectures say no more."""
+    if "speculators_model_type" in config:
+        kind = config["speculators_model_type"]
+        if kind != "eagle3":
+            raise ValueError(f"speculators_model_type is {kind!r}; an EAGLE-3 draft here has 'eagle3'")
+        return
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"architectures must be a list of names, got {named!r}")
+    if named and not any("eagle3" in name.lower() or name == "LlamaForCausalLM" for name in named):
+        raise ValueError(f"architectures is {named!r}; an EAGLE-3 draft here has ['LlamaForCausalLMEagle3']")
 
 
 def _check_layer(layer: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -267,6 +267,7 @@ def test_modes_follow_the_umask(tiny_target: Path, tmp_path: Path, umask: int, f
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "truncated"),
         (lambda d: (d / "config.json").write_text('{"architectures": ["BertModel"]}'), "which no algorithm here reads"),
         (lambda d: (d / "config.json").write_text('{"architectures": null}'), "which no algorithm here reads"),
+        (lambda d: (d / "config.json").write_text('{"architectures": 5}'), "which no algorithm here reads"),
     ],
 )
 def test_unreadable_drafts(tiny_target: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
