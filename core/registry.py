@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -29,26 +29,17 @@ class Registry(Generic[Spec]):
 
     kind: str
     spec_type: type[Spec]
-    entries: Mapping[str, metadata.EntryPoint]
+    entries: Mapping[str, Sequence[metadata.EntryPoint]]
+    """More than one of a name where distributions register it differently: then it cannot be used."""
 
     @classmethod
     def discover(cls, group: str, kind: str, spec_type: type[Spec]) -> Registry[Spec]:
-        """Every entry of the group. Raises ConfigError if two distributions register one name differently."""
-        entries: dict[str, metadata.EntryPoint] = {}
+        """Every entry of the group."""
+        entries: dict[str, list[metadata.EntryPoint]] = {}
         for entry in metadata.entry_points(group=group):
-            known = entries.setdefault(entry.name, entry)
-            if known.value != entry.value:
-                raise ConfigError(
-                    [
-                        Problem(
-                            field=kind,
-                            value=entry.name,
-                            message=f"two installed distributions register this {kind}: "
-                            f"{_distribution(known)} ({known.value}) and {_distribution(entry)} ({entry.value})",
-                            remedy="uninstall one of them",
-                        )
-                    ]
-                )
+            known = entries.setdefault(entry.name, [])
+            if entry.value not in [other.value for other in known]:
+                known.append(entry)
         return cls(kind, spec_type, entries)
 
     def names(self) -> tuple[str, ...]:
@@ -57,16 +48,22 @@ class Registry(Generic[Spec]):
     def spec(self, name: str) -> Spec:
         """The light description of `name`.
 
-        Raises ConfigError for an unknown name, UnavailableError when its plug-in cannot be imported, does not hold a
-        spec of this name, or speaks another version of the adapter API.
+        Raises ConfigError for an unknown name, UnavailableError when several distributions register it, and when its
+        plug-in cannot be imported, does not hold a spec of this name, or speaks another version of the adapter API.
         """
-        entry = self.entries.get(name)
-        if entry is None:
+        if name not in self.entries:
             raise ConfigError([self._unknown(name)])
-        origin = f"{self.kind} {name!r} ({_distribution(entry)}, {entry.value})"
+        entry, *others = self.entries[name]
+        if others:
+            listed = " and ".join(f"{distribution(each)} ({each.value})" for each in (entry, *others))
+            raise UnavailableError(
+                f"{self.kind} {name!r} is registered by more than one installed distribution, {listed}: "
+                "uninstall all but one of them"
+            )
+        origin = f"{self.kind} {name!r} ({distribution(entry)}, {entry.value})"
         try:
             spec = entry.load()
-        except Exception as error:  # a plug-in may fail in any way; the cause goes to the user
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way; the cause goes to the user
             raise UnavailableError(f"{origin} cannot be loaded: {type(error).__name__}: {error}") from error
         if not isinstance(spec, self.spec_type):
             raise UnavailableError(
@@ -92,7 +89,7 @@ class Registry(Generic[Spec]):
         )
 
 
-def _distribution(entry: metadata.EntryPoint) -> str:
+def distribution(entry: metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else "unknown distribution"
 
 
@@ -115,7 +112,7 @@ def probe(spec: DeviceSpec | EngineSpec) -> Availability:
     """The spec's own answer; a probe that raises is an answer too."""
     try:
         return spec.probe()
-    except Exception as error:  # a plug-in may fail in any way; the cause becomes the reason  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # a plug-in may fail in any way; the cause becomes the reason  # noqa: BLE001
         return Availability(ok=False, reason=f"its probe failed with {type(error).__name__}: {error}")
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchspec.core import registry
-from torchspec.core.errors import CheckpointError
+from torchspec.core.errors import CheckpointError, UnavailableError
 from torchspec.core.export.selfcheck import Probe, SelfCheck, check_files
-from torchspec.core.interfaces.algorithm import Algorithm, DraftFiles
+from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftFiles
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead
@@ -102,7 +102,7 @@ def _is_draft(directory: Path) -> bool:
         config = _read_config(directory)
     except (CheckpointError, OSError):
         return False
-    return any(registry.algorithms().spec(name).reads(config) for name in registry.algorithms().names())
+    return _reader(config) is not None
 
 
 def read_files(directory: Path) -> DraftFiles:
@@ -125,15 +125,27 @@ def read_files(directory: Path) -> DraftFiles:
 def read_draft(directory: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
     """Rebuild the algorithm and the draft from a directory in any published layout that some algorithm reads."""
     files = read_files(directory)
-    for name in registry.algorithms().names():
-        spec = registry.algorithms().spec(name)
-        if spec.reads(files.config):
-            return spec.from_files(files, target)
+    spec = _reader(files.config)
+    if spec is not None:
+        return spec.from_files(files, target)
     kind = files.config.get("speculators_model_type") or files.config.get("architectures") or "nothing"
     raise CheckpointError(
         f"{directory / CONFIG} describes {kind}, which no algorithm here reads; "
         f"known: {', '.join(registry.algorithms().names())}"
     )
+
+
+def _reader(config: dict[str, Any]) -> AlgorithmSpec | None:
+    """The algorithm whose draft this is. A plug-in that cannot be loaded is named in a warning and passed over."""
+    for name in registry.algorithms().names():
+        try:
+            spec = registry.algorithms().spec(name)
+        except UnavailableError as error:
+            logger.warning("%s", error)
+            continue
+        if spec.reads(config):
+            return spec
+    return None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -87,16 +87,17 @@ def test_an_unknown_name_lists_the_choices_and_the_nearest() -> None:
 def test_one_name_from_two_distributions_names_both(install: Install) -> None:
     install("first_dist", "toy", spec_source("toy"))
     install("second_dist", "toy", spec_source("toy"))
-    with pytest.raises(ConfigError) as caught:
-        registry.devices()
+    assert "toy" in registry.devices().names()
+    with pytest.raises(UnavailableError, match="device 'toy' is registered by more than one") as caught:
+        registry.load_device("toy")
     assert "first_dist (first_dist_module:SPEC)" in str(caught.value)
     assert "second_dist (second_dist_module:SPEC)" in str(caught.value)
 
 
 def test_a_built_in_cannot_be_shadowed(install: Install) -> None:
     install("shadow_dist", "cpu", spec_source("cpu"))
-    with pytest.raises(ConfigError, match=r"torchspec.*shadow_dist|shadow_dist.*torchspec"):
-        registry.devices()
+    with pytest.raises(UnavailableError, match=r"torchspec.*shadow_dist|shadow_dist.*torchspec"):
+        registry.load_device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def test_a_built_in_cannot_be_shadowed(install: Install) -> None:
     [
         ("import no_such_vendor_library", "ModuleNotFoundError: No module named 'no_such_vendor_library'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit('no licence')", "SystemExit: no licence"),
         ("other = 1", "AttributeError"),
         ("SPEC = 'not a spec'", "is a str, not a DeviceSpec"),
         (spec_source("toy", version=API_VERSION + 1), f"adapter API {API_VERSION + 1}, this torchspec speaks"),
@@ -126,9 +128,10 @@ def test_an_absent_device_says_why_and_what_to_do(install: Install) -> None:
     assert caught.value.exit_code == 2
 
 
-def test_a_probe_that_fails_is_an_answer(install: Install) -> None:
-    install("toy_dist", "toy", spec_source("toy", "1 / 0"))
-    with pytest.raises(UnavailableError, match="'toy' is not available here: its probe failed with ZeroDivisionError"):
+@pytest.mark.parametrize(("probe", "cause"), [("1 / 0", "ZeroDivisionError"), ("exit(3)", "SystemExit: 3")])
+def test_a_probe_that_fails_is_an_answer(install: Install, probe: str, cause: str) -> None:
+    install("toy_dist", "toy", spec_source("toy", probe))
+    with pytest.raises(UnavailableError, match=f"'toy' is not available here: its probe failed with {cause}"):
         registry.load_device("toy")
 
 
@@ -164,11 +167,14 @@ def test_two_accelerators_are_the_users_choice(install: Install) -> None:
 
 
 @pytest.mark.usefixtures("no_accelerator")
-def test_a_broken_plug_in_nobody_asked_for_is_a_warning(install: Install, caplog: pytest.LogCaptureFixture) -> None:
-    install("toy_dist", "toy", "import no_such_vendor_library")
+@pytest.mark.parametrize("fault", ["import no_such_vendor_library", "raise SystemExit(3)"])
+def test_a_broken_plug_in_nobody_asked_for_is_a_warning(
+    install: Install, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    install("toy_dist", "toy", fault)
     with caplog.at_level(logging.WARNING):
         assert registry.choose_device(None, None) == ("cpu", "no accelerator found")
-    assert "no_such_vendor_library" in caplog.text
+    assert "device 'toy' (toy_dist, toy_dist_module:SPEC) cannot be loaded" in caplog.text
 
 
 def test_specs_are_of_the_registrys_type() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -332,3 +333,16 @@ def test_probe_round_trip(tmp_path: Path) -> None:
     loaded = Probe.load(tmp_path / "probe.safetensors")
     assert torch.equal(loaded.taps_TNH, probe.taps_TNH)
     assert torch.equal(loaded.next_tokens_T, probe.next_tokens_T)
+
+
+def test_an_algorithm_that_cannot_be_loaded_is_in_nobodys_way(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    algorithm, draft, context = make(tiny_target)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    known = registry.algorithms()
+    broken = EntryPoint("absent", "no_such_module:SPEC", "torchspec.algorithms")  # asked before eagle3
+    monkeypatch.setattr(registry, "algorithms", lambda: replace(known, entries={"absent": [broken], **known.entries}))
+    assert read_draft(tmp_path / "draft", algorithm.target)[0].taps == algorithm.taps
+    assert "No module named 'no_such_module'" in caplog.text
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)

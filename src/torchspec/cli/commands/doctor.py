@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from torchspec.cli.console import announce, print_table
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
 from torchspec.cli.schemas import JsonOption
@@ -23,8 +25,8 @@ OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
 def parser() -> Parser:
     made = Parser(
         "doctor",
-        "List every registered device and engine: whether it can be used here, why not, and what to install.\n"
-        "Exit code 0 if at least one of each can be used, 1 otherwise.",
+        "List every registered device, engine and algorithm: whether it can be used here, why not, and what to\n"
+        "install. Exit code 0 if at least one device and one engine can be used, 1 otherwise.",
     )
     add_options(made, JsonOption, all_flags(JsonOption))
     return made
@@ -32,7 +34,7 @@ def parser() -> Parser:
 
 def run(words: Sequence[str]) -> int:
     options = read_options(parser(), JsonOption, words)
-    announce("looking at devices and engines")
+    announce("looking at devices, engines and algorithms")
     found = examine()
     if options.json_output:
         print(json.dumps(found, indent=2))
@@ -54,7 +56,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)},
         "devices": [_adapter(registry.devices(), name) for name in registry.devices().names()],
         "backends": [_adapter(registry.backends(), name) for name in registry.backends().names()],
-        "algorithms": list(registry.algorithms().names()),
+        "algorithms": [_adapter(registry.algorithms(), name) for name in registry.algorithms().names()],
     }
 
 
@@ -74,12 +76,14 @@ def _version(name: str) -> str | None:
 
 def _adapter(known: Registry[Any], name: str) -> dict[str, Any]:
     from torchspec.core import registry
+    from torchspec.core.interfaces.algorithm import AlgorithmSpec
+    from torchspec.core.interfaces.device import Availability
 
-    entry = known.entries[name]
-    facts: dict[str, Any] = {"name": name, "registered_by": entry.dist.name if entry.dist else None}
+    registered_by = ", ".join(registry.distribution(entry) for entry in known.entries[name])
+    facts: dict[str, Any] = {"name": name, "registered_by": registered_by}
     try:
         spec = known.spec(name)
-        answer = registry.probe(spec)
+        answer = Availability(ok=True) if isinstance(spec, AlgorithmSpec) else registry.probe(spec)
     except TorchspecError as error:
         return {**facts, "available": False, "reason": str(error), "remedy": "", "capabilities": []}
     return {
@@ -96,14 +100,13 @@ def _show(found: dict[str, Any]) -> None:
     print(f"torch build: {found['torch_build']}")
     print(", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items()))
     print()
-    for kind in ("devices", "backends"):
+    for kind in ("devices", "backends", "algorithms"):
         rows = [
             (
                 entry["name"],
                 "yes" if entry["available"] else "no",
-                "; ".join(part for part in (entry["reason"], entry["remedy"]) if part),
+                escape("; ".join(part for part in (entry["reason"], entry["remedy"]) if part)),
             )
             for entry in found[kind]
         ]
         print_table(kind, ("name", "usable", "why, and what to do"), rows, figures=False)
-    print(f"algorithms: {', '.join(found['algorithms'])}")

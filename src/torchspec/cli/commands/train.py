@@ -56,9 +56,11 @@ def _draft_text() -> str:
 
     text = ""
     for name in registry.algorithms().names():
-        text += f"\nsettings of algorithm {name}:\n" + _settings_text(
-            registry.algorithms().spec(name).options, "draft."
-        )
+        text += f"\nsettings of algorithm {name}:\n"
+        try:
+            text += _settings_text(registry.algorithms().spec(name).options, "draft.")
+        except Exception as error:  # a plug-in may fail in any way, and this is still help  # noqa: BLE001
+            text += f"  {error}\n"
     return text
 
 
