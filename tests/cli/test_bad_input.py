@@ -148,6 +148,29 @@ def test_a_truncated_checkpoint(answer: Answer, place: Path, trained: Path) -> N
     assert not (place / "e").exists()
 
 
+def test_a_damaged_best_checkpoint_is_passed_over(
+    place: Path, trained: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of steps 1 and 2 the earlier is made the best and cut: the later one is exported. By itself, it is refused."""
+    run = shutil.copytree(trained, place / "best_damaged")
+    checkpoints = run / "checkpoints"
+    best, newest = checkpoints / "step_00000001", checkpoints / "step_00000002"
+    manifest = json.loads((best / "manifest.json").read_text())
+    (best / "manifest.json").write_text(json.dumps({**manifest, "score": 9.0}))
+    (weights,) = best.glob("state/*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ["export", "--format", "hf", "--output"]
+    assert main([*words, str(place / "from_run"), "--checkpoint", str(run)]) == 0
+    assert f"checkpoint {best} is damaged and passed over: {weights}" in caplog.text
+    assert best.is_dir(), "a training may be going on here"
+    assert main([*words, str(place / "from_newest"), "--checkpoint", str(newest)]) == 0
+    exported = [(place / name / "model.safetensors").read_bytes() for name in ("from_run", "from_newest")]
+    assert exported[0] == exported[1]
+    assert main([*words, str(place / "from_best"), "--checkpoint", str(best)]) == 1
+    assert str(weights) in capsys.readouterr().err
+    assert not (place / "from_best").exists()
+
+
 def test_a_draft_of_another_target(answer: Answer, trained: Path) -> None:
     words = ("eval", "--target", "embedded", "--data", "good.jsonl", "--device", "cpu")
     said = answer(*words, "--draft", trained / "draft", code=1)

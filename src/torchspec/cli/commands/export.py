@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from torchspec.core.export.layout import ExportContext
     from torchspec.core.interfaces.algorithm import Algorithm
+
+log = logging.getLogger(__name__)
 
 
 class ExportOptions(Section):
@@ -73,12 +76,12 @@ def _read(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
     """The draft in memory, and what the check of the export needs."""
     from torchspec.core import registry
     from torchspec.core.export.layout import CONFIG, ExportContext
-    from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
+    from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 
     if (options.checkpoint / CONFIG).is_file():
         return _read_exported(options)
-    rebuilt = rebuild(options.checkpoint, target=options.target, trust_remote_code=options.trust_remote_code)
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = _whole_checkpoint(options.checkpoint)
+    rebuilt = rebuild(checkpoint, target=options.target, trust_remote_code=options.trust_remote_code)
     _check_target(checkpoint, rebuilt.target.path)
     return (
         rebuilt.algorithm,
@@ -87,6 +90,47 @@ def _read(options: ExportOptions) -> tuple[Algorithm, nn.Module, ExportContext]:
             head=rebuilt.head, device=registry.load_device("cpu"), probe=recorded_probe(checkpoint.parent.parent)
         ),
     )
+
+
+def _whole_checkpoint(path: Path) -> Path:
+    """Of a run the best checkpoint that is whole, else the newest; one that was named itself as it is.
+
+    Damaged ones are named and passed over as at the end of a training, but keep their names: it may be going on.
+    Raises CheckpointError when there is no checkpoint, and the best one's damage when none is whole.
+    """
+    from torchspec.core.errors import CheckpointError
+    from torchspec.core.pipeline.rebuild import find_checkpoint
+    from torchspec.core.training.checkpoint_files import directory_of, read_manifest, steps_on_disk, verify
+
+    best = find_checkpoint(path)
+    if best == path:
+        return path
+    scores = {step: _score(directory_of(best.parent, step)) for step in steps_on_disk(best.parent)}
+    # The earlier of equals, and the newest of those without a score.
+    steps = sorted(scores, key=lambda step: (-scores[step], step if scores[step] > float("-inf") else -step))
+    damage: list[CheckpointError] = []
+    for step in steps:
+        checkpoint = directory_of(best.parent, step)
+        try:
+            verify(checkpoint, read_manifest(checkpoint).files)
+        except CheckpointError as error:
+            log.warning("checkpoint %s is damaged and passed over: %s", checkpoint, error)
+            damage.append(error)
+        else:
+            return checkpoint
+    raise damage[0]
+
+
+def _score(checkpoint: Path) -> float:
+    """The acceptance length validated at it; lower than any where there is none, or no manifest that says so."""
+    from torchspec.core.errors import CheckpointError
+    from torchspec.core.training.checkpoint_files import read_manifest
+
+    try:
+        score = read_manifest(checkpoint).score
+    except CheckpointError:
+        score = None
+    return float("-inf") if score is None else score
 
 
 def _check_target(checkpoint: Path, target: Path) -> None:
