@@ -41,7 +41,7 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.field}: {self.message}"
+        text = f"{self.field}: " + self.message.replace("\n", "\n    ")
         if self.value is not None:
             text += f" (got {self.value!r})"
         if self.choices:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,7 +39,19 @@ _LOCK_POLL_S = 0.2
 def fingerprint(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings, progress: ProgressSink | None
 ) -> str:
-    """sha256 over everything the tokenised data depends on, as hex.
+    """sha256 over everything the tokenised data depends on, as hex."""
+    return digest(ingredients(files, tokenizer, settings, progress))
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """The fingerprint of these ingredients."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def ingredients(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings, progress: ProgressSink | None
+) -> dict[str, Any]:
+    """Everything the tokenised data depends on, as JSON.
 
     Contents and names (not directories) of the files in their order, the tokenizer, its chat template, the settings,
     the versions of the libraries that render and tokenise, and of the rules applied here.
@@ -46,17 +59,21 @@ def fingerprint(
     Not the date, even where a chat template prints it (`strftime_now`): data then keep the date of the day on which
     they were tokenised, and a run can be continued on another day.
     """
+    digests = [[file.name, digest] for file, digest in zip(files, _digests(files, progress), strict=True)]
+    return {**treatment(tokenizer, settings), "files": digests}
+
+
+def treatment(tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings) -> dict[str, Any]:
+    """Of the ingredients those that are known without reading the files."""
     relevant = {name: value for name, value in asdict(settings).items() if name != "cache_dir"}
-    facts = {
+    return {
         "rules": _RULES_VERSION,
         "format": FORMAT_VERSION,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer),
         "settings": relevant,
-        "files": [[file.name, digest] for file, digest in zip(files, _digests(files, progress), strict=True)],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(files: Sequence[Path], progress: ProgressSink | None) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from torchspec.core.data.cache import entry_path, find, fingerprint, locked, writable
+from torchspec.core.data.cache import digest, entry_path, find, ingredients, locked, writable
 from torchspec.core.data.chat import Rendered, Renderer
 from torchspec.core.data.prompts import Prompt, load_prompts
 from torchspec.core.data.report import DataReport, DatasetSettings, ProgressSink, Tally, UniqueIds, nothing_left
@@ -43,16 +43,18 @@ class TokenDataset(Dataset[TrainingSample]):
     lengths          tokens of each sample
     report           what became of the rows
     token_counts_V   int64, how often each id is supervised, for choosing a draft vocabulary
-    fingerprint      hex digest of everything the data depends on; equal digests mean equal samples
+    ingredients      everything the data depends on, as JSON
+    fingerprint      its hex digest; equal digests mean equal samples
     """
 
-    def __init__(self, data: TokenData, files: tuple[Path, ...], fingerprint: str) -> None:
+    def __init__(self, data: TokenData, files: tuple[Path, ...], ingredients: dict[str, Any]) -> None:
         self._data = data
         self._bounds: list[int] = data.offsets.tolist()
         self.lengths: list[int] = data.offsets.diff().tolist()
         self.report = DataReport.from_json(data.facts, files)
         self.token_counts_V: Tensor = data.token_counts_V
-        self.fingerprint = fingerprint
+        self.ingredients = ingredients
+        self.fingerprint = digest(ingredients)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,8 +84,8 @@ def load_dataset(
     """
     reader = RowReader(files)
     before = _state(reader.files)
-    name = fingerprint(reader.files, tokenizer, settings, progress)
-    path = entry_path(settings, name)
+    facts_of_data = ingredients(reader.files, tokenizer, settings, progress)
+    path = entry_path(settings, digest(facts_of_data))
     data = find(path, progress)
     if data is None and writable(path.parent):
         with locked(path, progress):
@@ -98,7 +100,7 @@ def load_dataset(
         columns = {column: Column(letters, None) for column, letters in COLUMNS.items()}
         facts = _fill(columns, reader, tokenizer, settings, progress)
         data = in_memory(columns, facts)
-    dataset = TokenDataset(data, reader.files, name)
+    dataset = TokenDataset(data, reader.files, facts_of_data)
     if dataset.report.bad_count or dataset.report.filtered:
         logger.warning("%s", dataset.report.describe())
     return dataset

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchspec.core import registry
@@ -24,6 +24,7 @@ from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftF
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead
+from torchspec.core.tensor_files import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def write_draft(
     except OSError as error:
         raise CheckpointError(f"cannot write a draft into {directory.parent}: {error.strerror}") from error
     try:
-        save_file(files.tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(files.tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
         outcome = check_files(algorithm, draft, read_files(aside), context.head, context.device, context.probe)
         _open_to_readers(aside)
@@ -171,9 +172,8 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _open_to_readers(aside: Path) -> None:
-    """The modes that the umask asks for: safetensors and mkdtemp write for the owner alone, config.json shows them."""
+    """The mode that the umask asks for: mkdtemp makes a directory for the owner alone, config.json shows the rest."""
     mode = stat.S_IMODE((aside / CONFIG).stat().st_mode)
-    (aside / WEIGHTS).chmod(mode)
     aside.chmod(0o700 | mode | (mode & 0o444) >> 2)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchspec.core.errors import CheckpointError
@@ -21,6 +21,7 @@ from torchspec.core.interfaces.algorithm import Algorithm, DraftFiles
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead
+from torchspec.core.tensor_files import save_tensors
 
 PROBE_TOKENS = 48
 DRAFTED = 4
@@ -56,7 +57,7 @@ class Probe:
         )
 
     def save(self, path: Path) -> None:
-        save_file({"taps": self.taps_TNH, "next_tokens": self.next_tokens_T}, path)
+        save_tensors({"taps": self.taps_TNH, "next_tokens": self.next_tokens_T}, path)
 
     @classmethod
     def load(cls, path: Path) -> Probe:

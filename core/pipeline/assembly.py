@@ -150,7 +150,7 @@ def build_setup(
         progress=_named("validate", progress),
     )
     context.agree(validator.rehearse)
-    facts = draft_facts(config, model.algorithm, target.spec, start.vocabulary, data.train.fingerprint)
+    facts = draft_facts(config, model.algorithm, target.spec, start.vocabulary, data.train.ingredients)
     return Setup(
         config=config.train,
         seed=config.seed,

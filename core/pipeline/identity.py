@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.data import cache
+from torchspec.core.data.dataset import DatasetSettings
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
@@ -19,30 +22,63 @@ from torchspec.core.pipeline.run_dir import versions
 
 
 def draft_facts(
-    config: RunConfig, algorithm: Algorithm, target: TargetSpec, vocabulary: VocabularyMap, data_fingerprint: str
+    config: RunConfig, algorithm: Algorithm, target: TargetSpec, vocabulary: VocabularyMap, ingredients: dict[str, Any]
 ) -> dict[str, Any]:
-    """JSON. `identity` is everything that a resumed run must share; the rest is for people and for rebuilding."""
-    circumstances = ("path", "trust_remote_code")  # of this run; no facts about the target
-    target_facts = {name: _plain(value) for name, value in asdict(target).items() if name not in circumstances}
+    """JSON. `identity` is everything that a resumed run must share; the rest is for people and for rebuilding.
+
+    `ingredients` of the data are stored as well, so that a difference of their fingerprint can be explained.
+    """
     return {
         "identity": {
-            "algorithm": algorithm.name,
-            "draft": options_facts(algorithm.options),
-            "taps": list(algorithm.taps),
-            "target": {**target_facts, "weights": weights_fingerprint(target.path)},
+            **_known_identity(config, algorithm, target),
             "vocabulary": vocabulary_facts(vocabulary),
-            "data": {"fingerprint": data_fingerprint},
-            "order": {
-                "seed": config.seed,
-                "batch_size": config.train.batch_size,
-                "bucket_size": config.data.bucket_size,
-            },
+            "data": {"fingerprint": cache.digest(ingredients)},
         },
+        "data": _data_facts(ingredients),
         "option_files": _option_files(algorithm.options),
         "target_path": str(target.path.resolve()),
         "versions": versions(),
         "config": config.model_dump(mode="json"),
     }
+
+
+def known_facts(
+    config: RunConfig,
+    algorithm: Algorithm,
+    target: TargetSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    saved: dict[str, Any],
+) -> dict[str, Any]:
+    """`draft_facts` before any data is read: what is not known yet is taken from those of a checkpoint."""
+    known = _known_identity(config, algorithm, target)
+    facts: dict[str, Any] = {"identity": {**(saved.get("identity") or {}), **known}}
+    if "data" in saved:
+        treatment = cache.treatment(tokenizer, DatasetSettings.from_config(config.data))
+        facts["data"] = {**saved["data"], **_plain(treatment), "files": [file.name for file in config.data.train]}
+    return facts
+
+
+def _known_identity(config: RunConfig, algorithm: Algorithm, target: TargetSpec) -> dict[str, Any]:
+    circumstances = ("path", "trust_remote_code")  # of this run; no facts about the target
+    target_facts = {name: _plain(value) for name, value in asdict(target).items() if name not in circumstances}
+    return {
+        "algorithm": algorithm.name,
+        "draft": options_facts(algorithm.options),
+        "taps": list(algorithm.taps),
+        "target": {**target_facts, "weights": weights_fingerprint(target.path)},
+        "order": {
+            "seed": config.seed,
+            "batch_size": config.train.batch_size,
+            "bucket_size": config.data.bucket_size,
+        },
+    }
+
+
+def _data_facts(ingredients: dict[str, Any]) -> dict[str, Any]:
+    """The ingredients in a form whose differences read well: the digest of each file under its number and name."""
+    files = ingredients["files"]
+    contents = {f"{number} ({name})": digest for number, (name, digest) in enumerate(files, start=1)}
+    return {**_plain(ingredients), "files": [name for name, _ in files], "contents": contents}
 
 
 def options_facts(options: BaseModel) -> dict[str, Any]:

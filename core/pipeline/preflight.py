@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from torchspec.core import registry
 from torchspec.core import settings as variables
 from torchspec.core.config import environment
 from torchspec.core.config.schema import RunConfig
-from torchspec.core.data.rows import RowReader
+from torchspec.core.data.chat import Renderer
+from torchspec.core.data.messages import RowError
+from torchspec.core.data.rows import ChatRow, RowReader
 from torchspec.core.data.tokenizer import load_tokenizer
-from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.errors import CheckpointError, ConfigError, DataError, Problem, TorchspecError
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import create_algorithm, initial_path
 from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
+from torchspec.core.pipeline.identity import known_facts
 from torchspec.core.pipeline.rebuild import initial_problems
-from torchspec.core.training.checkpoint_files import MANIFEST, steps_on_disk
+from torchspec.core.training.checkpoint import DRAFT, refuse_other_run
+from torchspec.core.training.checkpoint_files import MANIFEST, directory_of, read_json, steps_on_disk
+
+FIRST_ROWS = 100  # among which one conversation is looked for
 
 Found = TypeVar("Found")
 
@@ -60,7 +70,7 @@ class _Problems(list[Problem]):
 
 
 def check(config: RunConfig, ranks: Ranks) -> Checked:
-    """Raises ConfigError with every problem found. Reads headers and configuration, and no row of data.
+    """Raises ConfigError with every problem found. Reads headers, configuration and the first rows of data.
 
     Needs no other rank: asked before any process waits for another.
     """
@@ -89,9 +99,16 @@ def check(config: RunConfig, ranks: Ranks) -> Checked:
         tokenizer = problems.attempt("target.path", lambda: _tokenizer(config, path))
         target = problems.attempt("target.path", lambda: read_target_spec(path, config.target.trust_remote_code))
     if target is not None:
+        if weights is not None:
+            problems.attempt("target.path", lambda: _check_head(target))
         algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
         _check_initial(config, algorithm, target, problems)
         config, sources = _fit_length(config, target, problems)
+    if tokenizer is not None:
+        own = config.target.chat_template is None
+        problems.attempt("target.path" if own else "target.chat_template", lambda: _check_template(config, tokenizer))
+    if refusal is None and target is not None and algorithm is not None and tokenizer is not None:
+        problems.attempt("output", lambda: _check_resumable(config, algorithm, target, tokenizer))
 
     if problems:
         raise ConfigError([problem for n, problem in enumerate(problems) if problem not in problems[:n]])
@@ -116,6 +133,48 @@ def _tokenizer(config: RunConfig, target: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(
         target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
     )
+
+
+def _check_head(target: TargetSpec) -> None:
+    """Names, shapes and kinds of the tensors that training reads itself: onto the meta device comes no value."""
+    load_target_head(
+        target.path,
+        dtype=torch.float32,
+        device=torch.device("meta"),
+        trust_remote_code=target.trust_remote_code,
+    )
+
+
+def _check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One of the first conversations rendered; rows that the template refuses are for the report on the data."""
+    renderer = Renderer(tokenizer)
+    for files, prepare in ((config.data.train, renderer.prepare), (config.data.validation, renderer.prompt)):
+        row = _first_conversation(files)
+        if row is not None:
+            with suppress(RowError):
+                prepare(row)
+
+
+def _first_conversation(files: Sequence[Path]) -> ChatRow | None:
+    with suppress(DataError, OSError):  # files that cannot be read are reported elsewhere
+        return next((row for row in islice(RowReader(files), FIRST_ROWS) if isinstance(row, ChatRow)), None)
+    return None
+
+
+def _check_resumable(
+    config: RunConfig, algorithm: Algorithm, target: TargetSpec, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises CheckpointError when the checkpoint in the output directory is of another run, as far as is known yet."""
+    checkpoints = config.output / run_dir.CHECKPOINTS
+    steps = steps_on_disk(checkpoints)
+    if not steps:
+        return
+    newest = directory_of(checkpoints, steps[-1])
+    try:
+        saved = read_json(newest / DRAFT)
+    except CheckpointError:
+        return  # a damaged one is passed over when the run starts
+    refuse_other_run(newest, saved, known_facts(config, algorithm, target, tokenizer, saved))
 
 
 def _check_initial(config: RunConfig, algorithm: Algorithm | None, target: TargetSpec, problems: _Problems) -> None:

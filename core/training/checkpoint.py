@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchspec.core.errors import CheckpointError, TorchspecError
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.tensor_files import save_tensors
 from torchspec.core.training import checkpoint_files as files
 from torchspec.core.training.random_state import capture_state, restore_state, seed_rank
 
@@ -88,7 +89,7 @@ def _prepare(aside: Path) -> None:
 def _finish_rank(aside: Path, context: ParallelContext) -> list[files.StoredFile]:
     """Write this rank's random states; account for every file it wrote."""
     rng = _rng_file(aside, context.rank)
-    save_file(capture_state(context.device.runtime), rng)
+    save_tensors(capture_state(context.device.runtime), rng)
     shards = sorted((aside / STATE).glob(f"shard-{context.rank + 1:05d}-*"))
     return [files.stored_file(aside, file) for file in [*shards, rng]]
 
@@ -101,7 +102,7 @@ def _publish(
         raise CheckpointError(
             f"rank 0 does not see {missing[0]}: the ranks must share the file system of {final.parent}"
         )
-    save_file({"ids": snapshot.vocabulary.ids_N.cpu().contiguous()}, aside / VOCABULARY)
+    save_tensors({"ids": snapshot.vocabulary.ids_N.cpu().contiguous()}, aside / VOCABULARY)
     files.write_json(aside / DRAFT, snapshot.facts)
     files.write_json(aside / TRAINER, snapshot.progress)
     written += [files.stored_file(aside, aside / name) for name in (VOCABULARY, DRAFT, TRAINER)]
@@ -234,8 +235,14 @@ def load_vocabulary(checkpoint: Path) -> VocabularyMap:
 
 
 def refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """CheckpointError with every difference of the `identity` sections."""
-    found = list(differences(saved.get("identity"), current["identity"]))
+    """CheckpointError with every difference of the `identity` sections.
+
+    The data are compared by their ingredients where both sides list them, else by the fingerprint.
+    """
+    theirs, ours = saved.get("identity"), current["identity"]
+    if theirs and "data" in saved and "data" in current:
+        theirs, ours = {**theirs, "data": saved["data"]}, {**ours, "data": current["data"]}
+    found = list(differences(theirs, ours))
     if found:
         listed = "\n".join(f"  - {line}" for line in found)
         raise CheckpointError(

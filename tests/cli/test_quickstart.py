@@ -144,6 +144,27 @@ def test_training_on_the_texts_as_they_are(quickstart: Quickstart, output: Path)
     assert json.loads((output / "data.json").read_text())["files"] == [str(output / "data" / "train.jsonl")]
 
 
+def test_an_earlier_run_of_other_settings_is_refused_before_the_target_answers(
+    quickstart: Quickstart, output: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart("--generate", "5", "--nproc", "2")
+    before = contents(output)
+    words = ["quickstart", "--output", str(output), *DECODING, f"target.path={tiny_target}", *SMALL]
+    for change, said in (
+        (
+            ["--generate", "5", "--nproc", "2", "train.batch_size=2"],
+            "order.batch_size: the checkpoint has 4, this run 2",
+        ),
+        (["--generate", "4", "--nproc", "2"], "data.files: the checkpoint has ['generated-5-0.jsonl'"),
+        (["--generate", "5", "--nproc", "1"], "this run ['generated-5-0.jsonl']"),
+    ):
+        assert main([*words, *change]) == 2
+        text = capsys.readouterr().err
+        assert said in text
+        assert "1/5" not in text
+    assert contents(output) == before
+
+
 def test_training_on_what_the_target_says(quickstart: Quickstart, output: Path) -> None:
     quickstart("--generate", "5", "--nproc", "2")
     files = sorted((output / "data").glob("generated-*.jsonl"))

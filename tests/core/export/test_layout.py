@@ -252,8 +252,10 @@ def test_modes_follow_the_umask(tiny_target: Path, tmp_path: Path, umask: int, f
     earlier = os.umask(umask)
     try:
         write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+        Probe.synthetic(3, context.head).save(tmp_path / "probe.safetensors")
     finally:
         os.umask(earlier)
+    assert (tmp_path / "probe.safetensors").stat().st_mode & 0o777 == file
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "draft").iterdir()}
     assert modes == {"config.json": file, "model.safetensors": file}
     assert (tmp_path / "draft").stat().st_mode & 0o777 == directory

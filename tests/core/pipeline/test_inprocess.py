@@ -77,7 +77,7 @@ def test_a_run_leaves_everything_it_promises(make_config: Any, tmp_path: Path, t
     assert again.step == 8
     assert rows(run, "train") == trained
     changed, provenance = make_config(tmp_path / "run", "train.epochs=2", "draft.unroll=4", "seed=1")
-    with pytest.raises(CheckpointError, match=r"(?s)draft.unroll: the checkpoint has 3, this run 4.*order.seed"):
+    with pytest.raises(ConfigError, match=r"(?s)draft.unroll: the checkpoint has 3, this run 4.*order.seed"):
         train(changed, provenance=provenance)
     never, provenance = make_config(tmp_path / "run", "train.epochs=2", "train.resume=never")
     with pytest.raises(TorchspecError, match="holds a run already"):

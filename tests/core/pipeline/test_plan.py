@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,61 @@ def test_samples_longer_than_the_target_reads_are_refused_unless_nobody_asked_fo
         with pytest.raises(ConfigError, match=r"(?s)data.max_length: the target reads at most 512.*got 513.*=512"):
             run(*make_config(tmp_path / "run", "data.max_length=513"))
     make_plan(*make_config(tmp_path / "run", "data.max_length=512"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("config.json", lambda text: text.replace('"vocab_size": 300', '"vocab_size": 999'), "shape .999, 64."),
+        (
+            "chat_template.jinja",
+            lambda text: "{% for m in messages %}{{ m.content }",
+            "the chat template cannot be used",
+        ),
+        ("chat_template.jinja", None, "no chat template, which conversations need"),
+    ],
+)
+def test_a_target_that_cannot_train_is_refused_before_it_is_loaded(
+    make_config: Any, tmp_path: Path, tiny_target: Path, name: str, change: Any, says: str
+) -> None:
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    text = (target / name).read_text()
+    (target / name).unlink()
+    if change is not None:
+        assert change(text) != text
+        (target / name).write_text(change(text))
+    config, provenance = make_config(tmp_path / "run", f"target.path={target}")
+    with pytest.raises(ConfigError, match=f"target.path: .*{says}"):
+        make_plan(config, provenance)
+
+
+def test_texts_need_no_chat_template(make_config: Any, tmp_path: Path, tiny_target: Path) -> None:
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    (target / "chat_template.jinja").unlink()
+    (tmp_path / "texts.jsonl").write_text('{"text": "the quick fox"}\n')
+    words = (f"target.path={target}", f"data.train=[{tmp_path / 'texts.jsonl'}]", "data.validation=[]")
+    make_plan(*make_config(tmp_path / "run", *words))
+
+
+def test_the_run_of_another_configuration_is_refused_before_anything_is_loaded(
+    make_config: Any, tmp_path: Path
+) -> None:
+    train_words = ("train.max_steps=1", "data.validation=[]")
+    config, provenance = make_config(tmp_path / "run", *train_words)
+    train(config, provenance=provenance)
+    assert make_plan(config, provenance).run["continues from"] == "the checkpoint of step 1"
+    copy = shutil.copy(config.data.train[0], tmp_path / "copy.jsonl")
+    changes = ("train.batch_size=2", "data.max_length=64", f"data.train=[{copy}]", "draft.unroll=2")
+    with pytest.raises(ConfigError) as caught:
+        make_plan(*make_config(tmp_path / "run", *train_words, *changes))
+    for line in (
+        "order.batch_size: the checkpoint has 4, this run 2",
+        "data.settings.max_length: the checkpoint has 512, this run 64",
+        "data.files: the checkpoint has ['train.jsonl'], this run ['copy.jsonl']",
+        "draft.unroll: the checkpoint has 3, this run 2",
+    ):
+        assert line in str(caught.value)
+    assert str(caught.value).count("the checkpoint has") == 4
 
 
 @pytest.mark.parametrize("unroll", [2, 5])

@@ -112,6 +112,12 @@ def test_nothing_in_a_checkpoint_is_a_pickle(trained: Any) -> None:
             assert path.suffix in {".json", ".safetensors"}, path
 
 
+def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(trained: Any) -> None:
+    modes = {file.name: file.stat().st_mode & 0o777 for file in trained.setup.checkpoints.rglob("*") if file.is_file()}
+    assert {"vocabulary.safetensors", "rank_00000.safetensors"} <= modes.keys()
+    assert set(modes.values()) == {modes["draft.json"]}, modes
+
+
 def test_weights_are_stored_and_read_back_to_the_bit(trained: Any) -> None:
     facts, state = checkpoint.load_draft_state(files.directory_of(trained.setup.checkpoints, 6))
     assert facts == trained.setup.facts

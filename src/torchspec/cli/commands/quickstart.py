@@ -30,6 +30,7 @@ ANSWERS = "answers.jsonl.xz"  # beside the embedded target: what it has answered
 GENERATED_TOKENS = 192
 GENERATION_BATCH = 96
 MOST_RANKS = 4
+_PLACEHOLDER = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
 class QuickstartOptions(JsonOption):
@@ -108,14 +109,20 @@ def _setting_problems(options: QuickstartOptions | None, overrides: Sequence[str
         data = Path(place) / "data"  # in place of conversations that are yet to be written
         data.mkdir()
         for split in ("train", "validation"):
-            (data / f"{split}.jsonl").write_text("{}\n", encoding="utf-8")
+            (data / f"{split}.jsonl").write_text(_PLACEHOLDER, encoding="utf-8")
         asked = options or QuickstartOptions(fresh=True)
         if asked.fresh or problems:
             asked = asked.model_copy(update={"output": Path(place) / "run"})
         try:
             config, _ = _configure(asked, data, [data / "train.jsonl"], overrides)
             nproc = asked.nproc or _default_nproc(config)
-            check(config, Ranks(all=nproc, here=nproc, launched=False))
+            earlier = asked.output / "data"
+            count = len(_rows(earlier)) if (earlier / "train.jsonl").exists() else asked.generate
+            files = _train_files(asked, data, count, nproc)
+            for file in files:
+                file.write_text(_PLACEHOLDER, encoding="utf-8")
+            named = config.data.model_copy(update={"train": files})
+            check(config.model_copy(update={"data": named}), Ranks(all=nproc, here=nproc, launched=False))
         except ConfigError as error:
             problems += error.problems
     return problems
@@ -207,18 +214,30 @@ def _target_options(config: RunConfig) -> TargetOptions:
     return TargetOptions(target=config.target.path, device=config.device, backend=config.backend, **reading)
 
 
+def _rows(data: Path) -> list[str]:
+    return (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def _train_files(options: QuickstartOptions, data: Path, rows: int, nproc: int) -> list[Path]:
+    """What is trained on: the answers, in a file per process that writes them, or the texts as they are."""
+    if not options.generate:
+        return [data / "train.jsonl"]
+    count = min(options.generate, rows)
+    return [data / f"generated-{count}-{part}.jsonl" for part in range(min(nproc, count))]
+
+
 def _answers(options: QuickstartOptions, config: RunConfig, data: Path, nproc: int) -> list[Path]:
     """Files of conversations answered by the target itself, one per process, written first if they are not there."""
-    rows = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = _rows(data)
     count = min(options.generate, len(rows))
     announce(f"2/5 answers: the target writes its own to {count} of them, the text a draft learns most from")
     # Evenly over the modules, which the file has in order.
     chosen = [rows[place * len(rows) // count] for place in range(count)]
     parts = []
-    for part in range(min(nproc, count)):
+    for part, answered in enumerate(_train_files(options, data, len(rows), nproc)):
         asked = data / f"asked-{count}-{part}.jsonl"
         asked.write_text("".join(chosen[part::nproc]), encoding="utf-8")
-        parts.append((asked, data / f"generated-{count}-{part}.jsonl"))
+        parts.append((asked, answered))
     with (
         ProgressDisplay() as progress,
         ProcessPoolExecutor(nproc, mp_context=get_context("spawn")) as processes,
