@@ -32,7 +32,9 @@ make_venv() {
     "$python" -m venv "$VENV" >&2 || fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"
 }
 
-pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >&2 </dev/null; }
+# Compiling everything takes longer than installing it; what is imported is compiled then, and kept.
+unset PYTHONDONTWRITEBYTECODE
+pip_install() { "$VENV/bin/python" -m pip install --no-compile --disable-pip-version-check --no-input --progress-bar off "$@" >&2 </dev/null; }
 
 install_torch() {
     local wanted=${TORCH:-$(grep -v '^#' ci/requirements/torch.txt)}

@@ -16,8 +16,9 @@ def _load() -> Device:
     from torchspec.devices._collectives import TorchCommunication
     from torchspec.devices._tiled_attention import TiledAttention
     from torchspec.devices.cpu.attention import CpuFlashKernel
-    from torchspec.devices.cpu.runtime import CpuRuntime
+    from torchspec.devices.cpu.runtime import CpuRuntime, keep_freed_memory
 
+    keep_freed_memory()
     return Device(
         name="cpu",
         runtime=CpuRuntime(),

@@ -40,14 +40,14 @@ class QuickstartOptions(JsonOption):
         None, description="processes that answer and train; default: one per core on a CPU, up to 4, else 1"
     )
     generate: int = Field(
-        9200,
+        3600,
         ge=0,
         description="train on this many conversations answered by the target itself, which remembers most of its "
         "answers if it is the embedded one; 0: on the texts as they are",
     )
-    samples: Positive = Field(32, description="held-out prompts decoded at the end")
+    samples: Positive = Field(24, description="held-out prompts decoded at the end")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
-    sweep: list[Positive] = Field([1, 2, 3, 4, 5], description="draft lengths measured at the end", min_length=1)
+    sweep: list[Positive] = Field([1, 2, 3, 5], description="draft lengths measured at the end", min_length=1)
     fresh: bool = Field(False, description="move an earlier run in the output directory aside and start anew")
 
 
