@@ -59,13 +59,14 @@ def _copy(draft: Eagle3Draft, head: TargetHead) -> None:
 
     A slot holds a token's feature and the *next* token's embedding. So the slot that says what followed an earlier
     occurrence of the current token is the one whose feature knows that token: keys read features as queries read
-    embeddings and the other way round. What such a head has looked at, it repeats: its values are the slot's
-    embedding, and its output raises the logit of that token, by a linear map fitted from embeddings to head rows.
+    embeddings. What such a head has looked at, it repeats: its values are the slot's embedding, and its output raises
+    the logit of that token, by a linear map fitted from embeddings to head rows.
     """
     geometry, attention = draft.geometry, draft.midlayer.self_attn
     size, width = geometry.hidden_size, geometry.head_dim
     copying = min((geometry.num_key_value_heads + 1) // 2, size // width)
     queries = _grouped(attention.q_proj.weight, geometry)[:copying, 0]
+    queries[..., size:] = 0  # [embedding ; feature]
     attention.k_proj.weight[: copying * width] = queries.roll(size, dims=-1).flatten(0, 1)
     directions_HC = torch.linalg.qr(torch.randn(size, copying * width)).Q
     attention.v_proj.weight[: copying * width] = torch.cat((directions_HC.T, torch.zeros_like(directions_HC.T)), dim=1)

@@ -40,7 +40,7 @@ class QuickstartOptions(JsonOption):
         None, description="processes that answer and train; default: one per core on a CPU, up to 4, else 1"
     )
     generate: int = Field(
-        3600,
+        3000,
         ge=0,
         description="train on this many conversations answered by the target itself, which remembers most of its "
         "answers if it is the embedded one; 0: on the texts as they are",

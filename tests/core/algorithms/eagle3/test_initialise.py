@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from torchspec.core.algorithms.eagle3.initialise import COPIED
+
 Worlds = Callable[..., Any]
 
 
@@ -27,15 +29,48 @@ def test_it_starts_from_the_last_tap_and_the_targets_head(make_world: Worlds) ->
 
 
 def test_each_key_answers_to_the_first_query_of_its_group(make_world: Worlds) -> None:
-    world = make_world()
-    geometry, attention = world.algorithm.geometry, world.draft.midlayer.self_attn
+    """As it is, or, in the first half of the key heads, features to embeddings."""
+    draft = fresh(make_world())
+    geometry, attention = draft.geometry, draft.midlayer.self_attn
     size, group = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
     assert group > 1
     for head in range(geometry.num_key_value_heads):
         key = attention.k_proj.weight[head * size : (head + 1) * size]
         query = attention.q_proj.weight[head * group * size :][:size]
+        if head < geometry.num_key_value_heads / 2:
+            first, second = query.chunk(2, dim=1)
+            assert not second.any()
+            query = torch.cat((second, first), dim=1)
         assert torch.equal(key, query)
         assert not torch.equal(attention.q_proj.weight[(head * group + 1) * size :][:size], query)
+
+
+def test_a_copying_head_finds_what_followed_the_current_token_and_repeats_it(make_world: Worlds) -> None:
+    """Where a feature is the embedding of its token: what is looked at follows from the definition alone."""
+    world = make_world(dtype=torch.float32)
+    draft, embedding_VH, head_VH = fresh(world), world.head.embedding_VH, world.head.head_VH
+    geometry, attention = draft.geometry, draft.midlayer.self_attn
+    text_T = torch.randperm(embedding_VH.shape[0], generator=torch.Generator().manual_seed(5))
+    normed_VH = torch.nn.functional.rms_norm(embedding_VH, embedding_VH.shape[1:])
+    slots_TI = torch.cat((normed_VH[text_T[1:]], normed_VH[text_T[:-1]]), dim=1)  # [next embedding ; feature]
+    width, group = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
+    copying = (geometry.num_key_value_heads + 1) // 2
+    scores = torch.einsum(
+        "qd,kd->qk", attention.queries(slots_TI[None])[0, :, 0], attention.keys_values(slots_TI[None])[0][0, :, 0]
+    )
+    # The current token of query slot i is text[i + 1], whose own slot is i + 1.
+    found = scores[:-1].argmax(dim=1) == torch.arange(1, scores.shape[0])
+    assert float(found.float().mean()) > 0.8
+
+    values_TKD = attention.keys_values(slots_TI[None])[1][0]
+    heads_THD = values_TKD.repeat_interleave(group, dim=1)
+    heads_THD[:, copying * group :] = 0
+    said_TH = attention.output(heads_THD)
+    torch.testing.assert_close(said_TH.square().mean().sqrt(), torch.tensor(COPIED), rtol=0.1, atol=0)
+    logits_TV = said_TH @ torch.nn.functional.normalize(head_VH, dim=1).T
+    rank_T = (logits_TV > logits_TV.gather(1, text_T[1:, None])).sum(1)
+    assert width * copying < said_TH.shape[1]  # the heads see a part of an embedding
+    assert float(rank_T.float().mean()) < 0.2 * head_VH.shape[0]
 
 
 def test_a_draft_of_another_width_has_nothing_to_take_over(make_world: Worlds) -> None:
