@@ -27,15 +27,28 @@ def validate(
 
     `label` names what to give for a missing setting; `origin` says where a value came from. Both by dotted path.
     """
+    found = _empty_paths(schema, tree)
     try:
-        return schema.model_validate(tree), []
+        model = schema.model_validate(tree)
+        return (None if found else model), found
     except ValidationError as error:
-        found: list[Problem] = []
         for detail in error.errors(include_url=False):
             problem = _problem(detail, schema, label, origin or {})
             if problem not in found:  # each wrong item of one list
                 found.append(problem)
         return None, found
+
+
+def _empty_paths(schema: type[BaseModel], tree: Mapping[str, Any]) -> list[Problem]:
+    """An empty path would be the working directory, which nobody who writes nothing asks for."""
+    found = []
+    for path, info in settings(schema).items():
+        value: Any = tree
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if "path" in type_text(info) and "" in (value if isinstance(value, list | tuple) else [value]):
+            found.append(Problem(field=path, message="is empty", remedy="name a file or directory; . is this one"))
+    return found
 
 
 def _problem(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2.exceptions import TemplateSyntaxError
@@ -12,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from torchspec.core.errors import TargetError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(
@@ -32,10 +35,9 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
-        raise TargetError(
-            f"the tokenizer in {target} cannot be loaded: {_first_line(error)}\n"
-            "    remedy: copy tokenizer.json and tokenizer_config.json of the target into that directory"
-        ) from error
+        if not any((target / name).exists() for name in _TOKENIZER_FILES):
+            raise _no_tokenizer(target, _TOKENIZER_FILES) from error
+        raise TargetError(f"the tokenizer in {target} cannot be loaded: {_first_line(error)}") from error
     _check_files(target, tokenizer)
     if not tokenizer.is_fast:
         raise TargetError(
@@ -101,10 +103,14 @@ def _check_files(target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     # transformers builds an empty tokenizer of the model's class from config.json alone.
     wanted = sorted({"tokenizer.json", *type(tokenizer).vocab_files_names.values()})
     if not any((target / name).is_file() for name in wanted):
-        raise TargetError(
-            f"the target directory {target} holds no tokenizer (none of {', '.join(wanted)}): "
-            "copy the target's tokenizer files into it"
-        )
+        raise _no_tokenizer(target, wanted)
+
+
+def _no_tokenizer(target: Path, wanted: Sequence[str]) -> TargetError:
+    return TargetError(
+        f"the target directory {target} holds no tokenizer (none of {', '.join(wanted)}): "
+        "copy the target's tokenizer files into it"
+    )
 
 
 def _first_line(error: Exception) -> str:

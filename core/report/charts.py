@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.figure import Figure
 
@@ -15,7 +16,7 @@ Points = Sequence[tuple[float, float]]
 def lines(series: Mapping[str, Points], *, x: str, y: str, smooth: bool = False) -> str:
     """One line per named series of (x, y); `smooth` draws a running mean over the raw points."""
     figure, axes = _figure(x, y)
-    for colour, (name, points) in zip(COLOURS * 2, series.items(), strict=False):
+    for colour, (name, points) in zip(cycle(COLOURS), series.items(), strict=False):
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         if smooth and len(ys) > 20:
             axes.plot(xs, ys, color=colour, alpha=0.22, linewidth=0.8)

@@ -15,6 +15,7 @@ from torchspec.core.errors import ConfigError
 
 class Options(Section):
     file: Path = Field(description="a file, 100 % of it")
+    files: list[Path] = Field([], description="files")
     many: list[Positive] = Field([], description="numbers")
     rate: float = Field(0.5, ge=0, description="a rate")
     kind: Literal["warm", "cold"] = Field("warm", description="a kind")
@@ -55,6 +56,13 @@ def test_mistakes_are_collected(parser: Parser) -> None:
     assert set(found) == {"--file", "--many", "--rate", "--kind", "--lou", "a.b=3"}
     assert found["--kind"].remedy == "did you mean warm?"
     assert found["--lou"].remedy == "did you mean --loud?"
+
+
+@pytest.mark.parametrize("words", [["--file", ""], ["--file="], ["--file", "a", "--files", "b", ""]])
+def test_an_empty_path_is_not_the_working_directory(parser: Parser, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--files?: is empty"):
+        read_options(parser, Options, words)
+    assert read_options(parser, Options, ["--file", "."]).file == Path()
 
 
 def test_abbreviations_are_not_guessed(parser: Parser) -> None:

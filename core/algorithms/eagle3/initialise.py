@@ -35,6 +35,8 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
     it and not at everything alike; and where the sizes allow it, the first feature is the target's last tap, the head
     is the target's, and half of the key heads copy (see `_copy`).
     """
+    if draft.fc.weight.is_meta:
+        return  # a draft of shapes alone
     for module in draft.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)

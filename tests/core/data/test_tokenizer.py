@@ -51,14 +51,20 @@ def test_missing_directory_and_missing_tokenizer(target: Path) -> None:
     with pytest.raises(TargetError, match=r"holds no tokenizer .*tokenizer\.json.*copy the target's tokenizer files"):
         load_tokenizer(target)
     (target / "config.json").unlink()
-    with pytest.raises(TargetError, match="cannot be loaded"):
+    with pytest.raises(TargetError, match="holds no tokenizer"):
+        load_tokenizer(target)
+
+
+def test_a_damaged_model_config_is_not_blamed_on_the_tokenizer(target: Path) -> None:
+    (target / "config.json").write_text("{broken")
+    with pytest.raises(TargetError, match=r"cannot be loaded: .*config\.json.* not a valid JSON file\.$"):
         load_tokenizer(target)
 
 
 @pytest.mark.parametrize("text", ["{broken", json.dumps({"version": "1.0", "model": {"type": "Unheard"}})])
 def test_damaged_tokenizer(target: Path, text: str) -> None:
     (target / "tokenizer.json").write_text(text)
-    with pytest.raises(TargetError, match=r"cannot be loaded.*\n.*remedy: copy tokenizer\.json"):
+    with pytest.raises(TargetError, match="cannot be loaded: "):
         load_tokenizer(target)
 
 

@@ -30,6 +30,16 @@ def test_damaged_files_are_left_out_and_named(tmp_path: Path, caplog: pytest.Log
         assert f"{name} is damaged and left out of the report" in caplog.text
 
 
+def test_every_series_of_a_chart_is_drawn(tmp_path: Path) -> None:
+    row = {"kind": "train", "step": 1, "loss": 1.0, "accuracy_per_position": [0.5] * 20}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({**row, "step": step}) + "\n" for step in (1, 2)))
+    (few := tmp_path / "few").mkdir()
+    row["accuracy_per_position"] = [0.5] * 4
+    (few / "metrics.jsonl").write_text("".join(json.dumps({**row, "step": step}) + "\n" for step in (1, 2)))
+    lines = [write_report(place).read_text().count('<g id="line2d_') for place in (tmp_path, few)]
+    assert lines[0] - lines[1] >= 16
+
+
 def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     (tmp_path / "report.html").write_text("old")

@@ -10,7 +10,7 @@ from pydantic import Field
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
 from torchspec.core.config.schema import Section
-from torchspec.core.errors import ConfigError
+from torchspec.core.errors import ConfigError, TorchspecError
 
 
 class PrepareOptions(Section):
@@ -47,7 +47,10 @@ def prepare(directory: Path, progress: ProgressDisplay) -> dict[str, int]:
     """Write the three files; returns the rows of each split."""
     from torchspec.core.data.stdlib_corpus import write_jsonl
 
-    counts = write_jsonl(directory, progress=progress)
+    try:
+        counts = write_jsonl(directory, progress=progress)
+    except OSError as error:
+        raise TorchspecError(f"cannot write the conversations into {directory}: {error.strerror}") from error
     for split in ("train", "validation", "test"):
         announce(f"  {counts[split]:6d} conversations in {directory / split}.jsonl")
     if counts["skipped_files"]:
