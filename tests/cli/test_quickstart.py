@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from torchspec.cli import main
-from torchspec.cli.commands.quickstart import QuickstartOptions, _configure, _native_precision, move_aside
-from torchspec.core import registry
+from torchspec.cli.commands.quickstart import move_aside
 
 SMALL = ("train.max_steps=3", "train.batch_size=4", "draft.unroll=2", "draft.vocab_size=64", "data.max_length=96")
 DECODING = ("--samples", "3", "--max-new-tokens", "6", "--sweep", "1", "2", "--device", "cpu")
@@ -165,29 +163,6 @@ def test_an_earlier_run_of_other_settings_is_refused_before_the_target_answers(
         assert said in text
         assert "1/5" not in text
     assert contents(output) == before
-
-
-@pytest.mark.parametrize(
-    ("found", "words", "device", "expected"),
-    [
-        ({"avx512_bf16": True}, [], "cpu", {"precision.compute", "target.dtype"}),
-        ({"amx_bf16": True}, ["precision.compute=float32"], "cpu", {"target.dtype"}),
-        ({"avx512_bf16": False, "avx2": True}, [], "cpu", set()),
-        ({"avx512_bf16": True}, [], "cuda", set()),
-    ],
-)
-def test_bfloat16_where_the_cpu_multiplies_it_and_nobody_chose(
-    found: dict[str, bool],
-    words: list[str],
-    device: str,
-    expected: set[str],
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    monkeypatch.setattr(registry, "choose_device", lambda *_: (device, ""))
-    config, provenance = _configure(QuickstartOptions(), output / "data", [output / "data" / "train.jsonl"], words)
-    assert set(_native_precision(config, provenance)) == {f"{path}=bfloat16" for path in expected}
 
 
 def test_training_on_what_the_target_says(quickstart: Quickstart, output: Path) -> None:

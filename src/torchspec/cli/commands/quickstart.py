@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from importlib import resources
@@ -79,14 +79,14 @@ def run(words: Sequence[str]) -> int:
         with ProgressDisplay() as progress:
             prepare(data, progress)
     train_files = [data / "train.jsonl"]
-    config, provenance = _configure(options, data, train_files, overrides)
+    config, _ = _configure(options, data, train_files, overrides)
     nproc = options.nproc or _default_nproc(config)
     if options.generate:
         train_files = _answers(options, config, data, nproc)
     else:
         announce("2/5 answers: the texts as they are")
     announce(f"3/5 training in {options.output}; if it is stopped, the same command continues it")
-    code = _train(options, data, train_files, [*overrides, *_native_precision(config, provenance)], nproc)
+    code = _train(options, data, train_files, overrides, nproc)
     if code:
         return code
     announce("4/5 decoding held-out conversations with the draft and without it")
@@ -177,23 +177,6 @@ def _default_nproc(config: RunConfig) -> int:
 
     name, _ = registry.choose_device(config.device, settings.default_device())
     return min(settings.cores(), MOST_RANKS) if name == "cpu" else 1
-
-
-def _native_precision(config: RunConfig, provenance: Mapping[str, str]) -> list[str]:
-    """Settings for training in bfloat16 where this CPU has instructions for it, unless the user chose a precision.
-
-    Its matrix products are then several times faster than in fp32, elsewhere much slower. Answers and evaluation stay
-    in fp32.
-    """
-    import torch
-
-    from torchspec.core import registry, settings
-
-    name, _ = registry.choose_device(config.device, settings.default_device())
-    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if name != "cpu" or not (found.get("avx512_bf16") or found.get("amx_bf16")):
-        return []
-    return [f"{path}=bfloat16" for path in ("precision.compute", "target.dtype") if path not in provenance]
 
 
 def _train(
