@@ -86,8 +86,9 @@ def _head_of_embedding(draft: Eagle3Draft, head: TargetHead) -> Tensor:
     ids_N = draft.vocabulary.ids_N
     some = ids_N[:: max(1, ids_N.numel() // (FITTED_TOKENS * size))]
     embedding = F.rms_norm(head.embedding_VH[some].float().cpu(), (size,))
-    fitted: Tensor = torch.linalg.lstsq(embedding, head.head_VH[some].float().cpu(), driver="gelsd").solution
-    return fitted * (size**0.5 / fitted.norm().clamp_min(1e-20))
+    fitted = torch.linalg.lstsq(embedding, head.head_VH[some].float().cpu(), driver="gelsd").solution
+    scaled: Tensor = fitted * (size**0.5 / fitted.norm().clamp_min(1e-20))
+    return scaled
 
 
 def _grouped(weight: Tensor, geometry: Geometry) -> Tensor:
