@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +18,32 @@ from torchspec.core.registry import load_device
 @pytest.fixture
 def runtime(device_name: str) -> Runtime:
     return load_device(device_name).runtime
+
+
+FAULTS = """
+import resource, torch
+from torchspec.core.registry import load_device
+load_device("cpu")
+def touch():
+    for _ in range(5):
+        held = [torch.empty(28 << 20, dtype=torch.uint8).fill_(1) for _ in range(10)]
+        del held
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told to keep memory")
+def test_freed_memory_is_used_again_unless_the_environment_says_otherwise() -> None:
+    pages = 5 * 10 * (28 << 20) // resource.getpagesize()
+    own = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    for environment, few in ((own, True), (own | {"MALLOC_MMAP_THRESHOLD_": "131072"}, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True
+        )
+        assert (int(done.stdout) < pages / 4) is few
 
 
 def test_binding(runtime: Runtime) -> None:
