@@ -1,6 +1,7 @@
 """Where a fresh draft starts.
 
-Shape letters: N draft vocabulary, H hidden size, D head size, C width of the copying key heads together.
+Shape letters: N draft vocabulary, H hidden size, D head size, C width of the copying key heads together,
+M some tokens.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ COPIED = 6.0
 On the embedded target, whose last tap has 10, anything from 2 to 14 learns to copy; without, it is learned late.
 """
 
-FITTED_TOKENS = 4
-"""Tokens per hidden unit from which the map from embeddings to head rows is fitted."""
+FITTED_TOKENS, RIDGE = 4, 1e-3
+"""Of the map from embeddings to head rows: tokens per hidden unit it is fitted to, and its regularisation."""
 
 
 @torch.no_grad()
@@ -85,10 +86,13 @@ def _head_of_embedding(draft: Eagle3Draft, head: TargetHead) -> Tensor:
     size = draft.geometry.hidden_size
     ids_N = draft.vocabulary.ids_N
     some = ids_N[:: max(1, ids_N.numel() // (FITTED_TOKENS * size))]
-    embedding = F.rms_norm(head.embedding_VH[some].float().cpu(), (size,))
-    fitted = torch.linalg.lstsq(embedding, head.head_VH[some].float().cpu(), driver="gelsd").solution
-    scaled: Tensor = fitted * (size**0.5 / fitted.norm().clamp_min(1e-20))
-    return scaled
+    embedding_MH = F.rms_norm(head.embedding_VH[some].float().cpu(), (size,))
+    products_HH = embedding_MH.T @ embedding_MH
+    # Where there are too few tokens to tell, the smallest map.
+    products_HH.diagonal().add_(RIDGE * products_HH.diagonal().mean())
+    fitted_HH = torch.linalg.solve(products_HH, embedding_MH.T @ head.head_VH[some].float().cpu())
+    scaled_HH: Tensor = fitted_HH * (size**0.5 / fitted_HH.norm().clamp_min(1e-20))
+    return scaled_HH
 
 
 def _grouped(weight: Tensor, geometry: Geometry) -> Tensor:
