@@ -94,7 +94,7 @@ def test_data(answer: Answer, tiny_target: Path, data: str, code: int, says: lis
     [
         ("nowhere", 2, ["target.path", "no such directory", "`embedded`", "nothing is downloaded"]),
         (".", 2, ["target.path", "no config.json"]),
-        ("no_tokenizer", 2, ["tokenizer in no_tokenizer", "tokenizer.json"]),
+        ("no_tokenizer", 2, ["no_tokenizer holds no tokenizer", "tokenizer.json"]),
         ("no_weights", 2, ["no_weights has no weights", "model.safetensors"]),
     ],
 )
