@@ -48,6 +48,11 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchspec"
 
 
+def malloc_is_tuned() -> bool:
+    """Whether the user gave glibc's malloc thresholds of their own (mallopt(3))."""
+    return any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"))
+
+
 def typed_command() -> list[str]:
     """The words the user typed: this process's own, or those of the process that started it as a rank."""
     handed_on = os.environ.get("TORCHSPEC_COMMAND")

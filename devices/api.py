@@ -13,7 +13,7 @@ from torchspec.core.interfaces.device import (
     Runtime,
 )
 from torchspec.core.interfaces.mask import MaskSpec
-from torchspec.core.settings import Launch, launch
+from torchspec.core.settings import Launch, launch, malloc_is_tuned
 
 __all__ = [
     "API_VERSION",
@@ -30,4 +30,5 @@ __all__ = [
     "TorchspecError",
     "UnavailableError",
     "launch",
+    "malloc_is_tuned",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchspec.devices.api import MemoryStats
+from torchspec.devices.api import MemoryStats, malloc_is_tuned
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -20,7 +20,6 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 _KEPT_BYTES = 1 << 30
-_MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> None:
@@ -30,9 +29,8 @@ def keep_freed_memory() -> None:
     ranks that train a draft for the embedded target make 10 to 20 % more tokens per second. Thresholds that the
     environment sets (mallopt(3)) stay as they are.
     """
-    chosen = any(name in os.environ for name in _MALLOC_VARIABLES)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and not chosen:
+    if mallopt is not None and not malloc_is_tuned():
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
