@@ -68,6 +68,8 @@ def _copy(draft: Eagle3Draft, head: TargetHead) -> None:
     geometry, attention = draft.geometry, draft.midlayer.self_attn
     size, width = geometry.hidden_size, geometry.head_dim
     copying = min((geometry.num_key_value_heads + 1) // 2, size // width)
+    if not copying:
+        return  # a head wider than the embedding
     queries = _grouped(attention.q_proj.weight, geometry)[:copying, 0]
     queries[..., size:] = 0  # [embedding ; feature]
     attention.k_proj.weight[: copying * width] = queries.roll(size, dims=-1).flatten(0, 1)

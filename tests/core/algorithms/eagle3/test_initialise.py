@@ -78,3 +78,8 @@ def test_a_draft_of_another_width_has_nothing_to_take_over(make_world: Worlds) -
     assert draft.fc.weight.shape[0] == 32
     assert float(draft.fc.weight.std()) > 0
     assert torch.equal(draft.norm.weight, torch.ones(32))
+
+
+def test_a_head_wider_than_the_embedding_copies_nothing(make_world: Worlds) -> None:
+    draft = fresh(make_world(draft_config={"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1}))
+    assert torch.equal(draft.midlayer.self_attn.k_proj.weight, draft.midlayer.self_attn.q_proj.weight[:128])
