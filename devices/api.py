@@ -13,20 +13,34 @@ from torchspec.core.interfaces.device import (
     Runtime,
 )
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.distillation import (
+    LOG_TERMS,
+    SOFT_TERMS,
+    Label,
+    TilePairs,
+    TileTeacher,
+    TileTerms,
+)
 from torchspec.core.settings import Launch, launch, malloc_is_tuned
 
 __all__ = [
     "API_VERSION",
+    "LOG_TERMS",
+    "SOFT_TERMS",
     "Attention",
     "Availability",
     "Communication",
     "Device",
     "DeviceSpec",
     "FusedOps",
+    "Label",
     "Launch",
     "MaskSpec",
     "MemoryStats",
     "Runtime",
+    "TilePairs",
+    "TileTeacher",
+    "TileTerms",
     "TorchspecError",
     "UnavailableError",
     "launch",

@@ -42,6 +42,18 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """How a training step is to trade memory.
+
+    recompute     activations of the draft's layers are made again in the backward pass instead of being kept
+    loss_bytes    what the loss may hold at a time beside its gradients; None: the device's own preference
+    """
+
+    recompute: bool = False
+    loss_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DraftFiles:
     """A draft as a directory holds it: config.json and the tensors of model.safetensors.
 
@@ -143,6 +155,7 @@ class Algorithm(Protocol):
         features: Sequence[Features],
         loss_masks: Sequence[Tensor],
         device: Device,
+        memory: StepMemory = ...,
     ) -> StepResult:
         """Training forward of one micro-batch (never empty; a hole is a sample whose mask is all False).
 

@@ -13,9 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.distillation import TilePairs, TileTeacher, TileTerms, distillation_tile
+from torchspec.core.ops.norm import rms_norm, rms_norm_backward
+from torchspec.core.ops.rotary import rotary
+from torchspec.core.ops.swiglu import swiglu, swiglu_backward
 
 API_VERSION = 1
 
@@ -114,27 +117,52 @@ class Attention(Protocol):
 
 
 class FusedOps:
-    """Elementwise pieces of a transformer in plain torch; a device overrides those it has kernels for."""
+    """Elementwise pieces of a training step as pairs of functions; `core.models.fused` differentiates with them.
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last axis, statistics in fp32 (1910.07467)."""
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return normed.to(x.dtype) * weight
+    In plain torch (`core.ops`); a device overrides those that it has kernels for, and these stay their oracle.
+    """
+
+    temporary_bytes: int = 1 << 20
+    """How large a temporary should be: what a CPU's cache holds, what an accelerator can spare."""
+
+    loss_bytes: int = 48 << 20
+    """What the loss should hold at a time: enough rows for products at full speed."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Root-mean-square norm over the last axis -> (y in x's dtype, what the gradient needs, one value a row)."""
+        return rms_norm(x, weight, eps)
+
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """-> dx, dweight. `kept` is `rms_norm`'s."""
+        return rms_norm_backward(dy, x, weight, kept)
 
     def rotary(self, x_BSHD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
-        """Rotate halves: x * cos + rotate_half(x) * sin; cos and sin broadcast over heads."""
-        cos, sin = cos_BSD.unsqueeze(2).to(x_BSHD.dtype), sin_BSD.unsqueeze(2).to(x_BSHD.dtype)
-        first, second = x_BSHD.chunk(2, dim=-1)
-        return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
+        """Rotate halves: x * cos + rotate_half(x) * sin; cos and sin broadcast over heads. -sin is the gradient."""
+        return rotary(x_BSHD, cos_BSD, sin_BSD)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+        return swiglu(gate, up, self.temporary_bytes)
 
-    def wide_mm(self, a: Tensor, b: Tensor) -> Tensor:
+    def swiglu_backward(self, dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> swiglu(gate, up) once more, dgate, dup. `dout` may be overwritten."""
+        return swiglu_backward(dout, gate, up, self.temporary_bytes)
+
+    def wide_operand(self, x: Tensor) -> Tensor:
+        """x as `wide_mm` reads it best when it reads it many times."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def wide_mm(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b of two matrices, accumulated and returned in fp32 (fp64 for fp64) whatever their precision."""
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return a.to(wide) @ b.to(wide)
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        return torch.mm(a.to(wide), b.to(wide), out=out)
+
+    def distillation_tile(
+        self, logits_CN: Tensor, teacher: TileTeacher, pairs: TilePairs, *, with_grad: bool
+    ) -> TileTerms:
+        """The terms of some pairs; their gradient replaces the logits (`core.ops.distillation`)."""
+        return distillation_tile(
+            logits_CN, teacher, pairs, with_grad=with_grad, temporary_bytes=self.temporary_bytes
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

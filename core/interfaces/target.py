@@ -5,7 +5,9 @@ Shape letters: T rows, H target hidden size, V target vocabulary, N draft vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -37,6 +39,15 @@ class VocabularyMap:
         keep[self.ids_N] = True
         return keep
 
+    @cached_property
+    def _host_N(self) -> Tensor:
+        return self.ids_N.cpu()
+
+    def cuts(self, edges: Sequence[int]) -> list[int]:
+        """How many of the ids lie below each edge. The ids are copied to the host once for all calls."""
+        found: list[int] = torch.searchsorted(self._host_N, torch.tensor(edges)).tolist()
+        return found
+
     @classmethod
     def from_offsets(cls, d2t_N: Tensor, target_size: int) -> VocabularyMap:
         return cls(ids_N=d2t_N.long() + torch.arange(d2t_N.numel(), device=d2t_N.device), target_size=target_size)
@@ -63,4 +74,8 @@ class TargetHead(Protocol):
 
         Scaling and soft-capping that the target's architecture applies to its logits are included.
         """
+        ...
+
+    def finished(self, products: Tensor) -> Tensor:
+        """Logits from fp32 (or fp64) products of states and head rows: the scaling and soft-capping alone."""
         ...

@@ -1,13 +1,14 @@
 """Pieces of a Llama-style decoder layer that drafts are built from. Parameter names are the checkpoints' own.
 
-Elementwise work goes through the device's `FusedOps`; linear maps are stock `nn.Linear` without bias.
+Elementwise work goes through the device's `FusedOps`; linear maps are stock `nn.Linear` without bias, applied together
+with their neighbours where that saves memory (`core.models.fused`).
 
 Shape letters: B rows, S positions, Hq query heads, Hk key/value heads, D head size, I MLP width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from torchspec.core.interfaces.device import FusedOps
+from torchspec.core.models import fused
 
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Frequencies that do not depend on the length of the text, so that keys can be rotated once and kept."""
@@ -48,12 +50,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, ops: FusedOps) -> Tensor:
-        normed: Tensor = ops.rms_norm(x, self.weight, self.eps)
-        return normed
+        return fused.rms_norm(x, self.weight, self.eps, ops)
+
+    def then(
+        self, x: Tensor, weights_ZH: Sequence[Tensor], ops: FusedOps, adds: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Linear maps of the norm of x, `adds` added; see `fused.normed_linear`."""
+        given = adds if adds is not None else [None] * len(weights_ZH)
+        return fused.normed_linear(x, self.weight, self.eps, weights_ZH, given, ops)
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), 2002.05202."""
+    """down(silu(gate(x)) * up(x)), 2002.05202, of a normed x and added to it."""
 
     def __init__(self, size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -61,9 +69,10 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, size, bias=False)
 
-    def forward(self, x: Tensor, ops: FusedOps) -> Tensor:
-        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
-        return out
+    def forward(self, x: Tensor, norm: RMSNorm, ops: FusedOps) -> Tensor:
+        """x + mlp(norm(x))."""
+        gate, up = norm.then(x, (self.gate_proj.weight, self.up_proj.weight), ops)
+        return fused.gated_linear(gate, up, self.down_proj.weight, x, ops)
 
 
 class AttentionProjections(nn.Module):
@@ -77,20 +86,18 @@ class AttentionProjections(nn.Module):
         self.v_proj = nn.Linear(input_size, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, output_size, bias=False)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """[B, S, in] -> [B, S, Hq, D]."""
-        return self._split(self.q_proj(x))
+    def input_columns(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of the q, k and v maps that read these input features."""
+        return tuple(proj.weight[:, first:last] for proj in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[return-value]
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, in] -> two of [B, S, Hk, D]."""
-        return self._split(self.k_proj(x)), self._split(self.v_proj(x))
+    def heads(self, x: Tensor) -> Tensor:
+        """[..., heads * D] -> [..., heads, D]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
-    def output(self, x_BSHD: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(x_BSHD.flatten(-2))
-        return out
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim)
+    def add_output(self, residual: Tensor, x_BSHD: Tensor) -> Tensor:
+        """residual + o(x)."""
+        rows = x_BSHD.flatten(-2).flatten(0, -2)
+        return torch.addmm(residual.flatten(0, -2), rows, self.o_proj.weight.T).view_as(residual)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,14 +128,14 @@ class Rotary:
             inv_freq_d, scaling = initial(config)
         return cls(inv_freq_d=inv_freq_d.float(), attention_scaling=float(scaling))
 
-    def tables(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, D] at these positions; angles in fp32 (fp64 for fp64), the result in `dtype`."""
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., D] at these positions; angles in fp32 (fp64 for fp64), the result in `dtype`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        half_BSd = positions_BS[..., None].to(wide) * self.inv_freq_d.to(positions_BS.device, wide)
-        angle_BSD = torch.cat((half_BSd, half_BSd), dim=-1)
+        half = positions[..., None].to(wide) * self.inv_freq_d.to(positions.device, wide)
+        angle = torch.cat((half, half), dim=-1)
         return (
-            (angle_BSD.cos() * self.attention_scaling).to(dtype),
-            (angle_BSD.sin() * self.attention_scaling).to(dtype),
+            (angle.cos() * self.attention_scaling).to(dtype),
+            (angle.sin() * self.attention_scaling).to(dtype),
         )
 
 

@@ -63,13 +63,15 @@ class SafetensorsTargetHead:
         everything after it, and the result, in float32 (float64 for a float64 head)."""
         rows = self.head_VH if rows_NH is None else rows_NH
         logits = F.linear(normed_TH.to(rows.dtype), rows)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
+        return self.finished(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def finished(self, products: Tensor) -> Tensor:
+        """See `TargetHead.finished`."""
         if self.logit_factor != 1.0:
-            logits = logits * self.logit_factor
+            products = products * self.logit_factor
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+            products = torch.tanh(products / self.softcap) * self.softcap
+        return products
 
 
 def load_target_head(

@@ -1,6 +1,8 @@
 """Cutting the loss into chunks of target rows, so that nothing of size [all rows, vocabulary] is ever alive.
 
-Shape letters: M supervised (slot, step) pairs grouped by step, R target rows.
+A chunk stacks the pairs of all steps that its target rows teach: one product for all of them.
+
+Shape letters: M supervised (slot, step) pairs grouped by step, R target rows, C stacked pairs of one chunk.
 """
 
 from __future__ import annotations
@@ -12,34 +14,71 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-FEWEST_ROWS, MOST_ROWS = 128, 2048
+FEWEST_ROWS = 128
+"""Below it, work done once per chunk (and later once per collective) weighs more than the rows."""
+
+LARGEST_TILE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Target rows [start, stop) and, for each step, the pairs [lo, hi) of the M that they teach."""
+    """Target rows [start, stop) and the pairs they teach, stacked step after step.
+
+    pairs    for each step, the range of the M that these rows teach; they stand one after the other in the stack
+    runs     (first, last, row): the stack's places first..last-1 are taught by the chunk's rows row, row + 1, ...
+    """
 
     start: int
     stop: int
     pairs: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return sum(hi - lo for lo, hi in self.pairs)
 
 
-def chunk_rows(vocabulary: int, temporary_bytes: int) -> int:
-    """Rows whose fp32 logits fit the device's temporaries; never so few that per-chunk work dominates."""
-    return max(FEWEST_ROWS, min(MOST_ROWS, temporary_bytes // (4 * vocabulary)))
+def vocabulary_tile(vocabulary: int) -> int:
+    """Columns of the target's logits made at a time: the whole of a small vocabulary, else near-equal tiles."""
+    tiles = -(-vocabulary // LARGEST_TILE)
+    return -(-vocabulary // tiles)
+
+
+def chunk_rows(steps: int, draft_vocabulary: int, target_vocabulary: int, budget: int) -> int:
+    """Target rows per chunk such that everything of the chunk fits `budget` bytes, and never fewer than FEWEST_ROWS.
+
+    A row takes, in fp32, the logits of `steps` pairs (half as much again for a copy in bf16), the teacher's
+    probabilities twice, and one tile of the target's logits.
+    """
+    floats = 1.5 * steps * draft_vocabulary + 2 * draft_vocabulary + vocabulary_tile(target_vocabulary)
+    return max(FEWEST_ROWS, int(budget // (4 * floats)))
 
 
 def plan_chunks(row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int) -> tuple[Chunk, ...]:
-    """`row_M` on the CPU: each pair's target row in 0..rows-1, ascending within each step's `sizes[k]` pairs."""
-    starts = range(0, rows, most_rows)
-    edges = torch.tensor([*starts, rows])
-    pieces = []
+    """`row_M` on the CPU: each pair's target row in 0..rows-1, ascending within each step's `sizes[k]` pairs.
+
+    Chunks are as equal as they can be: a last one of a few rows would multiply them at a fraction of the speed.
+    """
+    count = -(-rows // most_rows)
+    edges = [rows * place // count for place in range(count + 1)] if count else [0]
+    cuts: list[list[tuple[int, int]]] = []
     first = 0
     for row_m in torch.split(row_M, list(sizes)):
-        cuts = (torch.searchsorted(row_m, edges) + first).tolist()
-        pieces.append(list(pairwise(cuts)))
+        inside = (torch.searchsorted(row_m, torch.tensor(edges)) + first).tolist()
+        cuts.append(list(pairwise(inside)))
         first += row_m.numel()
-    return tuple(
-        Chunk(start=start, stop=min(start + most_rows, rows), pairs=tuple(piece[place] for piece in pieces))
-        for place, start in enumerate(starts)
-    )
+    chunks = []
+    for place, (start, stop) in enumerate(pairwise(edges)):
+        pairs = tuple(step[place] for step in cuts)
+        stacked_C = torch.cat([row_M[lo:hi] for lo, hi in pairs]) - start
+        chunks.append(Chunk(start=start, stop=stop, pairs=pairs, runs=_runs(stacked_C)))
+    return tuple(chunks)
+
+
+def _runs(row_C: Tensor) -> tuple[tuple[int, int, int], ...]:
+    if not row_C.numel():
+        return ()
+    breaks = (row_C.diff() != 1).nonzero()[:, 0] + 1
+    edges = [0, *breaks.tolist(), row_C.numel()]
+    firsts = row_C[torch.tensor(edges[:-1])].tolist()
+    return tuple((first, last, row) for (first, last), row in zip(pairwise(edges), firsts, strict=True))

@@ -1,18 +1,20 @@
-"""Soft-target cross-entropy of an unrolled draft: gradients are made together with the loss, chunk by chunk.
+"""The loss of an unrolled draft on its target's distributions: one pass makes terms, metrics and gradients.
 
-The outer loop runs over chunks of target rows, the inner one over steps, so the teacher's product happens once per
-row and serves every step; only one chunk's logits exist at a time. `eager` is the readable reference.
+The loop runs over chunks of target rows. The teacher's product happens once per row and serves every step; the logits
+of all steps that a chunk teaches are one product, live in one buffer, and are overwritten by their gradient. The draft's
+final norm belongs to the pass too, so that of each pair only the layer's output and its gradient are ever kept.
+`eager` is the readable reference of the terms, `core.ops.distillation` their closed form.
 
-With z = h W^T in fp32 and q = softmax(z):  d(sum_m w_m CE_m)/dz = w (q - p),  dh = dz W,  dW = dz^T h.
+With z = n W^T, n the normed output, and g = d(loss)/dz:  dn = g W,  dW = g^T n.
 
-Shape letters: M supervised (slot, step) pairs grouped by step, C pairs or rows of one chunk, R target rows,
-H draft hidden size, N draft vocabulary.
+Shape letters: M supervised (slot, step) pairs grouped by step, C stacked pairs of one chunk, S slots, H draft hidden
+size, N draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +23,39 @@ from torch.autograd.function import once_differentiable
 
 from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.objectives.chunks import Chunk
-from torchspec.core.objectives.teacher import Teacher, TeacherChunk
+from torchspec.core.objectives.teacher import OUTSIDE, Teacher, TeacherChunk
+from torchspec.core.ops.distillation import Label, TilePairs, TileTerms
+
+TERMS = ("cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk_alpha", "argmax", "ground_truth")
+LABEL_TERMS = frozenset({"argmax", "ground_truth"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """What the pairs are taught.
+
+    slot_M, row_M    each pair's row in its step's outputs, and its target row
+    base_M           its weight before the target row's coverage
+    weights          of the loss's terms, by the names in `TERMS`
+    truth_M          draft index of the token that came, OUTSIDE if the draft cannot say it; for `ground_truth`
+    """
+
+    teacher: Teacher
+    chunks: Sequence[Chunk]
+    slot_M: Tensor
+    row_M: Tensor
+    base_M: Tensor
+    weights: Mapping[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    truth_M: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The draft's final norm and output head, in the compute dtype."""
+
+    norm_H: Tensor
+    head_NH: Tensor
+    eps: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,110 +65,167 @@ class PairTerms:
     cross_entropy_M, entropy_M    in nats; their difference is KL(p | q)
     alpha_M                       sum_v min(p_full, q)
     agree_M                       bool: the draft's first choice is the target's, among all V tokens
+    coverage_M                    how much the pair's target row counts
     """
 
     cross_entropy_M: Tensor
     entropy_M: Tensor
     alpha_M: Tensor
     agree_M: Tensor
+    coverage_M: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Supervision:
-    """What the pairs are taught. `row_M` is each pair's target row, `weight_M` its weight in the sum."""
+def distil(
+    outputs: Sequence[Tensor], head: Head, supervision: Supervision, ops: FusedOps
+) -> tuple[Tensor, PairTerms]:
+    """(sum over pairs and terms of base * coverage * weight * term, the pairs' terms).
 
-    teacher: Teacher
-    chunks: Sequence[Chunk]
-    row_M: Tensor
-    weight_M: Tensor
-
-
-def distil(hidden_MH: Tensor, head_NH: Tensor, supervision: Supervision, ops: FusedOps) -> tuple[Tensor, PairTerms]:
-    """(sum_m weight_m * CE(p_m, q_m), the pairs' terms).
-
-    `hidden_MH` are the draft's states after its final norm, `head_NH` its output head, both in the compute dtype;
-    logits, softmax and sums are fp32 (fp64 for fp64). With M = 0 the sum is 0 and the gradients are zeros.
-    Differentiable once, in `hidden_MH` and `head_NH`.
+    `outputs[k]` [S, H] are the layer's outputs of step k before the final norm; logits, softmax and sums are fp32
+    (fp64 for fp64). Without pairs the sum is 0 and the gradients are zeros. Differentiable once.
     """
-    outputs: tuple[Tensor, ...] = _Distillation.apply(  # type: ignore[no-untyped-call]
-        hidden_MH, head_NH, supervision, ops, torch.is_grad_enabled()
+    results: tuple[Tensor, ...] = _Distillation.apply(  # type: ignore[no-untyped-call]
+        supervision, ops, head.eps, torch.is_grad_enabled(), head.norm_H, head.head_NH, *outputs
     )
-    loss, cross_entropy_M, entropy_M, alpha_M, agree_M = outputs
-    return loss, PairTerms(cross_entropy_M=cross_entropy_M, entropy_M=entropy_M, alpha_M=alpha_M, agree_M=agree_M)
+    loss, cross_entropy_M, entropy_M, alpha_M, agree_M, coverage_M = results
+    terms = PairTerms(
+        cross_entropy_M=cross_entropy_M,
+        entropy_M=entropy_M,
+        alpha_M=alpha_M,
+        agree_M=agree_M,
+        coverage_M=coverage_M,
+    )
+    return loss, terms
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MH: Tensor, head_NH: Tensor, supervision: Supervision, ops: FusedOps, with_grad: bool
+        ctx: Any,
+        supervision: Supervision,
+        ops: FusedOps,
+        eps: float,
+        with_grad: bool,
+        norm_H: Tensor,
+        head_NH: Tensor,
+        *outputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        wide = torch.promote_types(hidden_MH.dtype, torch.float32)
-        pairs = hidden_MH.shape[0]
-        terms = PairTerms(
-            cross_entropy_M=hidden_MH.new_zeros(pairs, dtype=wide),
-            entropy_M=hidden_MH.new_zeros(pairs, dtype=wide),
-            alpha_M=hidden_MH.new_zeros(pairs, dtype=wide),
-            agree_M=hidden_MH.new_zeros(pairs, dtype=torch.bool),
-        )
-        tile = _Tile(hidden_MH, head_NH, supervision, terms, ops, with_grad)
+        head = Head(norm_H=norm_H, head_NH=head_NH, eps=eps)
+        run = _Pass(head, outputs, supervision, ops, with_grad)
         for chunk in supervision.chunks:
-            target = supervision.teacher.chunk(chunk.start, chunk.stop)
-            for lo, hi in chunk.pairs:
-                if lo < hi:
-                    tile.run(slice(lo, hi), supervision.row_M[lo:hi] - chunk.start, target)
+            run.add(chunk)
         if with_grad:
-            ctx.save_for_backward(tile.dhidden_MH, tile.dhead_NH.to(head_NH.dtype))
-        values = (terms.cross_entropy_M, terms.entropy_M, terms.alpha_M, terms.agree_M)
+            ctx.save_for_backward(run.dnorm_H.to(norm_H.dtype), run.dhead_NH.to(head_NH.dtype), *run.doutputs)
+        terms = run.terms
+        values = (terms.cross_entropy_M, terms.entropy_M, terms.alpha_M, terms.agree_M, terms.coverage_M)
         ctx.mark_non_differentiable(*values)
-        return (terms.cross_entropy_M * supervision.weight_M).sum(), *values
+        return run.loss, *values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dhidden_MH, dhead_NH = ctx.saved_tensors
-        return dhidden_MH * dloss.to(dhidden_MH.dtype), dhead_NH * dloss.to(dhead_NH.dtype), None, None, None
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # Out of place: the graph may be asked again.
+        return None, None, None, None, *(grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
 
 
-class _Tile:
-    """The work on one (chunk, step): logits once, terms, and the gradients while the logits are still there."""
+class _Pass:
+    """Buffers of one pass, and the work on one chunk."""
 
     def __init__(
-        self,
-        hidden_MH: Tensor,
-        head_NH: Tensor,
-        supervision: Supervision,
-        terms: PairTerms,
-        ops: FusedOps,
-        with_grad: bool,
+        self, head: Head, outputs: Sequence[Tensor], supervision: Supervision, ops: FusedOps, with_grad: bool
     ) -> None:
-        self.hidden_MH, self.head_NH, self.weight_M = hidden_MH, head_NH, supervision.weight_M
-        self.terms, self.ops, self.with_grad = terms, ops, with_grad
-        # Laid out for the product; a CPU multiplies half as fast by the transposed view.
-        self.head_HN = head_NH.T.contiguous()
+        self.head, self.outputs, self.supervision, self.ops, self.with_grad = head, outputs, supervision, ops, with_grad
+        wide, device = supervision.base_M.dtype, head.norm_H.device
+        pairs, most = supervision.base_M.numel(), max((chunk.count for chunk in supervision.chunks), default=0)
+        self.terms = PairTerms(
+            cross_entropy_M=torch.empty(pairs, dtype=wide, device=device),
+            entropy_M=torch.empty(pairs, dtype=wide, device=device),
+            alpha_M=torch.empty(pairs, dtype=wide, device=device),
+            agree_M=torch.empty(pairs, dtype=torch.bool, device=device),
+            coverage_M=torch.empty(pairs, dtype=wide, device=device),
+        )
+        self.loss = torch.zeros((), dtype=wide, device=device)
+        self.wide_HN = ops.wide_operand(head.head_NH).T
+        self.logits = torch.empty(most, head.head_NH.shape[0], dtype=wide, device=device)
+        self.raw = head.norm_H.new_empty(most, head.norm_H.shape[0])
         if with_grad:
-            self.dhidden_MH = torch.zeros_like(hidden_MH)
-            self.dhead_NH = torch.zeros_like(head_NH, dtype=supervision.weight_M.dtype)
+            self.doutputs = [torch.zeros_like(output) for output in outputs]
+            self.dnorm_H = torch.zeros_like(head.norm_H, dtype=wide)
+            self.dhead_NH = torch.zeros_like(head.head_NH, dtype=wide)
 
-    def run(self, pairs: slice, rows_C: Tensor, target: TeacherChunk) -> None:
-        """`rows_C`: each pair's row within the chunk."""
-        hidden_CH, terms = self.hidden_MH[pairs], self.terms
-        probs_CN, full_CN = target.probs_CN, target.full_CN
-        if rows_C.numel() < probs_CN.shape[0]:  # else every row of the chunk, in order
-            probs_CN, full_CN = probs_CN[rows_C], full_CN[rows_C]
-        logits_CN = self.ops.wide_mm(hidden_CH, self.head_HN)
-        top_C, best_C = logits_CN.max(-1)
-        expected_C = torch.linalg.vecdot(probs_CN, logits_CN)
-        q_CN = torch.softmax(logits_CN, -1)
-        # log sum exp(z) = z_top - log q_top, and q_top >= 1 / N cannot underflow.
-        normaliser_C = top_C - q_CN.gather(1, best_C[:, None])[:, 0].log()
-        terms.cross_entropy_M[pairs] = normaliser_C - expected_C
-        terms.entropy_M[pairs] = target.entropy_C[rows_C]
-        terms.agree_M[pairs] = best_C == target.best_C[rows_C]
-        terms.alpha_M[pairs] = full_CN.minimum(q_CN).sum(-1)
+    def add(self, chunk: Chunk) -> None:
+        count, sup = chunk.count, self.supervision
+        if not count:
+            return
+        target = sup.teacher.chunk(chunk.start, chunk.stop)
+        row_C = self._stacked(sup.row_M, chunk) - chunk.start
+        weight_C = self._stacked(sup.base_M, chunk) * target.coverage_C[row_C]
+        raw_CH = self.raw[:count]
+        for output, (lo, hi), place in self._steps(chunk):
+            torch.index_select(output, 0, sup.slot_M[lo:hi], out=raw_CH[place])
+        normed_CH, kept = self.ops.rms_norm(raw_CH, self.head.norm_H, self.head.eps)
+        logits_CN = self.ops.wide_mm(normed_CH, self.wide_HN, out=self.logits[:count])
+        pairs = self._pairs(chunk, target, row_C, weight_C)
+        found = self.ops.distillation_tile(logits_CN, target.tile, pairs, with_grad=self.with_grad)
+        self._keep(chunk, target, row_C, weight_C, found)
         if self.with_grad:
-            dlogits_CN = q_CN.sub_(probs_CN).mul_(self.weight_M[pairs, None]).to(hidden_CH.dtype)
-            self.dhidden_MH[pairs] = dlogits_CN @ self.head_NH
-            if self.dhead_NH.dtype == hidden_CH.dtype:
-                self.dhead_NH.addmm_(dlogits_CN.T, hidden_CH)
+            self._differentiate(chunk, logits_CN.to(normed_CH.dtype), raw_CH, normed_CH, kept)
+
+    def _pairs(self, chunk: Chunk, target: TeacherChunk, row_C: Tensor, weight_C: Tensor) -> TilePairs:
+        soft: dict[str, Tensor] = {}
+        labels: dict[str, Label] = {}
+        for name, weight in self.supervision.weights.items():
+            if name == "argmax":
+                index_C = target.tile.probs_RN.max(-1).indices[row_C]
+                labels[name] = Label(weight_C=weight * weight_C, index_C=index_C)
+            elif name == "ground_truth":
+                assert self.supervision.truth_M is not None
+                index_C = self._stacked(self.supervision.truth_M, chunk)
+                labels[name] = Label(weight_C=weight * weight_C, index_C=index_C)
             else:
-                self.dhead_NH += self.ops.wide_mm(dlogits_CN.T, hidden_CH)
+                # KL differs from the cross-entropy by what no draft can change.
+                soft_name = "cross_entropy" if name == "kl" else name
+                soft[soft_name] = soft.get(soft_name, 0) + weight * weight_C
+        return TilePairs(row_C=row_C, runs=chunk.runs, weight=soft, labels=labels)
+
+    def _keep(
+        self, chunk: Chunk, target: TeacherChunk, row_C: Tensor, weight_C: Tensor, found: TileTerms
+    ) -> None:
+        entropy_C, best_C = target.entropy_C[row_C], target.best_C[row_C]
+        cross_C = found.value["cross_entropy"]
+        agree_C = (found.best_C == best_C) & (best_C != OUTSIDE)
+        coverage_C = target.coverage_C[row_C]
+        for name, weight in self.supervision.weights.items():
+            value_C = cross_C - entropy_C if name == "kl" else found.value[name]
+            self.loss += weight * torch.dot(weight_C, value_C)
+        terms = self.terms
+        for _, (lo, hi), place in self._steps(chunk):
+            terms.cross_entropy_M[lo:hi] = cross_C[place]
+            terms.entropy_M[lo:hi] = entropy_C[place]
+            terms.alpha_M[lo:hi] = found.alpha_C[place]
+            terms.agree_M[lo:hi] = agree_C[place]
+            terms.coverage_M[lo:hi] = coverage_C[place]
+
+    def _differentiate(
+        self, chunk: Chunk, dlogits_CN: Tensor, raw_CH: Tensor, normed_CH: Tensor, kept: Tensor
+    ) -> None:
+        if self.dhead_NH.dtype == dlogits_CN.dtype:
+            self.dhead_NH.addmm_(dlogits_CN.T, normed_CH)
+        else:
+            self.dhead_NH += self.ops.wide_mm(dlogits_CN.T, normed_CH)
+        dnormed_CH = dlogits_CN @ self.head.head_NH
+        draw_CH, dnorm_H = self.ops.rms_norm_backward(dnormed_CH, raw_CH, self.head.norm_H, kept)
+        self.dnorm_H += dnorm_H
+        for doutput, (lo, hi), place in zip(
+            self.doutputs, chunk.pairs, (place for *_, place in self._steps(chunk)), strict=True
+        ):
+            doutput.index_copy_(0, self.supervision.slot_M[lo:hi], draw_CH[place])
+
+    def _steps(self, chunk: Chunk) -> Iterator[tuple[Tensor, tuple[int, int], slice]]:
+        """Each step's outputs, its range of the M, and its place in the stack."""
+        first = 0
+        for output, (lo, hi) in zip(self.outputs, chunk.pairs, strict=True):
+            yield output, (lo, hi), slice(first, first + hi - lo)
+            first += hi - lo
+
+    def _stacked(self, value_M: Tensor, chunk: Chunk) -> Tensor:
+        return torch.cat([value_M[lo:hi] for lo, hi in chunk.pairs])

@@ -1,17 +1,26 @@
 """The target's distributions at the rows that teach, restricted to the draft vocabulary, chunk by chunk.
 
+The head is read in tiles of the vocabulary, each product made once: a tile's maximum, argmax and normaliser are
+added to those of the tiles before it, the columns that the draft can say are copied out, and the tile is forgotten.
+
 Shape letters: R target rows, C rows of one chunk, H target hidden size, V target vocabulary, N draft vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.objectives.chunks import Chunk, vocabulary_tile
+from torchspec.core.ops.distillation import TileTeacher
+from torchspec.core.ops.extremes import first_max
 
 Coverage = Literal["drop", "renormalise", "weight"]
 OUTSIDE = -1
@@ -22,61 +31,128 @@ OUTSIDE = -1
 class TeacherChunk:
     """The target at C rows.
 
-    probs_CN     normalised over the draft vocabulary
-    full_CN      the same tokens' probabilities normalised over all V
-    best_C       draft index of the target's first choice among all V tokens, OUTSIDE if the draft cannot say it
-    entropy_C    of probs_CN, in nats
+    tile          its probabilities over the draft vocabulary
+    best_C        draft index of the target's first choice among all V tokens, OUTSIDE if the draft cannot say it
+    entropy_C     of the probabilities over the draft vocabulary, in nats
+    coverage_C    how much the row counts in the loss (docs/concepts.md): 0 or 1, always 1, or the mass inside
     """
 
-    probs_CN: Tensor
-    full_CN: Tensor
+    tile: TileTeacher
     best_C: Tensor
     entropy_C: Tensor
+    coverage_C: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a first reading of the head leaves for the pass; rows_NH are the head's rows of the draft vocabulary."""
+
+    rows_NH: Tensor
+    whole_R: Tensor
+    best_R: Tensor
 
 
 class Teacher:
-    """Reads the target's head over given hidden states; nothing here has a gradient.
+    """Reads the target's head over given hidden states, `normed_RH`, which are after the final norm; no gradients.
 
-    `normed_RH` are last hidden states after the final norm. With a pruned vocabulary the whole head is needed once
-    per row, for the normaliser and the first choice; that comes first, since it decides which rows count, in pieces
-    of `survey_rows`.
+    `with_logs` keeps log-probabilities for the terms that need them.
     """
 
-    @torch.no_grad()
-    def __init__(self, head: TargetHead, normed_RH: Tensor, vocabulary: VocabularyMap, survey_rows: int) -> None:
-        self._head, self._normed_RH, self._ids_N = head, normed_RH, vocabulary.ids_N
+    def __init__(
+        self,
+        head: TargetHead,
+        normed_RH: Tensor,
+        vocabulary: VocabularyMap,
+        ops: FusedOps,
+        *,
+        coverage: Coverage = "drop",
+        with_logs: bool = False,
+    ) -> None:
+        self._head, self._vocabulary, self._ops = head, vocabulary, ops
+        self._normed_RH = normed_RH.to(head.head_VH.dtype)
+        self._coverage, self._with_logs = coverage, with_logs
         self._pruned = vocabulary.size < vocabulary.target_size
-        self._rows_NH = head.head_VH[vocabulary.ids_N] if self._pruned else head.head_VH
-        if self._pruned:
-            surveyed = [self._survey(normed_CH) for normed_CH in torch.split(normed_RH, survey_rows)]
-            self._best_R = torch.cat([best_C for best_C, _ in surveyed])
-            self._inside_R = torch.cat([inside_C for _, inside_C in surveyed])
+        self._tile = vocabulary_tile(vocabulary.target_size)
+        self._kept: Survey | None = None
+        self._room: Tensor | None = None
+        self.wide = torch.promote_types(head.head_VH.dtype, torch.float32)
 
-    def weight_R(self, coverage: Coverage) -> Tensor:
-        """How much each row counts in the loss (docs/concepts.md): 0 or 1, always 1, or the mass inside."""
-        if not self._pruned or coverage == "renormalise":
-            wide = torch.promote_types(self._normed_RH.dtype, torch.float32)
-            return torch.ones(self._normed_RH.shape[0], dtype=wide, device=self._normed_RH.device)
-        return self._inside_R if coverage == "weight" else (self._best_R != OUTSIDE).to(self._inside_R.dtype)
+    @torch.no_grad()
+    def survey(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Every row's coverage, for a normalisation that must know it before the pass.
+
+        What this learns of the whole vocabulary is kept, so that the pass multiplies by the draft's rows alone.
+        """
+        if not self._pruned or self._coverage == "renormalise":
+            return torch.ones(self._normed_RH.shape[0], dtype=self.wide, device=self._normed_RH.device)
+        rows_NH = self._head.head_VH[self._vocabulary.ids_N]
+        coverage, whole, best = [], [], []
+        for chunk in chunks:
+            logits_CN, whole_C, best_C = self._read(chunk.start, chunk.stop)
+            coverage.append(self._covered(best_C, (logits_CN.logsumexp(-1) - whole_C).exp_().clamp_max_(1.0)))
+            whole.append(whole_C)
+            best.append(best_C)
+        self._kept = Survey(rows_NH=rows_NH, whole_R=torch.cat(whole), best_R=torch.cat(best))
+        return torch.cat(coverage)
 
     @torch.no_grad()
     def chunk(self, start: int, stop: int) -> TeacherChunk:
-        """The distributions of rows [start, stop); this is the only place where [C, N] is made."""
-        log_CN = self._head.logits(self._normed_RH[start:stop], self._rows_NH).log_softmax(-1)
-        probs_CN = log_CN.exp()
-        # A token of logit -inf has probability 0 and adds nothing to the entropy.
-        entropy_C = -(probs_CN * log_CN.clamp_min(torch.finfo(log_CN.dtype).min)).sum(-1)
+        """The distributions of rows [start, stop)."""
         if self._pruned:
-            best_C, full_CN = self._best_R[start:stop], probs_CN * self._inside_R[start:stop, None]
+            logits_CN, whole_C, best_C = self._read(start, stop)
         else:
-            best_C, full_CN = log_CN.max(-1).indices, probs_CN  # max: argmax is slower on a CPU
-        return TeacherChunk(probs_CN=probs_CN, full_CN=full_CN, best_C=best_C, entropy_C=entropy_C)
+            logits_CN = self._logits(self._normed_RH[start:stop], self._head.head_VH)
+        top_C, place_C = first_max(logits_CN)
+        probs_CN = torch.softmax(logits_CN, -1)
+        normaliser_C = top_C - probs_CN.gather(1, place_C[:, None])[:, 0].log_()
+        # A token of logit -inf has probability 0 and adds nothing to the entropy.
+        finite_CN = logits_CN.clamp_min_(torch.finfo(self.wide).min)
+        entropy_C = normaliser_C - torch.linalg.vecdot(probs_CN, finite_CN)
+        log_probs_CN = finite_CN.sub_(normaliser_C[:, None]) if self._with_logs else None
+        if self._pruned:
+            inside_C = (normaliser_C - whole_C).exp_().clamp_max_(1.0)
+            coverage_C = self._covered(best_C, inside_C)
+            tile = TileTeacher(probs_RN=probs_CN, inside_R=inside_C, log_probs_RN=log_probs_CN)
+            return TeacherChunk(tile=tile, best_C=best_C, entropy_C=entropy_C, coverage_C=coverage_C)
+        tile = TileTeacher(probs_RN=probs_CN, log_probs_RN=log_probs_CN)
+        return TeacherChunk(tile=tile, best_C=place_C, entropy_C=entropy_C, coverage_C=torch.ones_like(entropy_C))
 
-    def _survey(self, normed_CH: Tensor) -> tuple[Tensor, Tensor]:
-        logits_CV = self._head.logits(normed_CH)
-        best_C = logits_CV.max(-1).indices
+    def _covered(self, best_C: Tensor, inside_C: Tensor) -> Tensor:
+        if self._coverage == "renormalise":
+            return torch.ones_like(inside_C)
+        return inside_C if self._coverage == "weight" else (best_C != OUTSIDE).to(inside_C.dtype)
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits over the draft vocabulary, log-normaliser over all V, draft index of the first choice)."""
+        normed_CH = self._normed_RH[start:stop]
+        if self._kept is not None:
+            logits_CN = self._logits(normed_CH, self._kept.rows_NH)
+            return logits_CN, self._kept.whole_R[start:stop], self._kept.best_R[start:stop]
+        vocabulary = self._vocabulary
+        count = stop - start
+        edges = [*range(0, vocabulary.target_size, self._tile), vocabulary.target_size]
+        cuts = vocabulary.cuts(edges)
+        logits_CN = normed_CH.new_empty(count, vocabulary.size, dtype=self.wide)
+        top_C = normed_CH.new_full((count,), -torch.inf, dtype=self.wide)
+        whole_C, best_C = top_C.clone(), torch.zeros(count, dtype=torch.int64, device=top_C.device)
+        for (first, last), (lo, hi) in zip(pairwise(edges), pairwise(cuts), strict=True):
+            tile_CV = self._logits(normed_CH, self._head.head_VH[first:last], self._space(count, last - first))
+            logits_CN[:, lo:hi] = tile_CV.index_select(1, vocabulary.ids_N[lo:hi] - first)
+            highest_C, place_C = first_max(tile_CV)
+            share_CV = torch.softmax(tile_CV, -1, out=tile_CV)
+            normaliser_C = highest_C - share_CV.gather(1, place_C[:, None])[:, 0].log_()
+            whole_C = torch.logaddexp(whole_C, normaliser_C)
+            best_C = torch.where(highest_C > top_C, place_C + first, best_C)
+            top_C = torch.maximum(top_C, highest_C)
         # The draft vocabulary is sorted: a binary search finds a token's draft index.
-        place_C = torch.searchsorted(self._ids_N, best_C).clamp_max(self._ids_N.numel() - 1)
-        known_C = self._ids_N[place_C] == best_C
-        log_inside_C = logits_CV[:, self._ids_N].logsumexp(-1) - logits_CV.logsumexp(-1)
-        return torch.where(known_C, place_C, OUTSIDE), log_inside_C.exp().clamp_max(1.0)
+        at_C = torch.searchsorted(vocabulary.ids_N, best_C).clamp_max_(vocabulary.size - 1)
+        return logits_CN, whole_C, torch.where(vocabulary.ids_N[at_C] == best_C, at_C, OUTSIDE)
+
+    def _logits(self, normed_CH: Tensor, rows_VH: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._head.finished(self._ops.wide_mm(normed_CH, rows_VH.T, out=out))
+
+    def _space(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] of a buffer that every tile uses again."""
+        if self._room is None or self._room.numel() < rows * columns:
+            self._room = self._normed_RH.new_empty(rows * self._tile, dtype=self.wide)
+        return self._room[: rows * columns].view(rows, columns)

@@ -2,8 +2,10 @@
 
 What was run: the tile planning, the ladder's choices and the sums over tiles (shared with the CPU, on the CPU); the
 calls to PyTorch's CUDA attention operators, against CPU emulations of their documented behaviour registered under the
-operators' real schemas; the math rung. What was not run: any CUDA kernel, NCCL, device memory or random state, and the
-flash-attn package. tests/devices runs all of it where a GPU is present (marker `gpu`).
+operators' real schemas; the math rung; the Triton kernel of the distillation loss, in Triton's interpreter on the CPU.
+That kernel was also compiled to machine code for three generations of GPUs. What was not run: any CUDA kernel, this one
+included, NCCL, device memory or random state, and the flash-attn package. tests/devices runs all of it where a GPU is
+present (marker `gpu`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def _load() -> Device:
     from torchspec.devices._collectives import TorchCommunication
     from torchspec.devices._tiled_attention import TiledAttention
     from torchspec.devices.cuda.attention import ladder
+    from torchspec.devices.cuda.ops import CudaOps
     from torchspec.devices.cuda.runtime import CudaRuntime
 
     return Device(
@@ -47,6 +50,7 @@ def _load() -> Device:
         runtime=CudaRuntime(),
         communication=TorchCommunication("cpu:gloo,cuda:nccl", supports_ipc=True),
         attention=TiledAttention(ladder(torch.cuda.get_device_capability()), temporary_bytes=256 << 20),
+        ops=CudaOps(),
     )
 
 

@@ -18,18 +18,19 @@ from torchspec.core.algorithms.eagle3.drafter import Eagle3Drafter
 from torchspec.core.algorithms.eagle3.geometry import Geometry, derive
 from torchspec.core.algorithms.eagle3.initialise import initialise
 from torchspec.core.algorithms.eagle3.metrics import pair_sums, summarise
-from torchspec.core.algorithms.eagle3.model import Eagle3Draft
+from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
-from torchspec.core.interfaces.algorithm import DraftFiles, StepResult
+from torchspec.core.interfaces.algorithm import DraftFiles, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.objectives.chunks import chunk_rows
-from torchspec.core.objectives.distillation import Supervision, distil
+from torchspec.core.objectives.distillation import Head, Supervision, distil
 from torchspec.core.objectives.teacher import Teacher
-from torchspec.core.objectives.weighting import PairWeights
+from torchspec.core.objectives.weighting import per_sequence, step_weights
+from torchspec.core.ops.distillation import LOG_TERMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,41 +77,60 @@ class Eagle3:
         features: Sequence[Features],
         loss_masks: Sequence[Tensor],
         device: Device,
+        memory: StepMemory = StepMemory(),
     ) -> StepResult:
         """The training forward of one micro-batch; see `Algorithm.step`."""
+        geometry, steps = self.geometry, self.options.unroll
+        budget = memory.loss_bytes or device.ops.loss_bytes
         plan = Plan(
-            steps=self.options.unroll,
-            chunk_rows=chunk_rows(self.geometry.draft_vocab_size, device.attention.temporary_bytes),
+            steps=steps,
+            chunk_rows=chunk_rows(steps, geometry.draft_vocab_size, geometry.vocab_size, budget),
             device=head.embedding_VH.device,
         )
-        return self.run(draft, head, build_batch(features, loss_masks, plan), device)
+        return self.run(draft, head, build_batch(features, loss_masks, plan), device, recompute=memory.recompute)
 
-    def run(self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device) -> StepResult:
+    def run(
+        self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device, *, recompute: bool = False
+    ) -> StepResult:
         """The training forward of an assembled micro-batch."""
-        survey_rows = chunk_rows(self.geometry.vocab_size, device.attention.temporary_bytes)
-        vocabulary = VocabularyMap.from_offsets(draft.get_buffer("d2t"), self.geometry.vocab_size)
-        teacher = Teacher(head, head.normed(batch.last_RH, batch.norm_state), vocabulary, survey_rows)
-        coverage_M = teacher.weight_R(self.options.coverage)[batch.pairs.row_M]
-        weights = PairWeights.of(
-            coverage_M,
-            batch.pairs.sizes,
-            self.options.step_decay,
-            batch.pairs.document_M,
-            batch.documents,
-            self.options.normalisation,
+        options = self.options
+        vocabulary = vocabulary_of(draft)
+        teacher = Teacher(
+            head,
+            head.normed(batch.last_RH, batch.norm_state),
+            vocabulary,
+            device.ops,
+            coverage=options.coverage,
+            with_logs=not LOG_TERMS.isdisjoint(options.objective),
         )
+        base_M = step_weights(batch.pairs.sizes, options.step_decay, dtype=teacher.wide, device=batch.pairs.row_M.device)
+        sequences = None
+        if options.normalisation == "per_sequence":
+            coverage_M = teacher.survey(batch.chunks)[batch.pairs.row_M]
+            base_M, sequences = per_sequence(base_M, coverage_M, batch.pairs.document_M, batch.documents)
         supervision = Supervision(
-            teacher=teacher, chunks=batch.chunks, row_M=batch.pairs.row_M, weight_M=weights.pair_M
+            teacher=teacher,
+            chunks=batch.chunks,
+            slot_M=batch.pairs.slot_M,
+            row_M=batch.pairs.row_M,
+            base_M=base_M,
+            weights=options.objective,
+            truth_M=batch.truth(vocabulary) if "ground_truth" in options.objective else None,
         )
 
-        def objective(hidden_MH: Tensor, head_NH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            numerator, terms = distil(hidden_MH, head_NH, supervision, device.ops)
-            return numerator, pair_sums(batch, terms, weights)
+        def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            numerator, terms = distil(outputs, output_head, supervision, device.ops)
+            denominator = (base_M * terms.coverage_M).sum() if sequences is None else sequences
+            return numerator, pair_sums(batch, terms) | {"loss_denominator": denominator}
 
-        steps = torch.split(batch.pairs.slot_M, list(batch.pairs.sizes))
-        numerator, sums = draft(batch.inputs, head.embedding_VH, steps, device, objective)
-        loss = {"loss_numerator": numerator.detach(), "loss_denominator": weights.denominator}
-        return StepResult(numerator=numerator, denominator=weights.denominator, sums=sums | loss)
+        numerator, sums = draft(
+            batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=recompute
+        )
+        return StepResult(
+            numerator=numerator,
+            denominator=sums["loss_denominator"],
+            sums=sums | {"loss_numerator": numerator.detach()},
+        )
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
         """See `metrics.summarise`."""

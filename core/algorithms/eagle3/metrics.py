@@ -11,10 +11,9 @@ from torch import Tensor
 from torchspec.core.algorithms.eagle3.batch import Batch
 from torchspec.core.objectives.acceptance import acceptance_sums, summarise_acceptance
 from torchspec.core.objectives.distillation import PairTerms
-from torchspec.core.objectives.weighting import PairWeights
 
 
-def pair_sums(batch: Batch, terms: PairTerms, weights: PairWeights) -> dict[str, Tensor]:
+def pair_sums(batch: Batch, terms: PairTerms) -> dict[str, Tensor]:
     """Sums over this micro-batch, per step [K] unless said otherwise.
 
     tokens                 scalar: positions of all rows
@@ -30,11 +29,11 @@ def pair_sums(batch: Batch, terms: PairTerms, weights: PairWeights) -> dict[str,
     return {
         "tokens": (batch.rows.document_BT >= 0).sum(),
         "supervised": torch.tensor(sizes, device=terms.agree_M.device),
-        "counted": per_step(weights.coverage_M, sizes),
+        "counted": per_step(terms.coverage_M, sizes),
         "correct": per_step(terms.agree_M, sizes),
         "alpha": per_step(terms.alpha_M, sizes),
-        "cross_entropy": per_step(terms.cross_entropy_M * weights.coverage_M, sizes),
-        "entropy": per_step(terms.entropy_M * weights.coverage_M, sizes),
+        "cross_entropy": per_step(terms.cross_entropy_M * terms.coverage_M, sizes),
+        "entropy": per_step(terms.entropy_M * terms.coverage_M, sizes),
     } | acceptance_sums(agree_BTK, batch.rows.loss_mask_BT, batch.rows.document_BT)
 
 

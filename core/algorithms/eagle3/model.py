@@ -1,49 +1,54 @@
 """The EAGLE-3 draft (2503.01840) and its training-time unroll. Parameter names are the published checkpoint's.
 
-The forward pass of a micro-batch runs all K steps and hands the supervised slots' outputs to an objective *inside*
-the call, so that whoever shards the parameters sees their every use within one `forward`.
+The forward pass of a micro-batch runs all K steps and hands their outputs to an objective *inside* the call, so that
+whoever shards the parameters sees their every use within one `forward`.
 
-Shape letters: B rows, T positions, Q running slots, K steps, M supervised pairs, F = taps x target hidden size,
-H draft hidden size, Hq / Hk query / key-value heads, D head size, N draft vocabulary, V target vocabulary.
+What the steps share is computed once: fc over the taps, the rotary tables, and the embeddings' share of q, k and v,
+which is one product over T + K tokens instead of K products over T: step k reads it k rows further on.
+
+Shape letters: B rows, T positions, X = T + K tokens, Q running slots, K steps, F = taps x target hidden size,
+H draft hidden size, Z width of q, k or v, Hq / Hk query / key-value heads, D head size, P angles of the tables,
+V target vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from torchspec.core.algorithms.eagle3.batch import UnrollInputs
 from torchspec.core.algorithms.eagle3.geometry import Geometry
 from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device
-from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.models import fused
 from torchspec.core.models.layers import AttentionProjections, GatedMLP, RMSNorm
+from torchspec.core.objectives.distillation import Head
 
 Outcome = TypeVar("Outcome")
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTables:
-    """cos and sin [B, rows, D] of one step's queries and of the keys it adds."""
+class Shared:
+    """What every step of a micro-batch reads.
 
-    query: tuple[Tensor, Tensor]
-    key: tuple[Tensor, Tensor]
+    shares_BXZ    the embeddings' share of q, k and v at every token
+    maps_ZH       the maps of q, k and v that read the feature
+    tables_PD     cos and sin of every angle
+    """
 
-
-@dataclass(kw_only=True)
-class UnrollMemory:
-    """Keys and values of the steps so far: [0] of every position under `mask`, the others one per running slot."""
-
+    inputs: UnrollInputs
     device: Device
-    mask: MaskSpec
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    shares_BXZ: QKV
+    maps_ZH: QKV
+    tables_PD: tuple[Tensor, Tensor]
 
 
 class DraftLayer(nn.Module):
@@ -62,28 +67,39 @@ class DraftLayer(nn.Module):
         self.mlp = GatedMLP(size, geometry.intermediate_size)
 
     def forward(
-        self, embedded: Tensor, feature: Tensor, slots_BQ: Tensor | None, tables: StepTables, memory: UnrollMemory
-    ) -> Tensor:
-        """The layer's output [B, Q, H] before the final norm; appends this step's keys to `memory`.
+        self, step: int, feature: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shared: Shared
+    ) -> QKV:
+        """(output [B, Q, H] before the final norm, this step's key and value).
 
-        At step 0 `embedded` and `feature` cover all T positions, and `slots_BQ` names those that go on; later they
-        cover the Q running slots and `slots_BQ` is None.
+        `feature` covers all T positions at step 0, whose keys are [B, T, Hk, D], and the Q running slots later.
         """
-        ops = memory.device.ops
-        normed = self.hidden_norm(feature, ops)
-        both = torch.cat((self.input_layernorm(embedded, ops), normed), dim=-1)
-        key, value = self.self_attn.keys_values(both)
-        memory.keys.append(ops.rotary(key, *tables.key))
-        memory.values.append(value)
-        residual = normed if self.norm_before_residual else feature
-        if slots_BQ is not None:
-            both, residual = take_rows(both, slots_BQ), take_rows(residual, slots_BQ)
-        query = ops.rotary(self.self_attn.queries(both), *tables.query)
-        scale = self.self_attn.head_dim**-0.5
-        mixed = ttt_attention(memory.device.attention, query, memory.keys, memory.values, memory.mask, scale)
-        residual = residual + self.self_attn.output(mixed)
-        out: Tensor = residual + self.mlp(self.post_attention_layernorm(residual, ops), ops)
-        return out
+        ops, slots = shared.device.ops, shared.inputs.slots
+        running, qkv = feature, None
+        if step == 0 and not slots.whole:
+            # Only keys are wanted of the slots that don't run.
+            running = slots.take(feature)
+            after = (share_BXZ[:, 1 : 1 + feature.shape[1]] for share_BXZ in shared.shares_BXZ[1:])
+            kv = self.hidden_norm.then(feature, shared.maps_ZH[1:], ops, tuple(after))
+            own = slots.take(shared.shares_BXZ[0], 1)
+            qkv = (*self.hidden_norm.then(running, shared.maps_ZH[:1], ops, (own,)), *kv)
+        else:
+            own_BQZ = [slots.take(share_BXZ, 1 + step) for share_BXZ in shared.shares_BXZ]
+            qkv = self.hidden_norm.then(feature, shared.maps_ZH, ops, own_BQZ)
+        query, key, value = (self.self_attn.heads(part) for part in qkv)
+        inputs = shared.inputs
+        query = fused.rotate(query, inputs.own_BQ + step, shared.tables_PD, ops)
+        key = fused.rotate(key, inputs.own_BQ + step if step else inputs.position_BT, shared.tables_PD, ops)
+        mixed = ttt_attention(
+            shared.device.attention,
+            query,
+            [*keys, key],
+            [*values, value],
+            inputs.mask,
+            self.self_attn.head_dim**-0.5,
+        )
+        residual = self.hidden_norm(running, ops) if self.norm_before_residual else running
+        residual = self.self_attn.add_output(residual, mixed)
+        return self.mlp(residual, self.post_attention_layernorm, ops), key, value
 
 
 class Eagle3Draft(nn.Module):
@@ -105,10 +121,15 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("d2t", vocabulary.d2t_N)
         self.register_buffer("t2d", vocabulary.t2d_V)
         self.rotary = geometry.rotary()
+        self._map: tuple[Tensor, int, VocabularyMap] | None = None
 
     @property
     def vocabulary(self) -> VocabularyMap:
-        return VocabularyMap.from_offsets(self.d2t, self.geometry.vocab_size)
+        """The map that `d2t` says, made anew only when the buffer changed: its host copy is kept between steps."""
+        if self._map is None or self._map[0] is not self.d2t or self._map[1] != self.d2t._version:
+            vocabulary = VocabularyMap.from_offsets(self.d2t, self.geometry.vocab_size)
+            self._map = (self.d2t, self.d2t._version, vocabulary)
+        return self._map[2]
 
     def embedding(self, target_VH: Tensor) -> Tensor:
         """The embedding that the draft reads: its own, or the target's [V, H]."""
@@ -118,43 +139,61 @@ class Eagle3Draft(nn.Module):
         self,
         inputs: UnrollInputs,
         embedding_VH: Tensor,
-        steps: Sequence[Tensor],
+        steps: int,
         device: Device,
-        objective: Callable[[Tensor, Tensor], Outcome],
+        objective: Callable[[list[Tensor], Head], Outcome],
+        *,
+        recompute: bool = False,
     ) -> Outcome:
-        """Unroll, then `objective(hidden_MH, head_NH)` on the normed outputs of the supervised pairs.
+        """Unroll, then `objective(outputs, head)`; `outputs[k]` [B * Q, H] are the running slots' before the norm.
 
-        `embedding_VH` is the target's; `steps[k]` holds the supervised slots of step k as indices into the
-        flattened [B, Q]. The outcome should be a tuple or dict of tensors: sharding attaches its hooks to those.
+        `embedding_VH` is the target's. With `recompute` the layer's activations are made again in the backward pass.
+        The outcome should be a tuple or dict of tensors: sharding attaches its hooks to those.
         """
-        weight = self.embedding(embedding_VH)
-        outputs = self.unroll(inputs, weight, len(steps), device)
-        chosen = [out.flatten(0, 1)[slots] for out, slots in zip(outputs, steps, strict=True)]
-        return objective(self.norm(torch.cat(chosen), device.ops), self.lm_head.weight)
+        outputs = self.unroll(inputs, self.embedding(embedding_VH), steps, device, recompute=recompute)
+        head = Head(norm_H=self.norm.weight, head_NH=self.lm_head.weight, eps=self.norm.eps)
+        return objective([output.flatten(0, 1) for output in outputs], head)
 
-    def unroll(self, inputs: UnrollInputs, embedding: Tensor, steps: int, device: Device) -> list[Tensor]:
+    def unroll(
+        self, inputs: UnrollInputs, embedding_VH: Tensor, steps: int, device: Device, *, recompute: bool = False
+    ) -> list[Tensor]:
         """The layer's outputs [B, Q, H] of every step at the running slots, before the final norm."""
-        dtype = self.fc.weight.dtype
-        slots_BQ, last = inputs.slots_BQ, inputs.tokens_BT.shape[1] - 1
-        own_BQ = inputs.position_BT.gather(1, slots_BQ)
-        memory = UnrollMemory(device=device, mask=inputs.mask)
-        feature = self.fc(inputs.taps_BTF.to(dtype))
+        shared = self._shared(inputs, embedding_VH, device)
+        feature = self.fc(inputs.taps_BTF.to(self.fc.weight.dtype))
         outputs: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for step in range(steps):
-            query = self.rotary.tables(own_BQ + step, dtype)
-            if step == 0:
-                # Position T - 1 has no next token; no supervised slot sees the key made from this stand-in.
-                tokens = torch.cat((inputs.tokens_BT[:, 1:], inputs.tokens_BT[:, -1:]), dim=1)
-                tables = StepTables(query=query, key=self.rotary.tables(inputs.position_BT, dtype))
+            given = (step, feature, tuple(keys), tuple(values), shared)
+            if recompute and torch.is_grad_enabled():
+                # Nothing here draws random numbers.
+                feature, key, value = checkpoint(
+                    self.midlayer, *given, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                tokens = inputs.tokens_BT.gather(1, (slots_BQ + 1 + step).clamp_max(last))
-                tables = StepTables(query=query, key=query)
-            embedded = F.embedding(tokens, embedding).to(dtype)
-            feature = self.midlayer(embedded, feature, slots_BQ if step == 0 else None, tables, memory)
+                feature, key, value = self.midlayer(*given)
             outputs.append(feature)
+            keys.append(key)
+            values.append(value)
         return outputs
 
+    def _shared(self, inputs: UnrollInputs, embedding_VH: Tensor, device: Device) -> Shared:
+        layer, dtype, size = self.midlayer, self.fc.weight.dtype, self.geometry.hidden_size
+        # Cut once per micro-batch: the steps' gradients meet in the cut before they are widened again.
+        embedding_maps = layer.self_attn.input_columns(0, size)
+        embedded_BXH = F.embedding(inputs.tokens_BX, embedding_VH).to(dtype)
+        shares = layer.input_layernorm.then(embedded_BXH, embedding_maps, device.ops)
+        angles_P = torch.arange(inputs.angles, device=inputs.tokens_BX.device)
+        return Shared(
+            inputs=inputs,
+            device=device,
+            shares_BXZ=shares,  # type: ignore[arg-type]
+            maps_ZH=layer.self_attn.input_columns(size, 2 * size),
+            tables_PD=self.rotary.tables(angles_P, dtype),
+        )
 
-def take_rows(x_BTX: Tensor, slots_BQ: Tensor) -> Tensor:
-    """x at the given positions, [B, Q, X]."""
-    return x_BTX.gather(1, slots_BQ[..., None].expand(-1, -1, x_BTX.shape[-1]))
+
+def vocabulary_of(draft: nn.Module) -> VocabularyMap:
+    """Of a draft that may be wrapped or sharded: `Eagle3Draft.vocabulary`."""
+    vocabulary: VocabularyMap = draft.vocabulary
+    return vocabulary

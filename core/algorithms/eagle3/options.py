@@ -9,6 +9,8 @@ from pydantic import Field, field_validator
 
 from torchspec.core.config.schema import Positive, Section
 
+Term = Literal["cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk_alpha", "argmax", "ground_truth"]
+
 
 class Eagle3Options(Section):
     config: Path | None = Field(None, description="a draft config.json to take the geometry from")
@@ -32,6 +34,12 @@ class Eagle3Options(Section):
         "drop",
         description="slots whose target argmax is outside the draft vocabulary: left out, kept on the "
         "renormalised teacher, or all slots weighted by the teacher mass inside",
+    )
+    objective: dict[Term, Annotated[float, Field(gt=0)]] = Field(
+        {"cross_entropy": 1.0},
+        min_length=1,
+        description="terms of the loss and their weights: kl or cross_entropy (the same gradient), reverse_kl, jsd, "
+        "tv, lk_alpha, argmax (cross-entropy to the target's first choice), ground_truth (to the text)",
     )
     normalisation: Literal["token", "per_sequence"] = Field(
         "token", description="mean over counted slots of the whole optimizer window, or of each sequence first"

@@ -21,6 +21,7 @@ from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
 from torchspec.core.decoding.generation import DecodeSettings, Generation
 from torchspec.core.decoding.speculative import decode
 from torchspec.core.models.target_spec import resolve_target
+from torchspec.core.objectives.distillation import Head
 
 K = 4
 ROWS = 6
@@ -121,11 +122,13 @@ def training_hits(parts: Any, sequences: Sequence[Sequence[int]], masks: Sequenc
     batch = build_batch(parts.features(sequences), masks, Plan(steps=K, chunk_rows=64, device=torch.device("cpu")))
     steps = torch.split(batch.pairs.slot_M, list(batch.pairs.sizes))
 
-    def first_choices(hidden_MH: Tensor, head_NH: Tensor) -> Tensor:
-        return parts.draft.vocabulary.ids_N[(hidden_MH @ head_NH.T).argmax(-1)]
+    def first_choices(outputs: list[Tensor], head: Head) -> Tensor:
+        chosen = torch.cat([output[slots] for output, slots in zip(outputs, steps, strict=True)])
+        hidden_MH = torch.nn.functional.rms_norm(chosen, head.norm_H.shape, head.norm_H, head.eps)
+        return parts.draft.vocabulary.ids_N[(hidden_MH @ head.head_NH.T).argmax(-1)]
 
     with torch.no_grad():
-        choice_M = parts.draft(batch.inputs, parts.head.embedding_VH, steps, parts.device, first_choices)
+        choice_M = parts.draft(batch.inputs, parts.head.embedding_VH, K, parts.device, first_choices)
     length = max(map(len, sequences))
     said: dict[tuple[int, int, int], int] = {}
     for cell, token in zip(batch.pairs.cell_M.tolist(), choice_M.tolist(), strict=True):

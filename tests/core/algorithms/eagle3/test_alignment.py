@@ -68,13 +68,13 @@ def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worl
     features = [world.features(world.tokens(n, n), n) for n in lengths]
     masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.6 for n in lengths]
     batch = build_batch(features, masks, Plan(steps=3, chunk_rows=4, device=DEVICE))
-    queries, longest = batch.inputs.slots_BQ.shape[1], max(lengths)
+    queries, longest = batch.inputs.slots.index_BQ.shape[1], max(lengths)
     seen = []
     bounds = [0, *torch.tensor(batch.pairs.sizes).cumsum(0).tolist()]
     for k in range(3):
         for m in range(bounds[k], bounds[k + 1]):
             b, q = divmod(int(batch.pairs.slot_M[m]), queries)
-            i = int(batch.inputs.slots_BQ[b, q])
+            i = int(batch.inputs.slots.index_BQ[b, q])
             assert divmod(int(batch.pairs.cell_M[m]), 3) == (b * longest + i, k)
             r = int(batch.pairs.row_M[m])
             assert int(batch.pairs.position_R[r]) == b * longest + i + 1 + k

@@ -86,7 +86,7 @@ def predictions(world: Any, features: Features) -> Tensor:
     found = torch.full((length, STEPS), -1)
     for k, out in enumerate(outputs):
         best = draft.lm_head(draft.norm(out, world.device.ops)).argmax(-1)
-        for q, i in enumerate(batch.inputs.slots_BQ[0].tolist()):
+        for q, i in enumerate(batch.inputs.slots.index_BQ[0].tolist()):
             found[i, k] = draft.vocabulary.ids_N[best[0, q]] if i + 2 + k < length else -1
     return found
 

@@ -55,17 +55,17 @@ def test_a_copying_head_finds_what_followed_the_current_token_and_repeats_it(mak
     slots_TI = torch.cat((normed_VH[text_T[1:]], normed_VH[text_T[:-1]]), dim=1)  # [next embedding ; feature]
     width, group = geometry.head_dim, geometry.num_attention_heads // geometry.num_key_value_heads
     copying = (geometry.num_key_value_heads + 1) // 2
-    scores = torch.einsum(
-        "qd,kd->qk", attention.queries(slots_TI[None])[0, :, 0], attention.keys_values(slots_TI[None])[0][0, :, 0]
+    queries_TQD, keys_TKD, values_TKD = (
+        attention.heads(proj(slots_TI)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    scores = queries_TQD[:, 0] @ keys_TKD[:, 0].T
     # The current token of query slot i is text[i + 1], whose own slot is i + 1.
     found = scores[:-1].argmax(dim=1) == torch.arange(1, scores.shape[0])
     assert float(found.float().mean()) > 0.8
 
-    values_TKD = attention.keys_values(slots_TI[None])[1][0]
     heads_THD = values_TKD.repeat_interleave(group, dim=1)
     heads_THD[:, copying * group :] = 0
-    said_TH = attention.output(heads_THD)
+    said_TH = attention.o_proj(heads_THD.flatten(1))
     torch.testing.assert_close(said_TH.square().mean().sqrt(), torch.tensor(COPIED), rtol=0.1, atol=0)
     logits_TV = said_TH @ torch.nn.functional.normalize(head_VH, dim=1).T
     rank_T = (logits_TV > logits_TV.gather(1, text_T[1:, None])).sum(1)

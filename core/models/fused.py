@@ -1,0 +1,130 @@
+"""Differentiable pieces of a decoder layer that keep as little as the gradient allows, over a device's `FusedOps`.
+
+A linear map needs its input once more for the gradient of its weight. Where that input is the elementwise function of
+something that is kept anyway (a norm, a gate), it is computed again instead of being kept: a few passes over rows,
+against a third of the layer's memory.
+
+Shape letters: ... rows, H input features, Z output features of one map, I MLP width, B batch, S rows, P angles,
+D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchspec.core.interfaces.device import FusedOps
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float, ops: FusedOps) -> Tensor:
+    """`FusedOps.rms_norm`, differentiable once."""
+    normed: Tensor = _RMSNorm.apply(x, weight_H, eps, ops)  # type: ignore[no-untyped-call]
+    return normed
+
+
+def rotate(x_BSHD: Tensor, angle_BS: Tensor, tables_PD: tuple[Tensor, Tensor], ops: FusedOps) -> Tensor:
+    """`FusedOps.rotary` by the given rows of tables of cos and sin, differentiable once in x; keeps the row numbers."""
+    turned: Tensor = _Rotary.apply(x_BSHD, angle_BS, *tables_PD, ops)  # type: ignore[no-untyped-call]
+    return turned
+
+
+def normed_linear(
+    x: Tensor, norm_H: Tensor, eps: float, weights_ZH: Sequence[Tensor], adds: Sequence[Tensor | None], ops: FusedOps
+) -> tuple[Tensor, ...]:
+    """add_i + rms_norm(x) @ W_i^T for each map; keeps x alone. `adds[i]` [..., Z_i] may be None."""
+    outs: tuple[Tensor, ...] = _NormedLinear.apply(  # type: ignore[no-untyped-call]
+        x, norm_H, eps, ops, len(weights_ZH), *weights_ZH, *adds
+    )
+    return outs
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight_HI: Tensor, residual: Tensor, ops: FusedOps) -> Tensor:
+    """residual + (silu(gate) * up) @ W^T; keeps gate and up alone."""
+    out: Tensor = _GatedLinear.apply(gate, up, weight_HI, residual, ops)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, ops: FusedOps) -> Tensor:
+        normed, kept = ops.rms_norm(x, weight_H, eps)
+        ctx.save_for_backward(x, weight_H, kept)
+        ctx.ops = ops
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_H, kept = ctx.saved_tensors
+        return *ctx.ops.rms_norm_backward(dnormed, x, weight_H, kept), None, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSHD: Tensor, angle_BS: Tensor, cos_PD: Tensor, sin_PD: Tensor, ops: FusedOps) -> Tensor:
+        ctx.save_for_backward(angle_BS, cos_PD, sin_PD)
+        ctx.ops = ops
+        return ops.rotary(x_BSHD, cos_PD[angle_BS], sin_PD[angle_BS])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BSHD: Tensor) -> tuple[Tensor | None, ...]:
+        angle_BS, cos_PD, sin_PD = ctx.saved_tensors
+        return ctx.ops.rotary(dout_BSHD, cos_PD[angle_BS], -sin_PD[angle_BS]), None, None, None, None
+
+
+class _NormedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_H: Tensor, eps: float, ops: FusedOps, maps: int, *weights_adds: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        normed, _ = ops.rms_norm(x, norm_H, eps)
+        rows = normed.flatten(0, -2)
+        outs = []
+        for weight_ZH, add in zip(weights_adds[:maps], weights_adds[maps:], strict=True):
+            assert weight_ZH is not None
+            out = rows @ weight_ZH.T if add is None else torch.addmm(add.reshape(len(rows), -1), rows, weight_ZH.T)
+            outs.append(out.unflatten(0, x.shape[:-1]))
+        ctx.save_for_backward(x, norm_H, *weights_adds[:maps])
+        ctx.eps, ctx.ops = eps, ops
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_H, *weights_ZH = ctx.saved_tensors
+        normed, kept = ctx.ops.rms_norm(x, norm_H, ctx.eps)
+        rows = normed.flatten(0, -2)
+        dnormed = None
+        dweights = []
+        for dout, weight_ZH in zip(douts, weights_ZH, strict=True):
+            drows = dout.reshape(len(rows), -1)
+            dweights.append(drows.T @ rows)
+            dnormed = drows @ weight_ZH if dnormed is None else dnormed.addmm_(drows, weight_ZH)
+        assert dnormed is not None
+        dx, dnorm_H = ctx.ops.rms_norm_backward(dnormed.unflatten(0, x.shape[:-1]), x, norm_H, kept)
+        adds = ctx.needs_input_grad[-len(douts) :]
+        dadds = (dout if wanted else None for dout, wanted in zip(douts, adds, strict=True))
+        return dx, dnorm_H, None, None, None, *dweights, *dadds
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight_HI: Tensor, residual: Tensor, ops: FusedOps) -> Tensor:
+        ctx.save_for_backward(gate, up, weight_HI)
+        ctx.ops = ops
+        rows = ops.swiglu(gate, up).flatten(0, -2)
+        return torch.addmm(residual.flatten(0, -2), rows, weight_HI.T).unflatten(0, gate.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight_HI = ctx.saved_tensors
+        drows = dout.reshape(-1, dout.shape[-1])
+        dgated = (drows @ weight_HI).unflatten(0, gate.shape[:-1])
+        gated, dgate, dup = ctx.ops.swiglu_backward(dgated, gate, up)
+        return dgate, dup, drows.T @ gated.flatten(0, -2), dout, None
