@@ -62,15 +62,16 @@ def tiles(mask: MaskSpec, queries: int, keys: int, device: torch.device, ramp_ro
             keep_BQS = mask.keep_BQS[:, rows]
             yield Tile(rows=rows, keys=slice(0, keys), keep_BQS=keep_BQS, may_have_empty_rows=True)
     else:
-        start_BQ, end_BQ = mask.bounds(queries, keys, device)
+        # On the host, where the tiles are planned; `.cpu()` costs something for limits on a device alone.
+        start_BQ, end_BQ = (bound_BQ.cpu() for bound_BQ in mask.bounds(queries, keys, torch.device("cpu")))
         if queries <= BLOCK_ROWS:
-            yield from _block(start_BQ, end_BQ, slice(0, queries), EVERY_ROW)
+            yield from _block(start_BQ, end_BQ, slice(0, queries), EVERY_ROW, device)
             return
         batches = max(start_BQ.shape[0], end_BQ.shape[0])
         start_BQ, end_BQ = start_BQ.expand(batches, -1), end_BQ.expand(batches, -1)
         for row in range(batches):
             batch = EVERY_ROW if batches == 1 else slice(row, row + 1)
-            yield from _intervals(start_BQ[row : row + 1], end_BQ[row : row + 1], batch, ramp_rows)
+            yield from _intervals(start_BQ[row : row + 1], end_BQ[row : row + 1], batch, ramp_rows, device)
 
 
 def _causal(mask: MaskSpec, queries: int, keys: int, ramp_rows: int | None) -> Iterator[Tile]:
@@ -95,14 +96,16 @@ def _ramp(rows: slice, keys: slice, batch: slice, ramp_rows: int | None) -> Iter
             yield from _ramp(slice(start, end), visible, batch, ramp_rows)
 
 
-def _intervals(start_BQ: Tensor, end_BQ: Tensor, batch: slice, ramp_rows: int | None) -> Iterator[Tile]:
+def _intervals(
+    start_BQ: Tensor, end_BQ: Tensor, batch: slice, ramp_rows: int | None, device: torch.device
+) -> Iterator[Tile]:
     """Tiles of one row of interval bounds [1, Q]."""
-    start, end = start_BQ[0].cpu(), end_BQ[0].cpu()
+    start, end = start_BQ[0], end_BQ[0]
     pending = 0  # first row of those that wait to be taken in masked blocks
     for kind, first, stop in _runs(start, end):
         if kind == _BREAK or stop - first < MIN_RUN:
             continue
-        yield from _blocks(start_BQ, end_BQ, slice(pending, first), batch)
+        yield from _blocks(start_BQ, end_BQ, slice(pending, first), batch, device)
         pending = stop
         key_start, key_end = int(start[first]), int(end[stop - 1])
         if kind == _RAMP:
@@ -112,7 +115,7 @@ def _intervals(start_BQ: Tensor, end_BQ: Tensor, batch: slice, ramp_rows: int | 
                 yield from _ramp(slice(first, stop), slice(key_start, key_end), batch, ramp_rows)
         elif key_start < key_end:
             yield Tile(rows=slice(first, stop), keys=slice(key_start, key_end), batch=batch)
-    yield from _blocks(start_BQ, end_BQ, slice(pending, len(start)), batch)
+    yield from _blocks(start_BQ, end_BQ, slice(pending, len(start)), batch, device)
 
 
 def _runs(start_Q: Tensor, end_Q: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -132,22 +135,25 @@ def _runs(start_Q: Tensor, end_Q: Tensor) -> Iterator[tuple[int, int, int]]:
         yield _BREAK, given, len(start_Q)
 
 
-def _blocks(start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice) -> Iterator[Tile]:
+def _blocks(
+    start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice, device: torch.device
+) -> Iterator[Tile]:
     for start in range(rows.start, rows.stop, BLOCK_ROWS):
         block = slice(start, min(start + BLOCK_ROWS, rows.stop))
-        yield from _block(start_BQ[:, block], end_BQ[:, block], block, batch)
+        yield from _block(start_BQ[:, block], end_BQ[:, block], block, batch, device)
 
 
-def _block(start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice) -> Iterator[Tile]:
+def _block(start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice, device: torch.device) -> Iterator[Tile]:
     """One tile over the keys that any of these rows sees; a mask only where the rows differ."""
     summary = (*start_BQ.aminmax(), *end_BQ.aminmax(), (end_BQ - start_BQ).amin())
-    low, last_start, first_end, high, shortest = torch.stack(summary).tolist()  # one copy to the host
+    low, last_start, first_end, high, shortest = torch.stack(summary).tolist()
     if low >= high:
         return
     keys = slice(low, high)
     if low == last_start and high == first_end:
         yield Tile(rows=rows, keys=keys, batch=batch)
         return
-    key = torch.arange(low, high, device=start_BQ.device)
+    key = torch.arange(low, high, device=device)
+    start_BQ, end_BQ = (bound_BQ.to(device, non_blocking=True) for bound_BQ in (start_BQ, end_BQ))
     keep_BQS = (key >= start_BQ[..., None]) & (key < end_BQ[..., None])
     yield Tile(rows=rows, keys=keys, batch=batch, keep_BQS=keep_BQS, may_have_empty_rows=shortest <= 0)

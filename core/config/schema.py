@@ -73,6 +73,12 @@ class TrainConfig(Section):
     decay_fraction: Fraction = Field(0.2, description="wsd: the last part of the run, in which the rate decays")
     min_lr_ratio: Fraction = Field(0.05, description="final learning rate over the peak")
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm is clipped to this; null: not")
+    recompute: bool = Field(
+        False, description="make the draft's activations again in the backward pass: less memory, more time"
+    )
+    loss_memory_mb: Positive | None = Field(
+        None, description="what the loss may hold at a time beside its gradients; default: the device's preference"
+    )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, into OUTPUT/tensorboard")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")

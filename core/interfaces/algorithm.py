@@ -136,9 +136,8 @@ class Algorithm(Protocol):
         """Published layouts that can hold this draft, the one to write by default first."""
         ...
 
-    @property
-    def passes_per_token(self) -> float:
-        """How often a token goes through the draft's layers in one training forward; for estimates of memory."""
+    def kept_values(self, *, recompute: bool) -> float:
+        """Numbers that a token leaves for the backward pass of one training forward, all supervised; for estimates."""
         ...
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:

@@ -122,7 +122,7 @@ class FusedOps:
     In plain torch (`core.ops`); a device overrides those that it has kernels for, and these stay their oracle.
     """
 
-    temporary_bytes: int = 1 << 20
+    temporary_bytes: int = 2 << 20
     """How large a temporary should be: what a CPU's cache holds, what an accelerator can spare."""
 
     loss_bytes: int = 48 << 20

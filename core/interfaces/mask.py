@@ -52,7 +52,10 @@ class MaskSpec:
 
     @classmethod
     def limits(cls, key_start_BQ: Tensor, key_end_BQ: Tensor) -> MaskSpec:
-        """Integer tensors [B, Q]; a batch of 1 broadcasts. An empty interval is a row without keys."""
+        """Integer tensors [B, Q]; a batch of 1 broadcasts. An empty interval is a row without keys.
+
+        Best kept on the host: attention is planned there, and reads limits that lie on a device by waiting for it.
+        """
         return cls(kind="limits", key_start_BQ=key_start_BQ, key_end_BQ=key_end_BQ)
 
     @classmethod
@@ -61,11 +64,14 @@ class MaskSpec:
         return cls(kind="dense", keep_BQS=keep_BQS)
 
     def bounds(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """First and one-past-last visible key of each query row, int64 [1 or B, Q]; not for `dense`."""
+        """First and one-past-last visible key of each query row, int64 [1 or B, Q]; not for `dense`.
+
+        On `device`, but limits stay where they are.
+        """
         if self.kind == "limits":
             assert self.key_start_BQ is not None
             assert self.key_end_BQ is not None
-            return self.key_start_BQ.clamp(0, keys), self.key_end_BQ.clamp(0, keys)
+            return self.key_start_BQ.clamp(0, keys), self.key_end_BQ.clamp(0, keys)  # where they lie
         row = torch.arange(queries, device=device)[None]
         if self.kind == "full":
             return torch.zeros_like(row), torch.full_like(row, keys)
@@ -80,6 +86,6 @@ class MaskSpec:
         if self.kind == "dense":
             assert self.keep_BQS is not None
             return self.keep_BQS.to(device)
-        start_BQ, end_BQ = self.bounds(queries, keys, device)
+        start_BQ, end_BQ = (bound_BQ.to(device) for bound_BQ in self.bounds(queries, keys, device))
         key = torch.arange(keys, device=device)
         return (key >= start_BQ[..., None]) & (key < end_BQ[..., None])

@@ -88,7 +88,7 @@ class _NormedLinear(torch.autograd.Function):
         for weight_ZH, add in zip(weights_adds[:maps], weights_adds[maps:], strict=True):
             assert weight_ZH is not None
             out = rows @ weight_ZH.T if add is None else torch.addmm(add.reshape(len(rows), -1), rows, weight_ZH.T)
-            outs.append(out.unflatten(0, x.shape[:-1]))
+            outs.append(out.unflatten(0, x.shape[:-1]))  # type: ignore[no-untyped-call]
         ctx.save_for_backward(x, norm_H, *weights_adds[:maps])
         ctx.eps, ctx.ops = eps, ops
         return tuple(outs)
@@ -118,7 +118,8 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(gate, up, weight_HI)
         ctx.ops = ops
         rows = ops.swiglu(gate, up).flatten(0, -2)
-        return torch.addmm(residual.flatten(0, -2), rows, weight_HI.T).unflatten(0, gate.shape[:-1])
+        out = torch.addmm(residual.flatten(0, -2), rows, weight_HI.T)
+        return out.view_as(residual)
 
     @staticmethod
     @once_differentiable

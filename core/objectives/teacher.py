@@ -83,7 +83,7 @@ class Teacher:
 
         What this learns of the whole vocabulary is kept, so that the pass multiplies by the draft's rows alone.
         """
-        if not self._pruned or self._coverage == "renormalise":
+        if not chunks or not self._pruned or self._coverage == "renormalise":
             return torch.ones(self._normed_RH.shape[0], dtype=self.wide, device=self._normed_RH.device)
         rows_NH = self._head.head_VH[self._vocabulary.ids_N]
         coverage, whole, best = [], [], []

@@ -19,6 +19,7 @@ Shape letters: C pairs of the tile, R teacher rows, N draft vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -139,7 +140,7 @@ class _Slices:
         if self.soft:
             log_q = None if kept is None else kept.sub_(normaliser[:, None])
             self._soft_terms(q, log_q, p, part, rows, alpha)
-        elif self.pairs.labels:
+        elif self.pairs.labels or "cross_entropy" not in self.pairs.weight:
             self._gradient(q, p, part, None)
         elif self.with_grad:
             q.sub_(p).mul_(self.pairs.weight["cross_entropy"][part, None])
@@ -155,9 +156,11 @@ class _Slices:
                 value["tv"][part] = 1 - alpha
                 share += weight["tv"][part]
             if "lk_alpha" in weight:
-                floor = alpha.clamp_min(torch.finfo(alpha.dtype).tiny)
+                limits = torch.finfo(alpha.dtype)
+                floor = alpha.clamp_min(limits.tiny)
                 value["lk_alpha"][part] = -floor.log()
-                share += weight["lk_alpha"][part] / floor
+                # An infinite slope would turn the zeros that it multiplies into NaN.
+                share += (weight["lk_alpha"][part] / floor).clamp_max_(limits.max)
             total += (q * kept.sum(-1, keepdim=True) - kept) * share[:, None]
         if log_q is not None:
             assert self.teacher.log_probs_RN is not None
@@ -165,7 +168,7 @@ class _Slices:
             if "reverse_kl" in weight:
                 total += _reverse(q, log_q - log_p, weight["reverse_kl"][part], value["reverse_kl"][part])
             if "jsd" in weight:
-                log_m = torch.logaddexp(log_q, log_p) - torch.log(q.new_tensor(2.0))
+                log_m = torch.logaddexp(log_q, log_p) - math.log(2)
                 towards_m = torch.zeros_like(alpha)
                 total += _reverse(q, log_q - log_m, 0.5 * weight["jsd"][part], towards_m)
                 value["jsd"][part] = 0.5 * (towards_m + (p * (log_p - log_m)).nan_to_num_(nan=0.0).sum(-1))

@@ -16,7 +16,7 @@ def first_max(x_CN: Tensor) -> tuple[Tensor, Tensor]:
     whole = x_CN.shape[1] // _BLOCK * _BLOCK
     if x_CN.device.type != "cpu" or whole <= _BLOCK:
         return x_CN.max(-1)
-    blocks_CJB = x_CN[:, :whole].unflatten(-1, (-1, _BLOCK))
+    blocks_CJB: Tensor = x_CN[:, :whole].unflatten(-1, (-1, _BLOCK))  # type: ignore[no-untyped-call]
     top_C, block_C = blocks_CJB.amax(-1).max(-1)
     inner_CB = blocks_CJB.gather(1, block_C[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
     index_C = block_C * _BLOCK + inner_CB.max(-1).indices

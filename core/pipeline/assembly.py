@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from torchspec.core import registry
-from torchspec.core.config.schema import RunConfig
+from torchspec.core.config.schema import RunConfig, TrainConfig
 from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, load_dataset, load_prompts
 from torchspec.core.data.vocabulary import build_vocabulary, coverage
 from torchspec.core.decoding.measure import with_room
-from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
 from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
@@ -130,7 +130,14 @@ def build_model(
         load_state(draft, start.state, initial_path(config) or Path())
     sharded = shard_draft(draft, context, config.precision.compute)
     seed_rank(context.device.runtime, config.seed, 0, context.rank)
-    return Model(algorithm=algorithm, draft=sharded, head=target.head, engine=target.engine)
+    return Model(
+        algorithm=algorithm, draft=sharded, head=target.head, engine=target.engine, memory=step_memory(config.train)
+    )
+
+
+def step_memory(config: TrainConfig) -> StepMemory:
+    megabytes = config.loss_memory_mb
+    return StepMemory(recompute=config.recompute, loss_bytes=None if megabytes is None else megabytes * 1_000_000)
 
 
 def build_setup(

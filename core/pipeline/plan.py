@@ -22,7 +22,7 @@ from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.pipeline import run_dir
-from torchspec.core.pipeline.assembly import initial_path
+from torchspec.core.pipeline.assembly import initial_path, step_memory
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.plan_memory import Load, Part, estimate
 from torchspec.core.pipeline.preflight import Checked, check
@@ -190,6 +190,7 @@ def _load(config: RunConfig, data: Mapping[str, Any], target_dtype: torch.dtype,
         micro_batch_tokens=size * data.get("longest sample", config.data.max_length),
         compute={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision.compute],
         target_dtype=target_dtype,
+        memory=step_memory(config.train),
     )
 
 

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import nn
 
-from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.target_weights import TargetWeights
 
@@ -32,6 +32,7 @@ class Load:
     micro_batch_tokens: int  # at most
     compute: torch.dtype
     target_dtype: torch.dtype
+    memory: StepMemory = StepMemory()
 
 
 def estimate(
@@ -39,9 +40,8 @@ def estimate(
 ) -> list[Part]:
     """Parts that exist at the peak of a step, in the backward pass.
 
-    `draft` may be on the meta device. Activations are counted as the input and output of every matrix, for each pass
-    of a token; head and embedding, whose logits are worked on in chunks, are left out. That is within about a third of
-    what is measured; workspace of libraries and fragmentation are not in it.
+    `draft` may be on the meta device. Activations are those of a text that is supervised throughout, within a tenth of
+    what autograd keeps; workspace of libraries and fragmentation are not in it.
     """
     parameters = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     compute, stored = load.compute.itemsize, load.target_dtype.itemsize
@@ -49,11 +49,8 @@ def estimate(
     shared = parameters * FP32 // load.ranks
     target_elements = sum(prod(weights.shape(name)) for name in weights.files)
     ends = target.vocab_size * target.hidden_size * (1 if target.tie_word_embeddings else 2)
-    widths = sum(
-        sum(p.shape) for p in draft.parameters() if p.ndim == 2 and algorithm.vocabulary_size not in p.shape
-        and target.vocab_size not in p.shape
-    )  # fmt: skip
     tokens = load.micro_batch_tokens
+    kept = algorithm.kept_values(recompute=load.memory.recompute)
     return [
         Part(name="draft parameters", bytes=shared, how=f"{parameters} x 4 bytes {sharded}"),
         Part(name="optimizer state", bytes=2 * shared, how=f"two moments, fp32, {sharded}"),
@@ -69,7 +66,7 @@ def estimate(
         ),
         Part(
             name="activations",
-            bytes=int(tokens * algorithm.passes_per_token * widths * compute),
-            how=f"{tokens} tokens x {algorithm.passes_per_token:g} passes x {widths} values",
+            bytes=int(tokens * kept * compute),
+            how=f"{tokens} tokens x {kept:g} values" + (", the rest made again" if load.memory.recompute else ""),
         ),
     ]

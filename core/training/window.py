@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from torchspec.core.data.batches import rank_micro_batches
 from torchspec.core.features.memory import MemoryFeatureSink
-from torchspec.core.interfaces.algorithm import Algorithm, StepResult, TrainingSample
+from torchspec.core.interfaces.algorithm import Algorithm, StepMemory, StepResult, TrainingSample
 from torchspec.core.interfaces.engine import CaptureRequest, TargetEngine
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead
@@ -46,6 +46,7 @@ class Model:
     draft: nn.Module
     head: TargetHead
     engine: TargetEngine
+    memory: StepMemory = StepMemory()
 
 
 @dataclass(kw_only=True)
@@ -133,7 +134,7 @@ def run_window(
             features = capture(model, chosen)
         with timer.phase("forward"):
             masks = [sample.loss_mask_T for sample in chosen]
-            result = model.algorithm.step(model.draft, model.head, features, masks, context.device)
+            result = model.algorithm.step(model.draft, model.head, features, masks, context.device, model.memory)
         with timer.phase("backward"):
             torch.autograd.backward(result.numerator)
         sums.add(result)

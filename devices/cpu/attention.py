@@ -50,7 +50,8 @@ class CpuFlashKernel:
 def _mask(tile: Tile, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
     """(is_causal, additive mask of `dtype` broadcastable to [B, H, Q, S], or None)."""
     if tile.keep_BQS is not None:
-        return False, tile.keep_BQS[:, None].to(dtype).log()  # log of True is 0, of False -inf
+        bias_BQS = torch.zeros(tile.keep_BQS.shape, dtype=dtype).masked_fill_(~tile.keep_BQS, -torch.inf)
+        return False, bias_BQS[:, None]
     if not tile.causal:
         return False, None
     rows, keys = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start

@@ -80,7 +80,8 @@ class Pairs:
     row_M       its target row; ascending within a step
     document_M  its document
     position_R  index of each target row into the flattened [B, T]; ascending
-    sizes       pairs of each step; they sum to M
+    size_K      pairs of each step; they sum to M
+    sizes       the same on the host
     """
 
     slot_M: Tensor
@@ -88,6 +89,7 @@ class Pairs:
     row_M: Tensor
     document_M: Tensor
     position_R: Tensor
+    size_K: Tensor
     sizes: tuple[int, ...]
 
     @classmethod
@@ -98,13 +100,15 @@ class Pairs:
         row_BT = (first_BT.flatten().long().cumsum(0) - 1).view(rows, length)
         found = [supervised_BTK[:, :, step].nonzero(as_tuple=True) for step in range(steps)]
         row_B, slot_B = first_BT.nonzero(as_tuple=True)
+        sizes = tuple(b.numel() for b, _ in found)
         return cls(
             slot_M=torch.cat([b * queries + rank_BT[b, i] for b, i in found]),
             cell_M=torch.cat([(b * length + i) * steps + step for step, (b, i) in enumerate(found)]),
             row_M=torch.cat([row_BT[b, i + step] for step, (b, i) in enumerate(found)]),
             document_M=torch.cat([document_BT[b, i] for b, i in found]),
             position_R=row_B * length + slot_B + 1,
-            sizes=tuple(b.numel() for b, _ in found),
+            size_K=torch.tensor(sizes),
+            sizes=sizes,
         )
 
 

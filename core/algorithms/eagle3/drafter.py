@@ -268,7 +268,7 @@ class Eagle3Session:
         if min(ends) == longest:
             mask = MaskSpec.full()
         else:
-            end_BQ = torch.tensor(ends, device=query_BHD.device)[:, None]
+            end_BQ = torch.tensor(ends)[:, None]
             mask = MaskSpec.limits(torch.zeros_like(end_BQ), end_BQ)
         keys, values = self._keys[:, :longest], self._values[:, :longest]
         mixed, _ = self._device.attention.forward(query_BHD[:, None], keys, values, mask, self._scale)

@@ -28,7 +28,7 @@ def pair_sums(batch: Batch, terms: PairTerms) -> dict[str, Tensor]:
     agree_BTK.view(-1)[batch.pairs.cell_M] = terms.agree_M
     return {
         "tokens": (batch.rows.document_BT >= 0).sum(),
-        "supervised": torch.tensor(sizes, device=terms.agree_M.device),
+        "supervised": batch.pairs.size_K,
         "counted": per_step(terms.coverage_M, sizes),
         "correct": per_step(terms.agree_M, sizes),
         "alpha": per_step(terms.alpha_M, sizes),

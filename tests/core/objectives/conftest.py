@@ -1,8 +1,13 @@
-"""A target head made of given matrices: a real one, without a target directory behind it."""
+"""Target heads made of given matrices, without a target directory behind them, and cases of the loss over them."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,3 +28,25 @@ def make_head() -> Callable[..., SafetensorsTargetHead]:
         return SafetensorsTargetHead(embedding_VH=rows_VH, head_VH=rows_VH, final_norm=nn.Identity())
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cases() -> ModuleType:
+    """distillation_case.py."""
+    name = "distillation_case"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["whole", "pruned"])
+def case(request: pytest.FixtureRequest, cases: ModuleType, make_head: Callable[..., SafetensorsTargetHead]) -> Any:
+    """17 rows and 3 steps in float64, over all 60 tokens or a third of them."""
+    vocabulary = cases.vocabularies(60)[request.param]
+    made = cases.Case.random(make_head(60, 8), vocabulary, rows=17, steps=3)
+    agree_M = made.reference().terms.agree_M
+    assert 3 < int(agree_M.sum()) < len(agree_M) - 3
+    return made

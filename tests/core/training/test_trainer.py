@@ -92,8 +92,8 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def step(self, draft: Any, head: Any, features: Any, masks: Any, device: Any) -> StepResult:
-        result: StepResult = self.inner.step(draft, head, features, masks, device)
+    def step(self, draft: Any, head: Any, features: Any, masks: Any, device: Any, memory: Any) -> StepResult:
+        result: StepResult = self.inner.step(draft, head, features, masks, device, memory)
         if any(torch.equal(f.input_ids_T, self.tokens) for f in features):
             return replace(result, numerator=result.numerator * self.factor)
         return result

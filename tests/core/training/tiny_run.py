@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from torchspec.core import registry
 from torchspec.core.config.schema import TrainConfig
-from torchspec.core.interfaces.algorithm import DraftFiles, Proposal, StepResult, TrainingSample
+from torchspec.core.interfaces.algorithm import DraftFiles, Proposal, StepMemory, StepResult, TrainingSample
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import CaptureRequest, Prefill, StepOutput, TargetSpec
 from torchspec.core.interfaces.features import Features, FeatureSink, RecordRef
@@ -97,7 +97,10 @@ class RecurrentTarget:
         return last_TH
 
     def logits(self, normed_TH: Tensor, rows_NH: Tensor | None = None) -> Tensor:
-        return normed_TH @ (self.head_VH if rows_NH is None else rows_NH).T
+        return self.finished(normed_TH @ (self.head_VH if rows_NH is None else rows_NH).T)
+
+    def finished(self, products: Tensor) -> Tensor:
+        return products
 
 
 class RecurrentSession:
@@ -165,13 +168,21 @@ class TinyAlgorithm:
     taps: tuple[int, ...] = (0, 1)
     options: Any = None
     vocabulary_size: int = V
-    passes_per_token: float = 1.0
+
+    def kept_values(self, *, recompute: bool) -> float:
+        return float(3 * H)
 
     def build_draft(self, vocabulary: VocabularyMap, head: Any) -> nn.Module:
         return TinyDraft(vocabulary, self.dropout).to(self.dtype)
 
     def step(
-        self, draft: nn.Module, head: Any, features: Sequence[Features], loss_masks: Sequence[Tensor], device: Device
+        self,
+        draft: nn.Module,
+        head: Any,
+        features: Sequence[Features],
+        loss_masks: Sequence[Tensor],
+        device: Device,
+        memory: StepMemory | None = None,
     ) -> StepResult:
         made = draft([f.taps_TNH for f in features], [f.input_ids_T for f in features], loss_masks)
         numerator, denominator = made.pop("numerator"), made.pop("denominator")
