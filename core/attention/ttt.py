@@ -71,16 +71,19 @@ class _TTTAttention(torch.autograd.Function):
         dvalues = [dv, *(torch.empty_like(value) for value in values[1:])]
         if steps > 1:
             prefix_dq_BTHD, dq_BTHD = dq_BTHD, torch.empty_like(q_BTHD)
-            for rows in _chunks(ctx.attention, keys[1:]):
-                k_BTKND, v_BTKND = _stacked(keys[1:], rows), _stacked(values[1:], rows)
-                q, dout, out, dq = (_grouped(x, rows, k_BTKND) for x in (q_BTHD, dout_BTHD, out_BTHD, prefix_dq_BTHD))
-                lse_BTKG = _grouped_lse(lse_BHT, rows, k_BTKND)
-                weights_BTKGN = (q @ k_BTKND.mT).mul_(ctx.scale).sub_(lse_BTKG[..., None]).exp_()
-                delta_BTKG = (dout * out).sum(-1)
-                dscores_BTKGN = (dout @ v_BTKND.mT).sub_(delta_BTKG[..., None]).mul_(weights_BTKGN).mul_(ctx.scale)
-                dq_BTHD[:, rows] = (dq + dscores_BTKGN @ k_BTKND).flatten(2, 3)
-                _scatter(dscores_BTKGN.mT @ q, dkeys[1:], rows)
-                _scatter(weights_BTKGN.mT @ dout, dvalues[1:], rows)
+            for rows in _chunks(ctx.attention, q_BTHD):
+                groups = keys[1].shape[2]
+                q, dout, out, dq = (_grouped(x, rows, groups) for x in (q_BTHD, dout_BTHD, out_BTHD, prefix_dq_BTHD))
+                lse_BTKG = _grouped_lse(lse_BHT, rows, groups)
+                delta_BTKG = torch.linalg.vecdot(dout, out)
+                for key, value, dkey, dvalue in zip(keys[1:], values[1:], dkeys[1:], dvalues[1:], strict=True):
+                    k_BTK1D, v_BTK1D = _own(key, rows), _own(value, rows)
+                    weight = torch.linalg.vecdot(q, k_BTK1D).mul_(ctx.scale).sub_(lse_BTKG).exp_()[..., None]
+                    dscore = torch.linalg.vecdot(dout, v_BTK1D).sub_(delta_BTKG)[..., None].mul_(weight).mul_(ctx.scale)
+                    dq = torch.addcmul(dq, dscore, k_BTK1D)
+                    dkey[:, rows] = (dscore * q).sum(3)
+                    dvalue[:, rows] = (weight * dout).sum(3)
+                dq_BTHD[:, rows] = dq.flatten(2, 3)
         return (None, None, None, dq_BTHD, *dkeys, *dvalues)
 
 
@@ -95,47 +98,43 @@ def _add_diagonals(
     """(out, lse) over the prefix's keys and the diagonals: lse.merge, with each weight taken against the final lse."""
     prefix_BTHD, prefix_lse_BHT = prefix
     out_BTHD, lse_BHT = torch.empty_like(q_BTHD), torch.empty_like(prefix_lse_BHT)
-    for rows in _chunks(attention, keys):
-        k_BTKND, v_BTKND = _stacked(keys, rows), _stacked(values, rows)
-        q, prefix_out = (_grouped(x, rows, k_BTKND) for x in (q_BTHD, prefix_BTHD))
-        scores_BTKGN = (q @ k_BTKND.mT).mul_(scale)
-        prefix_lse_BTKG = _grouped_lse(prefix_lse_BHT, rows, k_BTKND)
+    groups = keys[0].shape[2]
+    for rows in _chunks(attention, q_BTHD):
+        q, prefix_out = (_grouped(x, rows, groups) for x in (q_BTHD, prefix_BTHD))
+        scores_BTKGN = torch.stack([torch.linalg.vecdot(q, _own(key, rows)) for key in keys], dim=-1).mul_(scale)
+        prefix_lse_BTKG = _grouped_lse(prefix_lse_BHT, rows, groups)
         lse_BTKG = torch.logaddexp(prefix_lse_BTKG, scores_BTKGN.logsumexp(-1))
         weights_BTKGN = scores_BTKGN.sub_(lse_BTKG[..., None]).exp_()
-        out = (weights_BTKGN @ v_BTKND).addcmul_(prefix_out, (prefix_lse_BTKG - lse_BTKG).exp_()[..., None])
+        out = prefix_out * (prefix_lse_BTKG - lse_BTKG).exp_()[..., None]
+        for value, weight_BTKG in zip(values, weights_BTKGN.unbind(-1), strict=True):
+            out.addcmul_(weight_BTKG[..., None], _own(value, rows))
         out_BTHD[:, rows] = out.flatten(2, 3)
         lse_BHT[:, :, rows] = lse_BTKG.flatten(2, 3).transpose(1, 2)
     return out_BTHD, lse_BHT
 
 
-def _chunks(attention: Attention, keys: Sequence[Tensor]) -> Iterator[slice]:
-    """Row ranges for which one stacked tensor of the keys, in fp32, has the device's preferred size."""
-    batch, count, heads, size = keys[0].shape
-    step = max(1, attention.temporary_bytes // (4 * batch * len(keys) * heads * size))
+def _chunks(attention: Attention, q_BTHD: Tensor) -> Iterator[slice]:
+    """Row ranges for which queries in fp32 have the size that the device prefers of a temporary."""
+    batch, count, heads, size = q_BTHD.shape
+    step = max(1, attention.temporary_bytes // (4 * batch * heads * size))
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _stacked(x: Sequence[Tensor], rows: slice) -> Tensor:
-    """[B, rows, K, N, D] in the wide dtype: with the keys of a row side by side, each product is one matrix product."""
-    return _wide(torch.stack([part[:, rows] for part in x], dim=-2))
+def _own(x_BTKD: Tensor, rows: slice) -> Tensor:
+    """[B, rows, K, 1, D] in the wide dtype: each row's own key or value, for every query head of its group."""
+    return _wide(x_BTKD[:, rows])[:, :, :, None]
 
 
-def _grouped(x_BTHD: Tensor, rows: slice, k_BTKND: Tensor) -> Tensor:
+def _grouped(x_BTHD: Tensor, rows: slice, groups: int) -> Tensor:
     """[B, rows, K, G, D] in the wide dtype."""
-    batch, count, heads, _, size = k_BTKND.shape
-    return _wide(x_BTHD[:, rows]).view(batch, count, heads, -1, size)
+    return _wide(x_BTHD[:, rows]).unflatten(2, (groups, -1))
 
 
-def _grouped_lse(lse_BHT: Tensor, rows: slice, k_BTKND: Tensor) -> Tensor:
+def _grouped_lse(lse_BHT: Tensor, rows: slice, groups: int) -> Tensor:
     """[B, rows, K, G]."""
-    batch, count, heads = k_BTKND.shape[:3]
-    return lse_BHT[:, :, rows].transpose(1, 2).view(batch, count, heads, -1)
+    return lse_BHT[:, :, rows].transpose(1, 2).unflatten(2, (groups, -1))
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
-def _scatter(grad_BTKND: Tensor, grads: Sequence[Tensor], rows: slice) -> None:
-    for step, grad_BTKD in enumerate(grads):
-        grad_BTKD[:, rows] = grad_BTKND[..., step, :]
