@@ -3,8 +3,8 @@
 Every variant lives in a process of its own; the parent asks them in turn (A B A B ...), so a machine whose speed
 drifts slows all of them alike and the ratio of medians holds. Time is measured with memory handled as users have it;
 peak memory in other processes, whose malloc gives freed tensors back at once: the kernel's high-water mark over the
-resident set before the measured call, after a warm-up (Linux: `/proc/self/clear_refs`). On a CUDA device time is that of
-events, and memory the allocator's.
+resident set before the measured call, after a warm-up (Linux: `/proc/self/clear_refs`). On a CUDA device time is that
+of events, and memory the allocator's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,9 +49,17 @@ class Figures:
 
 
 def compare(
-    variants: Mapping[str, Callable[[], Step]], *, rounds: int = 7, threads: int = 1, device: str = "cpu"
+    variants: Mapping[str, Callable[[], Step]],
+    *,
+    weighed: Collection[str],
+    rounds: int = 7,
+    threads: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Figures]:
-    """Measure every variant. A variant is a picklable function that prepares and returns the step to be timed."""
+    """Measure every variant's time, and the memory of those `weighed`.
+
+    A variant is a picklable function that prepares and returns the step to be timed.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     timed = _Processes(variants, threads, device)
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
@@ -62,8 +70,8 @@ def compare(
                 samples[name].append(sample)
                 print(f"  {name:16s} {sample['cpu']:8.3f} cpu s", file=sys.stderr, flush=True)
     timed.close()
-    peaks = {}
-    for name in variants:
+    peaks = dict.fromkeys(variants, 0.0)
+    for name in weighed:
         os.environ.update(GIVE_BACK if device == "cpu" else {})
         alone = _Processes({name: variants[name]}, threads, device)
         alone.ask(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchspec.core import registry
 from torchspec.core.algorithms.eagle3.algorithm import Eagle3
-from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch
+from torchspec.core.algorithms.eagle3.batch import Batch, build_batch
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.interfaces.algorithm import StepMemory
@@ -18,7 +18,6 @@ from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
-from torchspec.core.objectives.chunks import chunk_rows
 
 THETA, EPS, TAPS = 10000.0, 1e-6, 3
 SPAN = 128
@@ -131,9 +130,8 @@ def make_draft(problem: Problem, inputs: Inputs) -> tuple[Eagle3, Eagle3Draft]:
 
 def make_batch(problem: Problem, inputs: Inputs) -> Batch:
     """The product's own plan of the step: which slots run, which pairs and rows count, in which chunks."""
-    budget = registry.load_device(problem.device).ops.loss_bytes
-    rows = chunk_rows(problem.unroll, problem.draft_vocabulary, problem.vocabulary, budget)
-    plan = Plan(steps=problem.unroll, chunk_rows=rows, device=problem.torch_device)
+    algorithm, _ = make_draft(problem, inputs)
+    plan = algorithm.plan(inputs.head, registry.load_device(problem.device).ops.loss_bytes)
     return build_batch([inputs.features], [inputs.mask_T], plan)
 
 

@@ -3,8 +3,8 @@
     python benchmarks/step.py --tokens 2048 --json step.json
 
 The losses of the variants are compared before anything is timed: a fast wrong step is worth nothing. `floor` is what
-the step cannot avoid (benchmarks/floor.py), its time the sum over its products and attention calls. `attention` is
-the attention of the whole unroll beside plain causal attention, `loss` the loss beside its own matrix products.
+the step cannot avoid (benchmarks/floor.py), its time the sum over its products and attention calls. With --parts,
+`attention` is the attention of the whole unroll beside plain causal attention, `loss` the loss beside its products.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def prepare_product(problem: Problem, recompute: bool) -> Step:
             draft, inputs.head, [inputs.features], [inputs.mask_T], device, memory(recompute=recompute)
         )
         result.numerator.backward()
-        return float(result.numerator / result.denominator) if problem.device == "cpu" else 0.0
+        loss = result.numerator.detach() / result.denominator
+        return loss.item() if problem.device == "cpu" else 0.0
 
     return step
 
@@ -90,9 +91,7 @@ def prepare_ttt(problem: Problem, with_diagonals: bool) -> Step:
     def step() -> float:
         for count in range(1, problem.unroll + 1):
             used = count if with_diagonals else 1
-            out = ttt_attention(
-                attention, q, keys[:used], values[:used], MaskSpec.causal(), problem.head_dim**-0.5
-            )
+            out = ttt_attention(attention, q, keys[:used], values[:used], MaskSpec.causal(), problem.head_dim**-0.5)
             torch.autograd.grad(out, [q, *keys[:used], *values[:used]], dout)
         return 0.0
 
@@ -106,7 +105,10 @@ def prepare_loss(problem: Problem) -> Step:
     device = registry.load_device(problem.device)
     batch = make_batch(problem, inputs)
     slots = batch.inputs.slots.index_BQ.shape[1]
-    outputs = [torch.randn(1, slots, problem.hidden, device=problem.torch_device, dtype=problem.torch_dtype) for _ in range(problem.unroll)]
+    outputs = [
+        torch.randn(1, slots, problem.hidden, device=problem.torch_device, dtype=problem.torch_dtype)
+        for _ in range(problem.unroll)
+    ]
     for output in outputs:
         output.requires_grad_()
     draft.unroll = lambda *_, **__: outputs  # type: ignore[method-assign]
@@ -133,21 +135,25 @@ def prepare_loss_products(problem: Problem) -> Step:
     return step
 
 
-def measure(problem: Problem, *, rounds: int, threads: int) -> dict[str, Any]:
-    """The body of the JSON for one problem."""
+def measure(problem: Problem, *, rounds: int, threads: int, parts: bool) -> dict[str, Any]:
+    """The body of the JSON for one problem; `parts`: also attention and loss, each beside its own floor."""
     eager = problem.tokens <= LONGEST_EAGER and problem.device == "cpu"
     variants: dict[str, Any] = {
         "product": partial(prepare_product, problem, False),
         "checkpointed": partial(prepare_product, problem, True),
         "floor": partial(floor.prepare, problem),
-        "ttt attention": partial(prepare_ttt, problem, True),
-        "causal attention": partial(prepare_ttt, problem, False),
-        "loss": partial(prepare_loss, problem),
-        "loss products": partial(prepare_loss_products, problem),
     }
     if eager:
         variants["eager"] = partial(prepare_eager, problem)
-    found = compare(variants, rounds=rounds, threads=threads, device=problem.device)
+    if parts:
+        variants |= {
+            "ttt attention": partial(prepare_ttt, problem, True),
+            "causal attention": partial(prepare_ttt, problem, False),
+            "loss": partial(prepare_loss, problem),
+            "loss products": partial(prepare_loss_products, problem),
+        }
+    weighed = [name for name in ("product", "checkpointed", "eager") if name in variants]
+    found = compare(variants, weighed=weighed, rounds=rounds, threads=threads, device=problem.device)
     floor_parts = found["floor"].parts
     yardstick = 2 * 2048**3 / floor_parts[floor.SQUARE]
     items = [
@@ -184,8 +190,8 @@ def measure(problem: Problem, *, rounds: int, threads: int) -> dict[str, Any]:
         **row(found["product"]),
         "checkpointed": row(found["checkpointed"]),
         **({"eager": row(found["eager"])} if eager else {}),
-        "attention": ratio("ttt attention", "causal attention"),
-        "loss": ratio("loss", "loss products"),
+        **({"attention": ratio("ttt attention", "causal attention")} if parts else {}),
+        **({"loss": ratio("loss", "loss products")} if parts else {}),
         "floor": {
             "products": items,
             "attention_seconds": floor_parts["attention"],
@@ -210,13 +216,13 @@ def show(body: dict[str, Any]) -> None:
     for name in ("product", "checkpointed", "eager"):
         row = body if name == "product" else body.get(name)
         if row:
-            print(
-                f"{name:14s} {row['cpu_seconds']:8.3f} {row['over_floor']:10.3f} {row['peak_mb_over_base']:8.0f}"
-            )
+            print(f"{name:14s} {row['cpu_seconds']:8.3f} {row['over_floor']:10.3f} {row['peak_mb_over_base']:8.0f}")
     print(f"{'floor':14s} {body['floor_cpu_seconds']:8.3f}")
     share, rate = body["floor"]["share_of_best"], body["floor"]["flops_per_second"]
     print(f"the floor's products run at {rate / 1e9:.0f} GFLOP/s, {share:.0%} of the best rate of this run")
-    print(f"attention over causal attention {body['attention']['ratio']:.3f}, loss over its products {body['loss']['ratio']:.3f}")
+    for name in ("attention", "loss"):
+        if name in body:
+            print(f"{name} over its own floor {body[name]['ratio']:.3f}")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +236,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the one sequence")
     parser.add_argument("--supervised", type=float, default=1.0, help="share of the tokens that is supervised")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--parts", action="store_true", help="measure attention and loss alone too")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments(parser)
     for name in ("hidden", "intermediate", "heads", "kv_heads", "vocabulary", "draft_vocabulary", "unroll"):
@@ -239,7 +246,7 @@ def main() -> int:
     problem = Problem(**{name: getattr(args, name) for name in Problem.__dataclass_fields__})
     if problem.device == "cpu" and problem.dtype == "float32":
         agree(problem)
-    body = measure(problem, rounds=args.rounds, threads=args.threads)
+    body = measure(problem, rounds=args.rounds, threads=args.threads, parts=args.parts)
     show(body)
     command = shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]])
     write(args.json, {"command": command, "machine": machine(), **body})

@@ -135,9 +135,7 @@ def _runs(start_Q: Tensor, end_Q: Tensor) -> Iterator[tuple[int, int, int]]:
         yield _BREAK, given, len(start_Q)
 
 
-def _blocks(
-    start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice, device: torch.device
-) -> Iterator[Tile]:
+def _blocks(start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice, device: torch.device) -> Iterator[Tile]:
     for start in range(rows.start, rows.stop, BLOCK_ROWS):
         block = slice(start, min(start + BLOCK_ROWS, rows.stop))
         yield from _block(start_BQ[:, block], end_BQ[:, block], block, batch, device)

@@ -137,4 +137,3 @@ def _grouped_lse(lse_BHT: Tensor, rows: slice, groups: int) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-

@@ -108,6 +108,11 @@ def _describe(annotation: Any, metadata: tuple[object, ...], *, many: bool) -> s
         return "one of " + ", ".join(str(value) for value in values)
     if get_origin(annotation) in (list, tuple):
         return _describe_list(annotation, metadata)
+    if get_origin(annotation) is dict:
+        keys, values = get_args(annotation)
+        least = max((part.min_length for part in metadata if isinstance(part, MinLen | Len)), default=0)
+        allowed = ", ".join(str(key) for key in _literal_values(keys)) or _describe(keys, (), many=True)
+        return f"{_describe(values, (), many=True)} by name (at least {least} of {allowed})"
     single, plural = _WORDS.get(annotation, ("a value", "values"))
     return (plural if many else single) + _bounds(metadata)
 

@@ -200,6 +200,9 @@ def _element(window: _Window, decoder: json.JSONDecoder) -> Decoded | Broken:
 
 def _extent(text: str, start: int) -> int:
     """Where the malformed value at `start` ends, by its brackets; 0 if it does not end within `text`."""
+    if text[start] == '"':
+        whole = _MARK.match(text, start)
+        return whole.end() if whole and len(whole.group()) > 1 else 0
     if text[start] not in "[{":
         stop = _BARE_END.search(text, start + 1)
         return stop.start() if stop else 0

@@ -53,6 +53,9 @@ class StepMemory:
     loss_bytes: int | None = None
 
 
+KEEP_ALL = StepMemory()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftFiles:
     """A draft as a directory holds it: config.json and the tensors of model.safetensors.

@@ -160,9 +160,7 @@ class FusedOps:
         self, logits_CN: Tensor, teacher: TileTeacher, pairs: TilePairs, *, with_grad: bool
     ) -> TileTerms:
         """The terms of some pairs; their gradient replaces the logits (`core.ops.distillation`)."""
-        return distillation_tile(
-            logits_CN, teacher, pairs, with_grad=with_grad, temporary_bytes=self.temporary_bytes
-        )
+        return distillation_tile(logits_CN, teacher, pairs, with_grad=with_grad, temporary_bytes=self.temporary_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)

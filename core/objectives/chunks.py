@@ -44,14 +44,31 @@ def vocabulary_tile(vocabulary: int) -> int:
     return -(-vocabulary // tiles)
 
 
-def chunk_rows(steps: int, draft_vocabulary: int, target_vocabulary: int, budget: int) -> int:
-    """Target rows per chunk such that everything of the chunk fits `budget` bytes, and never fewer than FEWEST_ROWS.
+@dataclass(frozen=True, kw_only=True)
+class LossShape:
+    """What decides how much a target row takes. `itemsize` is the compute dtype's."""
 
-    A row takes, in fp32, the logits of `steps` pairs (half as much again for a copy in bf16), the teacher's
-    probabilities twice, and one tile of the target's logits.
+    steps: int
+    hidden: int
+    draft_vocabulary: int
+    target_vocabulary: int
+    itemsize: int = 4
+    with_logs: bool = False
+
+
+def chunk_rows(shape: LossShape, budget: int) -> int:
+    """Target rows per chunk such that what grows with them fits `budget` bytes, and never fewer than FEWEST_ROWS.
+
+    A row takes the logits of its pairs in fp32 (again in the compute dtype if that is another); of each pair the
+    output, its norm and their gradients; the teacher's logits, probabilities (with and without the mass outside)
+    and, for some terms, log-probabilities; and one tile of the target's logits. Beside all that are copies of the
+    draft's head in fp32 where a device cannot sum bf16 products in it, and one slice's scratch.
     """
-    floats = 1.5 * steps * draft_vocabulary + 2 * draft_vocabulary + vocabulary_tile(target_vocabulary)
-    return max(FEWEST_ROWS, int(budget // (4 * floats)))
+    wide = max(4, shape.itemsize)
+    logits = shape.draft_vocabulary * (wide + (shape.itemsize if shape.itemsize < wide else 0))
+    states = shape.hidden * (4 * shape.itemsize + 2 * wide)
+    teacher = wide * (shape.draft_vocabulary * (3 + shape.with_logs) + vocabulary_tile(shape.target_vocabulary))
+    return max(FEWEST_ROWS, budget // (shape.steps * (logits + states) + teacher))
 
 
 def plan_chunks(row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int) -> tuple[Chunk, ...]:

@@ -1,8 +1,8 @@
 """The loss of an unrolled draft on its target's distributions: one pass makes terms, metrics and gradients.
 
 The loop runs over chunks of target rows. The teacher's product happens once per row and serves every step; the logits
-of all steps that a chunk teaches are one product, live in one buffer, and are overwritten by their gradient. The draft's
-final norm belongs to the pass too, so that of each pair only the layer's output and its gradient are ever kept.
+of all steps that a chunk teaches are one product, live in one buffer, and are overwritten by their gradient. The
+draft's final norm belongs to the pass too, so that of each pair only the layer's output and its gradient are kept.
 `eager` is the readable reference of the terms, `core.ops.distillation` their closed form.
 
 With z = n W^T, n the normed output, and g = d(loss)/dz:  dn = g W,  dW = g^T n.
@@ -75,9 +75,7 @@ class PairTerms:
     coverage_M: Tensor
 
 
-def distil(
-    outputs: Sequence[Tensor], head: Head, supervision: Supervision, ops: FusedOps
-) -> tuple[Tensor, PairTerms]:
+def distil(outputs: Sequence[Tensor], head: Head, supervision: Supervision, ops: FusedOps) -> tuple[Tensor, PairTerms]:
     """(sum over pairs and terms of base * coverage * weight * term, the pairs' terms).
 
     `outputs[k]` [S, H] are the layer's outputs of step k before the final norm; logits, softmax and sums are fp32
@@ -187,9 +185,7 @@ class _Pass:
                 soft[soft_name] = soft.get(soft_name, 0) + weight * weight_C
         return TilePairs(row_C=row_C, runs=chunk.runs, weight=soft, labels=labels)
 
-    def _keep(
-        self, chunk: Chunk, target: TeacherChunk, row_C: Tensor, weight_C: Tensor, found: TileTerms
-    ) -> None:
+    def _keep(self, chunk: Chunk, target: TeacherChunk, row_C: Tensor, weight_C: Tensor, found: TileTerms) -> None:
         entropy_C, best_C = target.entropy_C[row_C], target.best_C[row_C]
         cross_C = found.value["cross_entropy"]
         agree_C = (found.best_C == best_C) & (best_C != OUTSIDE)
@@ -205,9 +201,7 @@ class _Pass:
             terms.agree_M[lo:hi] = agree_C[place]
             terms.coverage_M[lo:hi] = coverage_C[place]
 
-    def _differentiate(
-        self, chunk: Chunk, dlogits_CN: Tensor, raw_CH: Tensor, normed_CH: Tensor, kept: Tensor
-    ) -> None:
+    def _differentiate(self, chunk: Chunk, dlogits_CN: Tensor, raw_CH: Tensor, normed_CH: Tensor, kept: Tensor) -> None:
         if self.dhead_NH.dtype == dlogits_CN.dtype:
             self.dhead_NH.addmm_(dlogits_CN.T, normed_CH)
         else:

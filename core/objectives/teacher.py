@@ -8,7 +8,7 @@ Shape letters: R target rows, C rows of one chunk, H target hidden size, V targe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -21,6 +21,7 @@ from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.objectives.chunks import Chunk, vocabulary_tile
 from torchspec.core.ops.distillation import TileTeacher
 from torchspec.core.ops.extremes import first_max
+from torchspec.core.ops.slices import row_slices
 
 Coverage = Literal["drop", "renormalise", "weight"]
 OUTSIDE = -1
@@ -102,20 +103,29 @@ class Teacher:
             logits_CN, whole_C, best_C = self._read(start, stop)
         else:
             logits_CN = self._logits(self._normed_RH[start:stop], self._head.head_VH)
-        top_C, place_C = first_max(logits_CN)
-        probs_CN = torch.softmax(logits_CN, -1)
-        normaliser_C = top_C - probs_CN.gather(1, place_C[:, None])[:, 0].log_()
-        # A token of logit -inf has probability 0 and adds nothing to the entropy.
-        finite_CN = logits_CN.clamp_min_(torch.finfo(self.wide).min)
-        entropy_C = normaliser_C - torch.linalg.vecdot(probs_CN, finite_CN)
-        log_probs_CN = finite_CN.sub_(normaliser_C[:, None]) if self._with_logs else None
+            best_C = torch.empty(len(logits_CN), dtype=torch.int64, device=logits_CN.device)
+        probs_CN = torch.empty_like(logits_CN)
+        normaliser_C, entropy_C = logits_CN.new_empty(len(logits_CN)), logits_CN.new_empty(len(logits_CN))
+        for part in self._slices(logits_CN):
+            logits = logits_CN[part]
+            if self._pruned:
+                top = logits.amax(-1)
+            else:
+                top, best_C[part] = first_max(logits)
+            probs = torch.softmax(logits, -1, out=probs_CN[part])
+            normaliser = top - probs.amax(-1).log_()  # the largest probability cannot underflow
+            normaliser_C[part] = normaliser
+            # A token of logit -inf has probability 0 and adds nothing to the entropy.
+            finite = logits.clamp_min_(torch.finfo(self.wide).min)
+            entropy_C[part] = normaliser - torch.linalg.vecdot(probs, finite)
+        log_probs_CN = logits_CN.sub_(normaliser_C[:, None]) if self._with_logs else None
         if self._pruned:
             inside_C = (normaliser_C - whole_C).exp_().clamp_max_(1.0)
             coverage_C = self._covered(best_C, inside_C)
             tile = TileTeacher(probs_RN=probs_CN, inside_R=inside_C, log_probs_RN=log_probs_CN)
             return TeacherChunk(tile=tile, best_C=best_C, entropy_C=entropy_C, coverage_C=coverage_C)
         tile = TileTeacher(probs_RN=probs_CN, log_probs_RN=log_probs_CN)
-        return TeacherChunk(tile=tile, best_C=place_C, entropy_C=entropy_C, coverage_C=torch.ones_like(entropy_C))
+        return TeacherChunk(tile=tile, best_C=best_C, entropy_C=entropy_C, coverage_C=torch.ones_like(entropy_C))
 
     def _covered(self, best_C: Tensor, inside_C: Tensor) -> Tensor:
         if self._coverage == "renormalise":
@@ -137,19 +147,24 @@ class Teacher:
         whole_C, best_C = top_C.clone(), torch.zeros(count, dtype=torch.int64, device=top_C.device)
         for (first, last), (lo, hi) in zip(pairwise(edges), pairwise(cuts), strict=True):
             tile_CV = self._logits(normed_CH, self._head.head_VH[first:last], self._space(count, last - first))
-            logits_CN[:, lo:hi] = tile_CV.index_select(1, vocabulary.ids_N[lo:hi] - first)
-            highest_C, place_C = first_max(tile_CV)
-            share_CV = torch.softmax(tile_CV, -1, out=tile_CV)
-            normaliser_C = highest_C - share_CV.gather(1, place_C[:, None])[:, 0].log_()
-            whole_C = torch.logaddexp(whole_C, normaliser_C)
-            best_C = torch.where(highest_C > top_C, place_C + first, best_C)
-            top_C = torch.maximum(top_C, highest_C)
+            said_N = vocabulary.ids_N[lo:hi] - first
+            for part in self._slices(tile_CV):
+                tile = tile_CV[part]
+                logits_CN[part, lo:hi] = tile.index_select(1, said_N)
+                highest, place = first_max(tile)
+                share = torch.softmax(tile, -1, out=tile)
+                torch.logaddexp(whole_C[part], highest - share.amax(-1).log_(), out=whole_C[part])
+                best_C[part] = torch.where(highest > top_C[part], place + first, best_C[part])
+                torch.maximum(top_C[part], highest, out=top_C[part])
         # The draft vocabulary is sorted: a binary search finds a token's draft index.
         at_C = torch.searchsorted(vocabulary.ids_N, best_C).clamp_max_(vocabulary.size - 1)
         return logits_CN, whole_C, torch.where(vocabulary.ids_N[at_C] == best_C, at_C, OUTSIDE)
 
     def _logits(self, normed_CH: Tensor, rows_VH: Tensor, out: Tensor | None = None) -> Tensor:
         return self._head.finished(self._ops.wide_mm(normed_CH, rows_VH.T, out=out))
+
+    def _slices(self, x_CX: Tensor) -> Iterator[slice]:
+        return row_slices(0, x_CX.shape[0], x_CX.shape[1] * x_CX.element_size(), self._ops.temporary_bytes)
 
     def _space(self, rows: int, columns: int) -> Tensor:
         """[rows, columns] of a buffer that every tile uses again."""

@@ -23,9 +23,7 @@ def step_weights(sizes: Sequence[int], decay: float, *, dtype: torch.dtype, devi
     return torch.cat(powers)
 
 
-def per_sequence(
-    base_M: Tensor, coverage_M: Tensor, sequence_M: Tensor, sequences: int
-) -> tuple[Tensor, Tensor]:
+def per_sequence(base_M: Tensor, coverage_M: Tensor, sequence_M: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
     """(the weights over their sequence's sum of covered weights, how many sequences have any).
 
     With them the loss is each sequence's mean first, then the mean over sequences.

@@ -120,7 +120,9 @@ class _Slices:
         self.soft = set(pairs.weight) - {"cross_entropy"}
         self.scratch = logits_CN.new_empty(most_rows, logits_CN.shape[1])
         probs_RN, inside_R = teacher.probs_RN, teacher.inside_R
-        self.full_RN = probs_RN if inside_R is None else probs_RN * inside_R[:, None]  # once for the steps that share it
+        self.full_RN = (
+            probs_RN if inside_R is None else probs_RN * inside_R[:, None]
+        )  # once for the steps that share it
 
     def run(self, part: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """(index of the first choice, alpha) of the slice."""

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import nn
 
-from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
+from torchspec.core.interfaces.algorithm import KEEP_ALL, Algorithm, StepMemory
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.target_weights import TargetWeights
 
@@ -32,7 +32,7 @@ class Load:
     micro_batch_tokens: int  # at most
     compute: torch.dtype
     target_dtype: torch.dtype
-    memory: StepMemory = StepMemory()
+    memory: StepMemory = KEEP_ALL
 
 
 def estimate(

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from torchspec.core.data.batches import rank_micro_batches
 from torchspec.core.features.memory import MemoryFeatureSink
-from torchspec.core.interfaces.algorithm import Algorithm, StepMemory, StepResult, TrainingSample
+from torchspec.core.interfaces.algorithm import KEEP_ALL, Algorithm, StepMemory, StepResult, TrainingSample
 from torchspec.core.interfaces.engine import CaptureRequest, TargetEngine
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead
@@ -46,7 +46,7 @@ class Model:
     draft: nn.Module
     head: TargetHead
     engine: TargetEngine
-    memory: StepMemory = StepMemory()
+    memory: StepMemory = KEEP_ALL
 
 
 @dataclass(kw_only=True)

@@ -35,6 +35,7 @@ _LABELS = tl.constexpr(len(SOFT_TERMS))
 _RESULTS = ("cross_entropy", "normaliser", "alpha", "reverse_kl", "jsd")
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # -inf would make exp(-inf - -inf) of a place without logits
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _LOG_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -167,7 +168,8 @@ def _pair(
 
     if GRADIENT and (OVERLAP or REVERSE or JSD):
         overlap = tl.load(weights_ptr + _TV * count)
-        overlap += tl.load(weights_ptr + _LK_ALPHA * count) / tl.maximum(alpha, _TINY)
+        # Capped: an infinite slope times nothing would be no number.
+        overlap += tl.minimum(tl.load(weights_ptr + _LK_ALPHA * count) / tl.maximum(alpha, _TINY), _LARGEST)
         _soft_gradient(
             logits_ptr, probs_ptr, log_probs_ptr, size, top, per_total, log_total, inside, cross, labels,
             kept, overlap,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from torchspec.core.algorithms.eagle3 import serving
@@ -21,12 +20,12 @@ from torchspec.core.algorithms.eagle3.metrics import pair_sums, summarise
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
-from torchspec.core.interfaces.algorithm import DraftFiles, StepMemory, StepResult
+from torchspec.core.interfaces.algorithm import KEEP_ALL, DraftFiles, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.objectives.chunks import chunk_rows
+from torchspec.core.objectives.chunks import LossShape, chunk_rows
 from torchspec.core.objectives.distillation import Head, Supervision, distil
 from torchspec.core.objectives.teacher import Teacher
 from torchspec.core.objectives.weighting import per_sequence, step_weights
@@ -82,17 +81,27 @@ class Eagle3:
         features: Sequence[Features],
         loss_masks: Sequence[Tensor],
         device: Device,
-        memory: StepMemory = StepMemory(),
+        memory: StepMemory = KEEP_ALL,
     ) -> StepResult:
         """The training forward of one micro-batch; see `Algorithm.step`."""
-        geometry, steps = self.geometry, self.options.unroll
-        budget = memory.loss_bytes or device.ops.loss_bytes
-        plan = Plan(
-            steps=steps,
-            chunk_rows=chunk_rows(steps, geometry.draft_vocab_size, geometry.vocab_size, budget),
+        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes)
+        return self.run(draft, head, build_batch(features, loss_masks, plan), device, recompute=memory.recompute)
+
+    def plan(self, head: TargetHead, loss_bytes: int) -> Plan:
+        """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
+        shape = LossShape(
+            steps=self.options.unroll,
+            hidden=self.geometry.hidden_size,
+            draft_vocabulary=self.geometry.draft_vocab_size,
+            target_vocabulary=self.geometry.vocab_size,
+            itemsize=head.head_VH.itemsize,
+            with_logs=not LOG_TERMS.isdisjoint(self.options.objective),
+        )
+        return Plan(
+            steps=self.options.unroll,
+            chunk_rows=chunk_rows(shape, loss_bytes),
             device=head.embedding_VH.device,
         )
-        return self.run(draft, head, build_batch(features, loss_masks, plan), device, recompute=memory.recompute)
 
     def run(
         self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device, *, recompute: bool = False
@@ -108,7 +117,9 @@ class Eagle3:
             coverage=options.coverage,
             with_logs=not LOG_TERMS.isdisjoint(options.objective),
         )
-        base_M = step_weights(batch.pairs.sizes, options.step_decay, dtype=teacher.wide, device=batch.pairs.row_M.device)
+        base_M = step_weights(
+            batch.pairs.sizes, options.step_decay, dtype=teacher.wide, device=batch.pairs.row_M.device
+        )
         sequences = None
         if options.normalisation == "per_sequence":
             coverage_M = teacher.survey(batch.chunks)[batch.pairs.row_M]
@@ -128,9 +139,7 @@ class Eagle3:
             denominator = (base_M * terms.coverage_M).sum() if sequences is None else sequences
             return numerator, pair_sums(batch, terms) | {"loss_denominator": denominator}
 
-        numerator, sums = draft(
-            batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=recompute
-        )
+        numerator, sums = draft(batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=recompute)
         return StepResult(
             numerator=numerator,
             denominator=sums["loss_denominator"],

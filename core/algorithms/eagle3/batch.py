@@ -4,8 +4,8 @@ Slot i holds the taps of position i and token x_{i+1}; its step k reads token x_
 distribution the target gives at position i+1+k. The mask belongs to the *predicted* token (docs/concepts.md).
 
 Shape letters: B rows, T positions of the longest row, Q running slots per row, K unroll steps, M supervised pairs
-(grouped by step, then by row and slot), X = T + K, R target rows (positions that teach at least one pair), F = taps x target
-hidden size, H target hidden size.
+(grouped by step, then by row and slot), X = T + K, R target rows (positions that teach at least one pair), F = taps x
+target hidden size, H target hidden size.
 """
 
 from __future__ import annotations

@@ -167,9 +167,7 @@ class Eagle3Draft(nn.Module):
             given = (step, feature, tuple(keys), tuple(values), shared)
             if recompute and torch.is_grad_enabled():
                 # Nothing here draws random numbers.
-                feature, key, value = checkpoint(
-                    self.midlayer, *given, use_reentrant=False, preserve_rng_state=False
-                )
+                feature, key, value = checkpoint(self.midlayer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 feature, key, value = self.midlayer(*given)
             outputs.append(feature)

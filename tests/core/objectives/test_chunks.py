@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.core.objectives import chunks
-from torchspec.core.objectives.chunks import Chunk, chunk_rows, plan_chunks, vocabulary_tile
+from torchspec.core.objectives.chunks import Chunk, LossShape, chunk_rows, plan_chunks, vocabulary_tile
 
 
 @st.composite
@@ -76,12 +76,18 @@ def test_tiles_of_the_vocabulary_are_near_equal_and_small() -> None:
         assert count * tile - vocabulary < count, "every tile but for a column each is full"
 
 
-def row_bytes(steps: int, draft: int, target: int) -> float:
-    """Buffers of one target row in fp32, counted one by one."""
-    logits, copy = 4 * steps * draft, 2 * steps * draft
-    probabilities, times_mass = 4 * draft, 4 * draft
-    tile = min(target, -(-target // -(-target // 8192)))
-    return logits + copy + probabilities + times_mass + 4 * tile
+def row_bytes(shape: LossShape) -> int:
+    """Buffers of one target row, counted one by one."""
+    half = shape.itemsize == 2
+    logits = 4 * shape.draft_vocabulary + (2 * shape.draft_vocabulary if half else 0)
+    output, normed, dnormed, doutput = 4 * [shape.itemsize * shape.hidden]
+    unit, wide_gradient = 2 * [4 * shape.hidden]
+    raw, probabilities, times_mass = 3 * [4 * shape.draft_vocabulary]
+    logs = 4 * shape.draft_vocabulary if shape.with_logs else 0
+    target = shape.target_vocabulary
+    tile = 4 * min(target, -(-target // -(-target // 8192)))
+    pair = logits + output + normed + dnormed + doutput + unit + wide_gradient
+    return shape.steps * pair + raw + probabilities + times_mass + logs + tile
 
 
 @pytest.mark.parametrize(
@@ -91,8 +97,17 @@ def row_bytes(steps: int, draft: int, target: int) -> float:
 def test_a_chunk_fills_its_budget_and_never_falls_below_128_rows(
     steps: int, draft: int, target: int, budget: int
 ) -> None:
-    rows, each = chunk_rows(steps, draft, target, budget), row_bytes(steps, draft, target)
-    if 128 * each > budget:
-        assert rows == 128
-    else:
-        assert rows * each <= budget < (rows + 1) * each
+    for itemsize, with_logs in ((4, False), (2, True)):
+        shape = LossShape(
+            steps=steps,
+            hidden=512,
+            draft_vocabulary=draft,
+            target_vocabulary=target,
+            itemsize=itemsize,
+            with_logs=with_logs,
+        )
+        rows, each = chunk_rows(shape, budget), row_bytes(shape)
+        if 128 * each > budget:
+            assert rows == 128
+        else:
+            assert rows * each <= budget < (rows + 1) * each

@@ -59,9 +59,7 @@ def test_a_step_reads_no_number_from_the_device(
     make_world: Callable[..., Any], objective: dict[str, float], supervised: float, normalisation: str
 ) -> None:
     ids_N = torch.arange(0, 300, 3)
-    world = make_world(
-        ids_N=ids_N, unroll=3, dtype=torch.float32, objective=objective, normalisation=normalisation
-    )
+    world = make_world(ids_N=ids_N, unroll=3, dtype=torch.float32, objective=objective, normalisation=normalisation)
     lengths = (60, 47)
     features = [world.features(world.tokens(n, n), n) for n in lengths]
     masks = [torch.arange(n) >= n * (1 - supervised) for n in lengths]
