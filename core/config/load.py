@@ -65,11 +65,17 @@ def load_config(
         problems += environment.problems(tree)
     if problems or config is None:
         raise ConfigError(problems)
-    provenance = {path: origin.get(path, DEFAULT) for path in settings(schema)}
+    provenance = {path: _origin(origin, path) for path in settings(schema)}
     if chosen is not None:
         name, provenance["device"] = chosen
         config = config.model_copy(update={"device": name})
     return config, provenance
+
+
+def _origin(origin: Mapping[str, str], path: str) -> str:
+    """Where a setting came from; one whose value is a mapping may have come entry by entry."""
+    entries = [source for given, source in origin.items() if given.startswith(f"{path}.")]
+    return origin.get(path) or ", ".join(dict.fromkeys(entries)) or DEFAULT
 
 
 def _contradictions(flags: Sequence[Setting], words: Sequence[Setting]) -> list[Problem]:

@@ -80,6 +80,19 @@ def test_override_values_are_yaml(word: str, path: tuple[str, str], expected: ob
     assert getattr(getattr(config, path[0]), path[1]) == expected
 
 
+def test_a_setting_that_is_a_mapping_is_given_whole_or_by_entry(tmp_path: Path) -> None:
+    file = write(tmp_path, "draft:\n  objective: {kl: 1.0}\n")
+    config, source = load_config(file=file, flags=REQUIRED, probe=False)
+    assert config.draft.objective == {"kl": 1.0}
+    assert source["draft.objective"] == "run.yaml:2"
+    config, source = load_config(file=file, flags=REQUIRED, overrides=["draft.objective.tv=0.5"], probe=False)
+    assert config.draft.objective == {"kl": 1.0, "tv": 0.5}
+    assert source["draft.objective"] == "run.yaml:2, command line"
+    for word in ("draft.objective.nothing=1", "draft.objective={}", "draft.objective.kl=-1"):
+        found = problems(flags=REQUIRED, overrides=[word])["draft.objective"]
+        assert "must be numbers > 0 by name (at least 1 of cross_entropy, kl, " in found.message
+
+
 def test_the_last_of_two_overrides_wins() -> None:
     assert load_config(flags=REQUIRED, overrides=["seed=1", "seed=2"], probe=False)[0].seed == 2
 

@@ -33,6 +33,20 @@ def rows(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in found if row["kind"] == kind]
 
 
+def test_memory_options_and_objective_reach_the_step(make_config: Any, tmp_path: Path) -> None:
+    runs = {
+        "plain": [],
+        "lean": ["train.recompute=true", "train.loss_memory_mb=1"],
+        "other": ["draft.objective={tv: 1.0, ground_truth: 0.5}"],
+    }
+    losses = {}
+    for name, words in runs.items():
+        config, provenance = make_config(tmp_path / name, "train.max_steps=3", *words)
+        losses[name] = [row["loss"] for row in rows(train(config, provenance=provenance).directory, "train")]
+    assert losses["lean"] == pytest.approx(losses["plain"], rel=1e-6)
+    assert losses["other"] != pytest.approx(losses["plain"], rel=0.1)
+
+
 def test_a_run_leaves_everything_it_promises(make_config: Any, tmp_path: Path, tiny_target: Path) -> None:
     config, provenance = make_config(tmp_path / "run", "train.epochs=2", "eval.every=4")
     outcome = train(config, provenance=provenance)
