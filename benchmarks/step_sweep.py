@@ -1,6 +1,6 @@
 """The training step over lengths and supervision; the figures and the plot in benchmarks/results.
 
-    python benchmarks/step_sweep.py --json benchmarks/results/step.json --plot benchmarks/results/step.png
+python benchmarks/step_sweep.py --json benchmarks/results/step.json --plot benchmarks/results/step.png
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def plot(body: dict[str, Any], path: Path) -> None:
     for supervised, style in ((1.0, "-"), (0.1, "--")):
         runs = [run for run in body["runs"] if run["settings"]["supervised"] == supervised]
         dense = supervised == 1.0
-        for name in ("eager", "checkpointed", "product"):
+        for name in ("eager", "checkpointed", "product") if dense else ("checkpointed", "product"):
             rows = [(run["settings"]["tokens"], run if name == "product" else run.get(name)) for run in runs]
             rows = [(tokens, row) for tokens, row in rows if row]
             label = {"product": "step", "checkpointed": "step, recomputed", "eager": "eager reference"}[name]
@@ -63,7 +63,9 @@ def plot(body: dict[str, Any], path: Path) -> None:
         axes.set_xticks(TOKENS, [str(count) for count in TOKENS], minor=False)
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+    time_axes.legend(frameon=False, fontsize=7)
+    memory_axes.legend(frameon=False, fontsize=7, loc="lower right", handlelength=3)
+    memory_axes.set_ylim(bottom=1)
     ticks = (1, 1.1, 1.25, 1.5, 2, 3, 4)
     time_axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     time_axes.tick_params(axis="y", which="minor", left=False, labelleft=False)

@@ -26,3 +26,25 @@ def test_figures(name: str, least: float) -> None:
     assert f"**{fastest['speedup']:.2f} times** faster with a chain of {fastest['draft_length']}" in text
     assert f"prompt lookup accepts {lookup:.2f}" in text
     assert f"benchmarks/results/{name}.json" in text
+
+
+def test_the_steps_figures_keep_their_limits_and_stand_in_its_page() -> None:
+    """The limits that are met; docs/step.md says which is not."""
+    figures = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
+    runs = {(run["settings"]["tokens"], run["settings"]["supervised"]): run for run in figures["runs"]}
+    page = (ROOT / "docs" / "step.md").read_text()
+    assert runs.keys() == {(tokens, share) for tokens in (512, 2048, 8192) for share in (1.0, 0.1)}
+    for (tokens, share), run in runs.items():
+        again = run["checkpointed"]
+        row = f"| {tokens} | {share:.0%} | {run['cpu_seconds']:.2f} | {run['floor_cpu_seconds']:.2f} | "
+        row += f"{run['over_floor']:.2f} | {run['peak_mb_over_base']:.0f} | "
+        assert row + f"{again['over_floor']:.2f} | {again['peak_mb_over_base']:.0f} |" in page
+    dense, sparse, long = runs[2048, 1.0], runs[2048, 0.1], runs[8192, 1.0]
+    assert dense["over_floor"] <= 1.10
+    assert long["over_floor"] <= 1.15
+    assert dense["floor"]["share_of_best"] >= 0.85
+    assert (dense["peak_mb_over_base"] <= 450, dense["checkpointed"]["peak_mb_over_base"] <= 230) == (True, True)
+    assert long["peak_mb_over_base"] < 4000
+    assert sparse["cpu_seconds"] <= 0.45 * dense["cpu_seconds"]
+    assert dense["attention"]["ratio"] <= 1.10
+    assert f"{dense['loss']['ratio']:.2f} times its own" in page
