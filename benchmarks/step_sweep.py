@@ -78,10 +78,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="draw the figures here")
     parser.add_argument("--from-json", type=Path, help="measure nothing: plot these figures")
     args = parser.parse_args()
-    if args.from_json:
-        body = json.loads(args.from_json.read_text())
-    else:
-        body = sweep(args.rounds, args.threads, args.json)
+    body = json.loads(args.from_json.read_text()) if args.from_json else sweep(args.rounds, args.threads, args.json)
     if args.plot:
         plot(body, args.plot)
     return 0

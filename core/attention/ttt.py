@@ -127,12 +127,14 @@ def _own(x_BTKD: Tensor, rows: slice) -> Tensor:
 
 def _grouped(x_BTHD: Tensor, rows: slice, groups: int) -> Tensor:
     """[B, rows, K, G, D] in the wide dtype."""
-    return _wide(x_BTHD[:, rows]).unflatten(2, (groups, -1))
+    x = _wide(x_BTHD[:, rows])
+    return x.view(*x.shape[:2], groups, -1, x.shape[-1])
 
 
 def _grouped_lse(lse_BHT: Tensor, rows: slice, groups: int) -> Tensor:
     """[B, rows, K, G]."""
-    return lse_BHT[:, :, rows].transpose(1, 2).unflatten(2, (groups, -1))
+    lse_BTH = lse_BHT[:, :, rows].transpose(1, 2)
+    return lse_BTH.view(*lse_BTH.shape[:2], groups, -1)
 
 
 def _wide(x: Tensor) -> Tensor:

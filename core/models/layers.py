@@ -92,7 +92,7 @@ class AttentionProjections(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """[..., heads * D] -> [..., heads, D]."""
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def add_output(self, residual: Tensor, x_BSHD: Tensor) -> Tensor:
         """residual + o(x)."""

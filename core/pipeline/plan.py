@@ -91,6 +91,9 @@ class _ShapesOnly:
     def logits(self, normed_TH: torch.Tensor, rows_NH: torch.Tensor | None = None) -> torch.Tensor:
         return normed_TH @ (self.head_VH if rows_NH is None else rows_NH).T
 
+    def finished(self, products: torch.Tensor) -> torch.Tensor:
+        return products
+
 
 def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | None = None) -> Plan:
     """Work out a run. Raises ConfigError with every problem found."""

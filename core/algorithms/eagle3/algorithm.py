@@ -130,7 +130,7 @@ class Eagle3:
             slot_M=batch.pairs.slot_M,
             row_M=batch.pairs.row_M,
             base_M=base_M,
-            weights=options.objective,
+            weights={str(term): weight for term, weight in options.objective.items()},
             truth_M=batch.truth(vocabulary) if "ground_truth" in options.objective else None,
         )
 

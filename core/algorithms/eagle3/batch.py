@@ -129,7 +129,7 @@ class Slots:
         batch, rows = x_BXZ.shape[:2]
         first_B = torch.arange(ahead, ahead + batch * rows, rows, device=x_BXZ.device)
         flat_Q = (self.index_BQ + first_B[:, None]).flatten()
-        return x_BXZ.flatten(0, 1).index_select(0, flat_Q).unflatten(0, self.index_BQ.shape)
+        return x_BXZ.flatten(0, 1).index_select(0, flat_Q).view(*self.index_BQ.shape, -1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,5 +193,5 @@ class Eagle3Draft(nn.Module):
 
 def vocabulary_of(draft: nn.Module) -> VocabularyMap:
     """Of a draft that may be wrapped or sharded: `Eagle3Draft.vocabulary`."""
-    vocabulary: VocabularyMap = draft.vocabulary
-    return vocabulary
+    assert isinstance(draft, Eagle3Draft)
+    return draft.vocabulary
