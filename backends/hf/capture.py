@@ -42,7 +42,7 @@ def capture(
     for row, request in enumerate(batch):
         length = len(request.input_ids)
         features = Features(
-            input_ids_T=ids_BT[row, :length].clone(),
+            input_ids_T=torch.as_tensor(request.input_ids, dtype=torch.int64),
             taps_TNH=recorder.of_row(row, length),
             last_TH=last_BTH[row, :length].clone(),
             tap_layers=tuple(taps),

@@ -140,7 +140,7 @@ class Algorithm(Protocol):
         ...
 
     def kept_values(self, *, recompute: bool) -> float:
-        """Numbers that a token leaves for the backward pass of one training forward, all supervised; for estimates."""
+        """Numbers that a token, all supervised, keeps at the peak of one backward pass; for estimates."""
         ...
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:

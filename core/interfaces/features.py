@@ -18,7 +18,7 @@ NormState = Literal["pre_norm", "post_norm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Hidden states of one sample, detached, on the engine's device.
+    """Hidden states of one sample, detached, on the engine's device; the ids on the host, where steps are planned.
 
     `last_TH` is the last decoder layer's output; `norm_state` says whether the target's final norm has
     been applied to it. The trainer applies that norm exactly once.

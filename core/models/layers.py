@@ -131,7 +131,7 @@ class Rotary:
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [..., D] at these positions; angles in fp32 (fp64 for fp64), the result in `dtype`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        half = positions[..., None].to(wide) * self.inv_freq_d.to(positions.device, wide)
+        half = positions[..., None].to(wide) * self.inv_freq_d.to(positions.device, wide, non_blocking=True)
         angle = torch.cat((half, half), dim=-1)
         return (
             (angle.cos() * self.attention_scaling).to(dtype),

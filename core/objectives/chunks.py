@@ -46,7 +46,7 @@ def vocabulary_tile(vocabulary: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LossShape:
-    """What decides how much a target row takes. `itemsize` is the compute dtype's."""
+    """What decides how much a target row takes. `itemsize` is the target's, which the compute dtype's mostly is too."""
 
     steps: int
     hidden: int

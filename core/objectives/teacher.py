@@ -161,7 +161,11 @@ class Teacher:
         return logits_CN, whole_C, torch.where(vocabulary.ids_N[at_C] == best_C, at_C, OUTSIDE)
 
     def _logits(self, normed_CH: Tensor, rows_VH: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._head.finished(self._ops.wide_mm(normed_CH, rows_VH.T, out=out))
+        products = self._ops.wide_mm(normed_CH, rows_VH.T, out=out)
+        if rows_VH.dtype != self.wide:
+            # A target in half precision decodes from logits rounded to it: its first choice is the first of equals.
+            products.copy_(products.to(rows_VH.dtype))
+        return self._head.finished(products)
 
     def _slices(self, x_CX: Tensor) -> Iterator[slice]:
         return row_slices(0, x_CX.shape[0], x_CX.shape[1] * x_CX.element_size(), self._ops.temporary_bytes)

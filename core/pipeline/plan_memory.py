@@ -40,8 +40,9 @@ def estimate(
 ) -> list[Part]:
     """Parts that exist at the peak of a step, in the backward pass.
 
-    `draft` may be on the meta device. Activations are those of a text that is supervised throughout, within a tenth of
-    what autograd keeps; workspace of libraries and fragmentation are not in it.
+    `draft` may be on the meta device. Activations are those of a text that is supervised throughout, within a
+    fifth of what is measured; the loss's own share comes and goes before that peak. Workspace of libraries and
+    fragmentation are not in it.
     """
     parameters = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     compute, stored = load.compute.itemsize, load.target_dtype.itemsize

@@ -59,13 +59,15 @@ class Eagle3:
         return convert.layouts(self.geometry, self.taps)
 
     def kept_values(self, *, recompute: bool) -> float:
-        """Once: the embedding and its share of q, k, v. Per step: the output and its gradient, k and v; and, unless
-        made again, q, the attention's output, the residual, gate and up."""
+        """Once: the embedding and its share of q, k, v. Per step: the output and its gradient, k and v. Of each step,
+        or of the one that is made again: q, the attention's output, the residual, gate and up; of one step, about
+        half as much for their gradients."""
         geometry = self.geometry
         size, heads = geometry.hidden_size, geometry.head_dim * geometry.num_attention_heads
         keys_values = 2 * geometry.head_dim * geometry.num_key_value_heads
-        layer = 0 if recompute else size + 2 * heads + 2 * geometry.intermediate_size
-        return size + heads + keys_values + self.options.unroll * (2 * size + keys_values + layer)
+        layer = size + 2 * heads + 2 * geometry.intermediate_size
+        layers = 2 if recompute else self.options.unroll + 0.5
+        return size + heads + keys_values + self.options.unroll * (2 * size + keys_values) + layers * layer
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""

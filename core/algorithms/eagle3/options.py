@@ -39,7 +39,8 @@ class Eagle3Options(Section):
         {"cross_entropy": 1.0},
         min_length=1,
         description="terms of the loss and their weights: kl or cross_entropy (the same gradient), reverse_kl, jsd, "
-        "tv, lk_alpha, argmax (cross-entropy to the target's first choice), ground_truth (to the text)",
+        "tv, lk_alpha, argmax (cross-entropy to the target's first choice among the tokens the draft can say), "
+        "ground_truth (to the text; a token the draft cannot say adds nothing but is counted)",
     )
     normalisation: Literal["token", "per_sequence"] = Field(
         "token", description="mean over counted slots of the whole optimizer window, or of each sequence first"

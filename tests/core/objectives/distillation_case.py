@@ -135,7 +135,10 @@ class Case:
             normed_MH = normed_MH + (rounded_MH - normed_MH).detach()
         logits_MN = normed_MH @ head_NH.T
 
-        full_RV = (self.normed_RH.double() @ self.target.head_VH.double().T).log_softmax(-1)
+        products_RV = self.normed_RH.double() @ self.target.head_VH.double().T
+        if self.target.head_VH.dtype == torch.bfloat16:  # a target in bf16 decodes from logits rounded to bf16
+            products_RV = products_RV.to(torch.bfloat16).double()
+        full_RV = products_RV.log_softmax(-1)
         inside_R = full_RV[:, self.vocabulary.ids_N].logsumexp(-1).exp()
         best_R = full_RV.argmax(-1)
         can_say_R = torch.isin(best_R, self.vocabulary.ids_N)

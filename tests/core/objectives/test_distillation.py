@@ -86,7 +86,7 @@ def test_float32(cases: ModuleType, make_head: Heads, weights: Mapping[str, floa
 
 @pytest.mark.parametrize("weights", [{"cross_entropy": 1.0}, MIX], ids=["cross_entropy", "mix"])
 def test_bfloat16_compute_keeps_fp32_logits(cases: ModuleType, make_head: Heads, weights: Mapping[str, float]) -> None:
-    """Logits rounded to bf16, the draft's or the target's, are beyond these bounds; dz rounded to bf16 is not."""
+    """The draft's logits rounded to bf16 are beyond these bounds, and so is a target whose logits are not."""
     given = cases.Case.random(make_head(600, 64, 0.3, torch.bfloat16), cases.every_third(600), rows=64, steps=3)
     given = replace(given, weights=weights, coverage="weight")
     got = given.run(16)

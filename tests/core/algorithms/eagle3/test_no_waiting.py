@@ -1,6 +1,7 @@
 """A training step never waits for the device: it runs on tensors that have no values to wait for.
 
-On the `meta` device a number cannot be read, a shape cannot depend on data, and nothing can be copied to the host.
+On the `meta` device a number cannot be read, a shape cannot depend on data, and nothing can be copied to the host;
+copies to it must say that nobody waits for them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
+from torchspec.core.interfaces.algorithm import StepMemory
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
@@ -38,15 +40,15 @@ class ShapesOnly:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def moved(value: Any) -> Any:
-    """A plan with all its tensors on the device but those that stay on the host by contract: a mask's limits."""
-    fields = {}
-    for name, inner in vars(value).items():
-        if isinstance(inner, Tensor):
-            fields[name] = inner.to(META)
-        elif name in ("rows", "inputs", "pairs", "slots"):
-            fields[name] = moved(inner)
-    return replace(value, **fields)
+class NoBlockingCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            assert kwargs.get("non_blocking"), f"a copy from {args[0].device} to {out.device} is waited for"
+        if func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            assert args[2:] == (True,) or kwargs.get("non_blocking"), "a copy between devices is waited for"
+        return out
 
 
 OBJECTIVES = [{"cross_entropy": 1.0}, dict.fromkeys(("kl", "reverse_kl", "jsd", "tv", "lk_alpha", "argmax"), 1.0)]
@@ -60,11 +62,10 @@ def test_a_step_reads_no_number_from_the_device(
 ) -> None:
     ids_N = torch.arange(0, 300, 3)
     world = make_world(ids_N=ids_N, unroll=3, dtype=torch.float32, objective=objective, normalisation=normalisation)
-    lengths = (60, 47)
-    features = [world.features(world.tokens(n, n), n) for n in lengths]
+    lengths = (160, 147)
     masks = [torch.arange(n) >= n * (1 - supervised) for n in lengths]
-    batch = build_batch(features, masks, Plan(steps=3, chunk_rows=16, device=torch.device("cpu")))
-    assert len(batch.chunks) > 1
+    features = [world.features(world.tokens(n, n), n) for n in lengths]
+    features = [replace(f, taps_TNH=f.taps_TNH.to(META), last_TH=f.last_TH.to(META)) for f in features]
 
     draft = world.draft.to(META)
     vocabulary = VocabularyMap(ids_N=ids_N.to(META), target_size=300)
@@ -77,8 +78,10 @@ def test_a_step_reads_no_number_from_the_device(
         name="meta", runtime=world.device.runtime, communication=world.device.communication, attention=attention
     )
     for recompute in (False, True):
-        result = world.algorithm.run(draft, head, moved(batch), device, recompute=recompute)
-        result.numerator.backward()
+        with NoBlockingCopies():
+            memory = StepMemory(recompute=recompute, loss_bytes=1)
+            result = world.algorithm.step(draft, head, features, masks, device, memory)
+            result.numerator.backward()
         assert all(parameter.grad is not None for parameter in draft.parameters())
     with pytest.raises(RuntimeError):
         result.denominator.item()
