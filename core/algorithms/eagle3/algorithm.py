@@ -59,9 +59,9 @@ class Eagle3:
         return convert.layouts(self.geometry, self.taps)
 
     def kept_values(self, *, recompute: bool) -> float:
-        """Once: the embedding and its share of q, k, v. Per step: the output and its gradient, k and v. Of each step: q,
-        the attention's output, the residual, gate and up, and of one of them half as much for gradients; made again,
-        those of one step, and as much for gradients."""
+        """Once: the embedding and its share of q, k, v. Per step: the output and its gradient, k and v. Of each step:
+        q, the attention's output, the residual, gate and up, and of one of them half as much for gradients; made
+        again, those of one step, and as much for gradients."""
         geometry = self.geometry
         size, heads = geometry.hidden_size, geometry.head_dim * geometry.num_attention_heads
         keys_values = 2 * geometry.head_dim * geometry.num_key_value_heads
