@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**GEOMETRY, tie_word_embeddings=False)).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """peak_bytes(work): the most that is alive of what `work` allocates."""
+
+    def measure(work: Callable[[], object]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            work()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        alive = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            alive += event.nbytes()
+            most = max(most, alive)
+        return most
+
+    return measure

@@ -209,9 +209,7 @@ class _Pass:
         dnormed_CH = dlogits_CN @ self.head.head_NH
         draw_CH, dnorm_H = self.ops.rms_norm_backward(dnormed_CH, raw_CH, self.head.norm_H, kept)
         self.dnorm_H += dnorm_H
-        for doutput, (lo, hi), place in zip(
-            self.doutputs, chunk.pairs, (place for *_, place in self._steps(chunk)), strict=True
-        ):
+        for doutput, (_, (lo, hi), place) in zip(self.doutputs, self._steps(chunk), strict=True):
             doutput.index_copy_(0, self.supervision.slot_M[lo:hi], draw_CH[place])
 
     def _steps(self, chunk: Chunk) -> Iterator[tuple[Tensor, tuple[int, int], slice]]:

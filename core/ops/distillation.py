@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from torchspec.core.ops.extremes import first_max
+from torchspec.core.ops.slices import row_slices
 
 SOFT_TERMS = ("cross_entropy", "reverse_kl", "jsd", "tv", "lk_alpha")
 LOG_TERMS = frozenset({"reverse_kl", "jsd"})
@@ -93,12 +94,13 @@ def distillation_tile(
     value = {name: logits_CN.new_empty(pairs_count) for name in names}
     alpha_C = logits_CN.new_empty(pairs_count)
     best_C = torch.empty(pairs_count, dtype=torch.int64, device=logits_CN.device)
-    step = max(1, temporary_bytes // (size * logits_CN.element_size()))
-    slices = _Slices(logits_CN, teacher, pairs, value, with_grad, min(step, pairs_count))
+    row_bytes = size * logits_CN.element_size()
+    slices = _Slices(
+        logits_CN, teacher, pairs, value, with_grad, min(pairs_count, max(1, temporary_bytes // row_bytes))
+    )
     for start, stop, row in pairs.runs:
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            part, rows = slice(first, last), slice(row + first - start, row + last - start)
+        for part in row_slices(start, stop, row_bytes, temporary_bytes):
+            rows = slice(row + part.start - start, row + part.stop - start)
             best_C[part], alpha_C[part] = slices.run(part, rows)
     return TileTerms(value=value, alpha_C=alpha_C, best_C=best_C)
 
@@ -120,9 +122,8 @@ class _Slices:
         self.soft = set(pairs.weight) - {"cross_entropy"}
         self.scratch = logits_CN.new_empty(most_rows, logits_CN.shape[1])
         probs_RN, inside_R = teacher.probs_RN, teacher.inside_R
-        self.full_RN = (
-            probs_RN if inside_R is None else probs_RN * inside_R[:, None]
-        )  # once for the steps that share it
+        # Once for all the steps that share a row.
+        self.full_RN = probs_RN if inside_R is None else probs_RN * inside_R[:, None]
 
     def run(self, part: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """(index of the first choice, alpha) of the slice."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchspec.core.ops.slices import row_slices
+
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
@@ -38,8 +40,9 @@ def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, temporary_bytes: int
 def _slices(temporary_bytes: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     flat = [tensor.flatten(0, -2) if tensor.dim() > 2 else tensor for tensor in tensors]
     rows, size = flat[0].shape if flat[0].dim() > 1 else (1, flat[0].numel())
-    step = max(1, temporary_bytes // (size * flat[0].element_size()))
-    if step >= rows:
+    row_bytes = size * flat[0].element_size()
+    if rows * row_bytes <= temporary_bytes:
         yield tuple(flat)
         return
-    yield from zip(*(torch.split(tensor, step) for tensor in flat), strict=True)
+    for part in row_slices(0, rows, row_bytes, temporary_bytes):
+        yield tuple(tensor[part] for tensor in flat)

@@ -74,7 +74,7 @@ class DraftLayer(nn.Module):
         `feature` covers all T positions at step 0, whose keys are [B, T, Hk, D], and the Q running slots later.
         """
         ops, slots = shared.device.ops, shared.inputs.slots
-        running, qkv = feature, None
+        running = feature
         if step == 0 and not slots.whole:
             # Only keys are wanted of the slots that don't run.
             running = slots.take(feature)

@@ -89,19 +89,9 @@ def test_the_budget_bounds_every_buffer_whatever_the_rows(cases: ModuleType, mak
     assert max(largest) <= rows * max(target, steps * vocabulary.size)
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that is alive of what `work` allocates."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
-
-
-def test_the_pass_stays_within_its_budget_beside_the_gradients(cases: ModuleType, make_head: Heads) -> None:
+def test_the_pass_stays_within_its_budget_beside_the_gradients(
+    cases: ModuleType, make_head: Heads, peak_bytes: Callable[[Callable[[], object]], int]
+) -> None:
     """Measured; the fp32 head is multiplied where it lies."""
     steps, target, size, budget = 5, 3000, 64, 16 << 20
     vocabulary = cases.every_third(target)

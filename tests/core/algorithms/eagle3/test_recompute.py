@@ -59,20 +59,10 @@ def test_loss_and_gradients_are_the_same(
     assert kept_again < 0.7 * kept
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that is alive of what `work` allocates."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
-
-
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_estimate_is_near_the_peak(make_world: Callable[..., Any], recompute: bool) -> None:
+def test_the_estimate_is_near_the_peak(
+    make_world: Callable[..., Any], peak_bytes: Callable[[Callable[[], object]], int], recompute: bool
+) -> None:
     world = make_world(unroll=7, ids_N=torch.arange(0, 300, 10), dtype=torch.float32)
     tokens = 2000
     features, masks = [world.features(world.tokens(tokens))], [torch.ones(tokens, dtype=torch.bool)]
