@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = ("--hidden", "64", "--intermediate", "96", "--vocabulary", "600", "--draft-vocabulary", "200", "--unroll", "3")
@@ -25,7 +27,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, Modul
     import problem
 
     yield problem, eager_reference
-    for name in ("problem", "eager_reference"):
+    for name in ("problem", "eager_reference", "floor"):
         sys.modules.pop(name, None)
 
 
@@ -68,6 +70,45 @@ def test_loss_and_every_gradient_are_the_eager_references(
         assert parameter.grad is not None
         assert grad is not None
         assert float((parameter.grad.float() - grad).norm() / grad.norm()) < bound, name
+
+
+class Multiplications(TorchDispatchMode):
+    """FLOPs of matrix products, in place ones too."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        else:
+            assert name not in ("bmm", "baddbmm", "linear"), f"{name} is not counted"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("supervised", [1.0, 0.1])
+def test_a_step_multiplies_what_the_floor_lists_and_nothing_else(
+    modules: tuple[ModuleType, ModuleType], supervised: float
+) -> None:
+    """Every product once: no row that is not supervised, no embedding's share twice, no target logits twice."""
+    import floor
+    from torchspec.core import registry
+
+    problems, _ = modules
+    problem = problems.Problem(
+        tokens=1000, supervised=supervised, hidden=64, intermediate=96, vocabulary=600, draft_vocabulary=200, unroll=4
+    )
+    inputs = problems.Inputs.of(problem)
+    algorithm, draft = problems.make_draft(problem, inputs)
+    device = registry.load_device("cpu")
+    with Multiplications() as count:
+        result = algorithm.step(draft, inputs.head, [inputs.features], [inputs.mask_T], device)
+        result.numerator.backward()
+    assert count.flops == sum(item.flops for item in floor.products(problem))
+    slots = problems.make_batch(problem, inputs).inputs.slots
+    assert slots.whole == (supervised == 1.0)
+    assert slots.index_BQ.shape[1] <= 1.2 * supervised * problem.tokens
 
 
 def test_the_script_writes_what_it_promises(tmp_path: Path) -> None:
