@@ -93,6 +93,7 @@ def test_a_step_multiplies_what_the_floor_lists_and_nothing_else(
 ) -> None:
     """Every product once: no row that is not supervised, no embedding's share twice, no target logits twice."""
     import floor
+
     from torchspec.core import registry
 
     problems, _ = modules
