@@ -72,7 +72,7 @@ def products(problem: Problem) -> list[Product]:
     """Of the step that the product plans for these inputs."""
     batch = make_batch(problem, Inputs.of(problem))
     tokens, slots = problem.tokens, batch.inputs.slots.index_BQ.shape[1]
-    pairs, rows, steps = batch.pairs.row_M.numel(), batch.pairs.position_R.numel(), problem.unroll
+    pairs, rows, steps = batch.pairs.row_M.numel(), batch.pairs.place_R.numel(), problem.unroll
     hidden, wide = problem.hidden, problem.intermediate
     kv = 2 * problem.kv_heads * problem.head_dim
     chunks = max(1, len(batch.chunks))

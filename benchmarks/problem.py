@@ -13,6 +13,7 @@ from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.batch import Batch, build_batch
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import StepMemory
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.features import Features
@@ -61,6 +62,10 @@ class Inputs:
     ids_N: Tensor
     features: Features
     mask_T: Tensor
+
+    @property
+    def rows(self) -> FeatureRows:
+        return FeatureRows.of([self.features], [self.mask_T])
 
     @classmethod
     def of(cls, problem: Problem) -> Inputs:
@@ -132,7 +137,7 @@ def make_batch(problem: Problem, inputs: Inputs) -> Batch:
     """The product's own plan of the step: which slots run, which pairs and rows count, in which chunks."""
     algorithm, _ = make_draft(problem, inputs)
     plan = algorithm.plan(inputs.head, registry.load_device(problem.device).ops.loss_bytes)
-    return build_batch([inputs.features], [inputs.mask_T], plan)
+    return build_batch(inputs.rows, plan)
 
 
 def memory(*, recompute: bool) -> StepMemory:

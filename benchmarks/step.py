@@ -37,7 +37,7 @@ def prepare_product(problem: Problem, recompute: bool) -> Step:
     def step() -> float:
         draft.zero_grad()
         result = algorithm.step(
-            draft, inputs.head, [inputs.features], [inputs.mask_T], device, memory(recompute=recompute)
+            draft, inputs.head, inputs.rows, device, memory(recompute=recompute)
         )
         result.numerator.backward()
         loss = result.numerator.detach() / result.denominator

@@ -55,13 +55,42 @@ class TorchCommunication:
                     f"leave it to torchspec"
                 )
 
-    def all_to_all(self, parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-        """Send parts[r] to group rank r and receive one from each. All parts of all ranks have one shape and dtype."""
+    def all_to_all(
+        self, parts: Sequence[Tensor], group: ProcessGroup, rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Send parts[r] to group rank r and receive one from each; all alike but for the first axis.
+
+        `rows[r]` is the length of the first axis of what rank r sends here; None: all parts of all ranks have one shape.
+        """
         assert len(parts) == group.size(), f"{len(parts)} parts for a group of {group.size()}"
-        sent = torch.stack(list(parts))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
-        return list(received.unbind(0))
+        counts = [part.shape[0] for part in parts]
+        expected = counts if rows is None else list(rows)
+        sent = torch.cat(list(parts))
+        received = sent.new_empty(sum(expected), *sent.shape[1:])
+        if rows is None:
+            assert len(set(counts)) == 1, f"parts of {counts} rows need `rows`"
+            dist.all_to_all_single(received, sent, group=group)
+        else:
+            dist.all_to_all_single(received, sent, expected, counts, group=group)
+        return list(received.split(expected))
+
+    def all_gather(self, tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
+        """Every group rank's tensor, in rank order. Shapes and dtypes are equal on all ranks."""
+        received = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(received, tensor.contiguous(), group=group)
+        return received
+
+    def reduce_scatter(self, parts: Sequence[Tensor], group: ProcessGroup) -> Tensor:
+        """The sum over the group's ranks of their parts[r], where r is this rank. One shape and dtype."""
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter(mine, [part.contiguous() for part in parts], op=dist.ReduceOp.SUM, group=group)
+        return mine
+
+    def all_reduce(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        """The sum over the group's ranks, on each of them; `tensor` is not changed."""
+        total = tensor.clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+        return total
 
     def ring_exchange(self, tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], None]]:
         """Start sending to the next group rank and receiving from the previous: (buffer, wait).

@@ -33,13 +33,14 @@ def ttt_attention(
 ) -> Tensor:
     """-> out [B, T, H, D] in q's dtype; differentiable once in q, every key and every value.
 
-    keys[0] and values[0], [B, S, K, D], are the prefix seen through `mask`; keys[s] and values[s] for s >= 1,
+    keys[0] and values[0], [B, S, K, D], are the prefix seen through `mask`; an `attention` whose keys are spread over
+    ranks says what it wants there (`core.attention.forms`). keys[s] and values[s] for s >= 1,
     [B, T, K, D], hold row i's own key of step s at row i. H is a multiple of K. With keys[0] alone this is plain
     attention. `scale` multiplies q.k. Diagonal terms and sums run in fp32 (fp64 for fp64) whatever the input dtype.
     """
     assert len(keys) == len(values) >= 1, f"{len(keys)} keys, {len(values)} values"
     for key, value in zip(keys[1:], values[1:], strict=True):
-        assert key.shape == value.shape == (*q_BTHD.shape[:2], *keys[0].shape[2:]), "a diagonal holds one key per row"
+        assert key.shape == value.shape and key.shape[:2] == q_BTHD.shape[:2], "a diagonal holds one key per row"
     out: Tensor = _TTTAttention.apply(attention, mask, scale, q_BTHD, *keys, *values)  # type: ignore[no-untyped-call]
     return out
 

@@ -65,6 +65,9 @@ class TrainConfig(Section):
     max_steps: Positive | None = Field(None, description="stop after this many optimizer steps")
     batch_size: Positive = Field(8, description="samples of one optimizer step, over all ranks")
     micro_batch_size: Positive = Field(8, description="samples of one forward pass on one rank")
+    tokens_per_rank: Positive | None = Field(
+        None, description="pack the samples of a forward pass into one row of at most this many tokens per rank"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")

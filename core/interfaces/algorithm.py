@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from torchspec.core.interfaces.device import API_VERSION, Device
 from torchspec.core.interfaces.engine import TargetSpec
-from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+
+if TYPE_CHECKING:
+    from torchspec.core.features.rows import FeatureRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,11 @@ class Algorithm(Protocol):
         """Published layouts that can hold this draft, the one to write by default first."""
         ...
 
+    @property
+    def halo(self) -> int:
+        """Rows of last hidden states that a slot needs to its right, from other ranks' pieces of a sequence."""
+        ...
+
     def kept_values(self, *, recompute: bool) -> float:
         """Numbers that a token, all supervised, keeps at the peak of one backward pass; for estimates."""
         ...
@@ -154,12 +161,14 @@ class Algorithm(Protocol):
         self,
         draft: nn.Module,
         head: TargetHead,
-        features: Sequence[Features],
-        loss_masks: Sequence[Tensor],
+        rows: FeatureRows,
         device: Device,
         memory: StepMemory = ...,
     ) -> StepResult:
         """Training forward of one micro-batch (never empty; a hole is a sample whose mask is all False).
+
+        With `rows.sequence` this is one rank's share: it computes the slots that `rows.layout` gives it, and what all
+        those ranks return adds up to the result of one that owns everything.
 
         Every use of the draft's parameters happens inside one `draft(...)` call, so that FSDP's hooks see it, and
         the same collectives run whatever the masks hold. The call returns tensors, or tuples, lists or dicts of

@@ -78,8 +78,25 @@ class Communication(Protocol):
         """Create the world from the launcher's environment, or a world of one without a launcher."""
         ...
 
-    def all_to_all(self, parts: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-        """Send parts[r] to group rank r, receive one tensor of the same shape from each; contiguous tensors."""
+    def all_to_all(
+        self, parts: Sequence[Tensor], group: ProcessGroup, rows: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Send parts[r] to group rank r, receive one from each; the same on every rank in all but the first axis.
+
+        `rows[r]` is the length of the first axis of what rank r sends here; None: all parts have one shape.
+        """
+        ...
+
+    def all_gather(self, tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
+        """Every group rank's tensor, in rank order; all of one shape."""
+        ...
+
+    def reduce_scatter(self, parts: Sequence[Tensor], group: ProcessGroup) -> Tensor:
+        """The sum over the group's ranks of their parts[r], where r is this rank; all of one shape."""
+        ...
+
+    def all_reduce(self, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        """The sum over the group's ranks, on each of them; `tensor` is not changed."""
         ...
 
     def ring_exchange(self, tensor: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], None]]:

@@ -58,22 +58,28 @@ def walked_slots(accepted_BS: Tensor, start_BS: Tensor, whole_BS: Tensor) -> Ten
     return seen_BP[:, :-1].bool() & whole_BS
 
 
-def acceptance_sums(agree_BSK: Tensor, loss_mask_BS: Tensor, document_BS: Tensor) -> dict[str, Tensor]:
-    """Additive int64 counts; `agree_BSK` must be False where a pair is not supervised.
+def acceptance_sums(
+    accepted_BS: Tensor, steps: int, loss_mask_BS: Tensor, document_BS: Tensor
+) -> dict[str, Tensor]:
+    """Additive int64 counts; `accepted_BS` are `prefix_lengths`, in which an unsupervised pair does not agree.
 
     walk_rounds, walk_hits [K]    rounds on the walk, and how many of them accepted at least k + 1 tokens
     whole_slots, whole_hits [K]   the same over all slots that can stand for a round
     """
-    whole_BS = whole_slots(loss_mask_BS, document_BS, agree_BSK.shape[-1])
+    whole_BS = whole_slots(loss_mask_BS, document_BS, steps)
     start_BS = first_rounds(loss_mask_BS, document_BS)
-    walked_BS = walked_slots(prefix_lengths(agree_BSK), start_BS, whole_BS)
-    hits_BSK = agree_BSK.long().cumprod(-1)
+    walked_BS = walked_slots(accepted_BS, start_BS, whole_BS)
     return {
         "walk_rounds": walked_BS.sum(),
-        "walk_hits": (hits_BSK * walked_BS[..., None]).sum((0, 1)),
+        "walk_hits": _hits(accepted_BS, walked_BS, steps),
         "whole_slots": whole_BS.sum(),
-        "whole_hits": (hits_BSK * whole_BS[..., None]).sum((0, 1)),
+        "whole_hits": _hits(accepted_BS, whole_BS, steps),
     }
+
+
+def _hits(accepted_BS: Tensor, chosen_BS: Tensor, steps: int) -> Tensor:
+    """How many of the chosen slots accepted at least k + 1 tokens, [K]."""
+    return torch.stack([((accepted_BS > step) & chosen_BS).sum() for step in range(steps)])
 
 
 def summarise_acceptance(sums: dict[str, Tensor]) -> dict[str, float | list[float]]:

@@ -8,11 +8,14 @@ Shape letters: M supervised pairs, grouped by step; G sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from torchspec.core.ops.distillation import Label
+from torchspec.core.parallel.sequence import SequenceGroup
 
 Normalisation = Literal["token", "per_sequence"]
 
@@ -23,12 +26,39 @@ def step_weights(sizes: Sequence[int], decay: float, *, dtype: torch.dtype, devi
     return torch.cat(powers)
 
 
-def per_sequence(base_M: Tensor, coverage_M: Tensor, sequence_M: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+def per_sequence(
+    base_M: Tensor, coverage_M: Tensor, sequence_M: Tensor, sequences: int, group: SequenceGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """(the weights over their sequence's sum of covered weights, how many sequences have any).
 
-    With them the loss is each sequence's mean first, then the mean over sequences.
+    With them the loss is each sequence's mean first, then the mean over sequences. Of sequences that several ranks
+    share, the sums are taken over those, and the first of them counts.
     """
     total_G = torch.zeros(sequences, dtype=base_M.dtype, device=base_M.device)
     total_G.index_add_(0, sequence_M, base_M * coverage_M)
+    if group is not None:
+        total_G = group.sum(total_G)
     share_M = base_M / total_G.where(total_G > 0, 1.0)[sequence_M]
-    return share_M, (total_G > 0).sum().to(base_M.dtype)
+    counted = (total_G > 0).sum().to(base_M.dtype)
+    return share_M, counted if group is None or group.rank == 0 else torch.zeros_like(counted)
+
+
+def weigh(
+    weights: Mapping[str, float], weight_M: Tensor, argmax_M: Tensor | None, truth_M: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Label]]:
+    """Each soft term's weight of each pair, and the label terms, of the terms' weights and the pairs' covered ones.
+
+    `argmax_M` and `truth_M` are the labels' draft indices; wanted only where their terms are.
+    """
+    soft: dict[str, Tensor] = {}
+    labels: dict[str, Label] = {}
+    for name, weight in weights.items():
+        if name in ("argmax", "ground_truth"):
+            index_M = argmax_M if name == "argmax" else truth_M
+            assert index_M is not None
+            labels[name] = Label(weight_C=weight * weight_M, index_C=index_M)
+        else:
+            # KL differs from the cross-entropy by what no draft can change.
+            soft_name = "cross_entropy" if name == "kl" else name
+            soft[soft_name] = soft.get(soft_name, 0) + weight * weight_M
+    return soft, labels

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchspec.core.errors import TorchspecError
 from torchspec.core.interfaces.device import Device
+from torchspec.core.parallel.sequence import Exchange, SequenceGroup
 from torchspec.core.settings import Launch
 
 DEADLINE = timedelta(minutes=10)
@@ -30,7 +31,8 @@ DEADLINE = timedelta(minutes=10)
 HEARTBEAT_SECONDS = 20.0
 """Between the signs of life of ranks that work or wait for one that does; well within the deadline."""
 
-DATA_AXIS = "dp"
+DATA_AXIS, RING_AXIS, ULYSSES_AXIS = "dp", "ring", "ulysses"
+EVERY_AXIS, SEQUENCE_AXIS, TENSOR_AXIS = "every", "sequence", "tensor"
 
 Result = TypeVar("Result")
 
@@ -41,8 +43,11 @@ class PeerError(TorchspecError):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """`mesh` has the axis "dp", over which parameters are sharded and batches divided.
+    """`mesh` has the axes "dp", over which batches are divided, "ring" and "ulysses", which share a sequence.
 
+    Of rank r the Ulysses index is r mod U, the ring index r div U mod R, the data index r div (U R). `every` is the mesh
+    as one axis, over which parameters are sharded; `sequence` the two that share a sequence, as one. Along
+    `tensor` neighbouring ranks, whole groups that share a sequence, hold one target together.
     `owns_world`: the process group was made by `start`.
     """
 
@@ -52,6 +57,9 @@ class ParallelContext:
     local_rank: int
     world_size: int
     mesh: DeviceMesh
+    every: DeviceMesh
+    sequence: DeviceMesh
+    tensor: DeviceMesh
     control: ProcessGroup
     pulse: ProcessGroup
     owns_world: bool
@@ -61,8 +69,49 @@ class ParallelContext:
         return self.rank == 0
 
     @property
-    def data_group(self) -> ProcessGroup:
-        return self.mesh.get_group(DATA_AXIS)
+    def every_group(self) -> ProcessGroup:
+        return self.every.get_group()
+
+    @property
+    def data_rank(self) -> int:
+        return self.mesh.get_local_rank(DATA_AXIS)
+
+    @property
+    def data_size(self) -> int:
+        """How many micro-batches are computed at a time."""
+        return self.mesh.size(0)
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.sequence.get_local_rank()
+
+    @property
+    def sequence_size(self) -> int:
+        """How many ranks share a sequence."""
+        return self.sequence.size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.get_local_rank()
+
+    @property
+    def captured_with(self) -> range:
+        """The data indices whose micro-batches the ranks that hold this target run through it together."""
+        width = max(1, self.tensor.size() // self.sequence_size)
+        first = self.data_rank - self.data_rank % width
+        return range(first, first + width)
+
+    def sequence_group(self, exchange: Exchange) -> SequenceGroup | None:
+        """The ranks that share this one's sequences; None where it has its own."""
+        if self.sequence_size == 1:
+            return None
+        return SequenceGroup(
+            communication=self.device.communication,
+            group=self.sequence.get_group(),
+            ulysses=self.mesh.get_group(ULYSSES_AXIS),
+            ring=self.mesh.get_group(RING_AXIS),
+            exchange=exchange,
+        )
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Element-wise sums of host integers over all ranks."""
@@ -178,18 +227,41 @@ def lost_peers_named() -> Iterator[None]:
         ) from error
 
 
-def start(device: Device, launch: Launch, timeout: timedelta = DEADLINE) -> ParallelContext:
-    """Bind this rank's device, then create the mesh, and the process group unless the program has one already."""
+def start(
+    device: Device, launch: Launch, timeout: timedelta = DEADLINE, *, ulysses: int = 1, ring: int = 1, tensor: int = 1
+) -> ParallelContext:
+    """Bind this rank's device, then create the mesh, and the process group unless the program has one already.
+
+    Raises TorchspecError where the ranks cannot be divided into groups of `ulysses` x `ring`, or of `tensor`.
+    """
     owns_world = not dist.is_initialized()
     torch_device = device.runtime.bind(launch.local_rank)
     device.communication.init(torch_device, timeout)
+    world = dist.get_world_size()
+    if world % (ulysses * ring):
+        raise TorchspecError(
+            f"{world} ranks cannot be divided into groups of parallel.ulysses={ulysses} x parallel.ring={ring}"
+        )
+    if world % tensor or (tensor > 1 and tensor % (ulysses * ring)):
+        raise TorchspecError(
+            f"{world} ranks cannot be divided into groups of target.tensor_parallel={tensor} that hold whole groups of "
+            f"parallel.ulysses={ulysses} x parallel.ring={ring}"
+        )
+    shape = (world // (ulysses * ring), ring, ulysses)
+    mesh = init_device_mesh(torch_device.type, shape, mesh_dim_names=(DATA_AXIS, RING_AXIS, ULYSSES_AXIS))
     return ParallelContext(
         device=device,
         torch_device=torch_device,
         rank=dist.get_rank(),
         local_rank=launch.local_rank,
-        world_size=dist.get_world_size(),
-        mesh=init_device_mesh(torch_device.type, (dist.get_world_size(),), mesh_dim_names=(DATA_AXIS,)),
+        world_size=world,
+        mesh=mesh,
+        # No public name yet (torch 2.10 to 2.13), and what torchtitan builds its meshes with.
+        every=mesh._flatten(EVERY_AXIS),
+        sequence=mesh[RING_AXIS, ULYSSES_AXIS]._flatten(SEQUENCE_AXIS),
+        tensor=init_device_mesh(torch_device.type, (world // tensor, tensor), mesh_dim_names=("copy", TENSOR_AXIS))[
+            TENSOR_AXIS
+        ],
         control=dist.new_group(backend="gloo", timeout=timeout),
         pulse=dist.new_group(backend="gloo", timeout=timeout),
         owns_world=owns_world,

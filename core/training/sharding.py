@@ -1,4 +1,4 @@
-"""The draft over the data axis: fp32 parameters sharded, compute in the configured precision, every reduction a sum."""
+"""The draft over all ranks: fp32 parameters sharded, compute in the configured precision, every reduction a sum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from torchspec.core.parallel.mesh import DATA_AXIS, ParallelContext
+from torchspec.core.parallel.mesh import ParallelContext
 
 COMPUTE = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -27,7 +27,7 @@ def shard_draft(draft: nn.Module, context: ParallelContext, compute: str) -> nn.
         reduce_dtype=None if param_dtype is None else torch.float32,
         cast_forward_inputs=False,
     )
-    sharded = fully_shard(draft, mesh=context.mesh[DATA_AXIS], mp_policy=policy)
+    sharded = fully_shard(draft, mesh=context.every, mp_policy=policy)
     # gloo has no averaging reduction; with factor 1 and forced sums FSDP issues plain SUMs on every backend.
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def unsharded_state(draft: nn.Module) -> dict[str, Tensor]:
-    """The whole state on every rank's CPU, detached copies; a collective over the data axis."""
+    """The whole state on every rank's CPU, detached copies; a collective over all ranks."""
     state: dict[str, Tensor] = {}
     for name, tensor in draft.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

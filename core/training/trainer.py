@@ -30,7 +30,7 @@ from torchspec.core.training.random_state import untouched
 from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Model, Samples, Sums, WindowResult, run_window
+from torchspec.core.training.window import Cut, Model, Samples, Sums, WindowResult, run_window
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Trainer:
         self.setup = setup
         self.context = context
         self.counters = Counters()
+        self._cut = self._cut_of(setup.config)
         self.optimizer = build_optimizer(self.model.draft, setup.config)
         self.schedule = Schedule.of(setup.config)
         self.steps_per_epoch = math.ceil(len(samples) / setup.config.batch_size)
@@ -130,6 +131,17 @@ class Trainer:
             empty_windows=counters.empty_windows,
         )
 
+    def _cut_of(self, config: TrainConfig) -> Cut:
+        """Packed rows hold `tokens_per_rank` tokens of each rank that shares them."""
+        parameters = sum(p.numel() for p in self.model.draft.parameters() if p.requires_grad)
+        tokens = config.tokens_per_rank
+        return Cut(
+            micro_batch_size=config.micro_batch_size,
+            row_tokens=None if tokens is None else tokens * self.context.sequence_size,
+            # Attention takes T H products per token, everything else as many as the draft has parameters.
+            equal_length=parameters / self.model.head.embedding_VH.shape[1],
+        )
+
     def _step(self) -> dict[str, Any]:
         """One window; its metrics row."""
         config, counters = self.setup.config, self.counters
@@ -137,7 +149,7 @@ class Trainer:
         batch = self._batches(epoch)[position]
         self.context.device.runtime.reset_peak_memory()
         timer = StepTimer(self.context.torch_device)
-        result = run_window(self.model, self.samples, batch, config.micro_batch_size, self.context, timer)
+        result = run_window(self.model, self.samples, batch, self._cut, self.context, timer)
         with timer.phase("optimizer"):
             rate, norm = self._update(result, batch)
         counters.step += 1
@@ -155,6 +167,7 @@ class Trainer:
             **self._loss(result.sums),
             "lr": rate,
             "grad_norm": norm,
+            "padding_fraction": 1 - result.sums.tokens / max(1, result.sums.positions),
             "tokens_per_second": result.sums.tokens / seconds,
             "step_seconds": seconds,
             "time": phases,

@@ -46,7 +46,7 @@ def test_loss_and_every_gradient_are_the_eager_references(
     algorithm, draft = problems.make_draft(problem, inputs)
     from torchspec.core import registry
 
-    result = algorithm.step(draft, inputs.head, [inputs.features], [inputs.mask_T], registry.load_device("cpu"))
+    result = algorithm.step(draft, inputs.head, inputs.rows, registry.load_device("cpu"))
     (result.numerator / result.denominator).backward()
 
     weights = {name: parameter.detach().float().requires_grad_() for name, parameter in draft.named_parameters()}
@@ -104,7 +104,7 @@ def test_a_step_multiplies_what_the_floor_lists_and_nothing_else(
     algorithm, draft = problems.make_draft(problem, inputs)
     device = registry.load_device("cpu")
     with Multiplications() as count:
-        result = algorithm.step(draft, inputs.head, [inputs.features], [inputs.mask_T], device)
+        result = algorithm.step(draft, inputs.head, inputs.rows, device)
         result.numerator.backward()
     assert count.flops == sum(item.flops for item in floor.products(problem))
     slots = problems.make_batch(problem, inputs).inputs.slots

@@ -34,6 +34,29 @@ def all_to_all(group: ProcessGroup) -> None:
             assert tensor.is_contiguous()
 
 
+def uneven_all_to_all(group: ProcessGroup) -> None:
+    """Rank s sends r + 2 s rows to rank r; some send none."""
+    rank, size = group.rank(), group.size()
+    for dtype in DTYPES:
+        parts = [payload(rank, r, dtype).repeat(3, 1)[: (r + 2 * rank) % 5].to(device) for r in range(size)]
+        rows = [(rank + 2 * sender) % 5 for sender in range(size)]
+        received = communication.all_to_all(parts, group, rows)
+        for sender, tensor in enumerate(received):
+            assert torch.equal(tensor.cpu(), payload(sender, rank, dtype).repeat(3, 1)[: rows[sender]])
+
+
+def gathers_and_sums(group: ProcessGroup) -> None:
+    rank, size = group.rank(), group.size()
+    for dtype in DTYPES:
+        mine = payload(rank, 0, dtype).to(device)
+        gathered = communication.all_gather(mine.mT.contiguous().mT, group)
+        assert [t.tolist() for t in gathered] == [payload(r, 0, dtype).tolist() for r in range(size)]
+        total = communication.reduce_scatter([payload(rank, r, dtype).to(device) for r in range(size)], group)
+        assert torch.equal(total.cpu(), torch.stack([payload(s, rank, dtype) for s in range(size)]).sum(0))
+        assert torch.equal(communication.all_reduce(mine, group).cpu(), torch.stack([t.cpu() for t in gathered]).sum(0))
+        assert torch.equal(mine.cpu(), payload(rank, 0, dtype))
+
+
 def ring(group: ProcessGroup) -> None:
     """Keys and values go round together until each rank has seen all of them."""
     rank, size = group.rank(), group.size()
@@ -60,9 +83,12 @@ def subgroups() -> None:
     pair = dist.new_group(sorted({0, size - 1}))
     if rank in (0, size - 1):
         all_to_all(pair)
+        uneven_all_to_all(pair)
+        gathers_and_sums(pair)
         ring(pair)
     alone = [dist.new_group([r]) for r in range(size)]
     all_to_all(alone[rank])
+    gathers_and_sums(alone[rank])
     ring(alone[rank])
 
 
@@ -72,6 +98,8 @@ def exchanges() -> None:
     world = dist.group.WORLD
     assert world is not None
     all_to_all(world)
+    uneven_all_to_all(world)
+    gathers_and_sums(world)
     ring(world)
     subgroups()
     silent_peer()

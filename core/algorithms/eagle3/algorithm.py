@@ -6,13 +6,12 @@ size, N draft vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from torchspec.core.algorithms.eagle3 import serving
-from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch
+from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch, halo
 from torchspec.core.algorithms.eagle3.drafter import Eagle3Drafter
 from torchspec.core.algorithms.eagle3.geometry import Geometry, derive
 from torchspec.core.algorithms.eagle3.initialise import initialise
@@ -20,10 +19,10 @@ from torchspec.core.algorithms.eagle3.metrics import pair_sums, summarise
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import KEEP_ALL, DraftFiles, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
-from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.objectives.chunks import LossShape, chunk_rows
 from torchspec.core.objectives.distillation import Head, Supervision, distil
@@ -76,18 +75,17 @@ class Eagle3:
         initialise(draft, head)
         return draft
 
+    @property
+    def halo(self) -> int:
+        """See `Algorithm.halo`."""
+        return halo(self.options.unroll)
+
     def step(
-        self,
-        draft: nn.Module,
-        head: TargetHead,
-        features: Sequence[Features],
-        loss_masks: Sequence[Tensor],
-        device: Device,
-        memory: StepMemory = KEEP_ALL,
+        self, draft: nn.Module, head: TargetHead, rows: FeatureRows, device: Device, memory: StepMemory = KEEP_ALL
     ) -> StepResult:
         """The training forward of one micro-batch; see `Algorithm.step`."""
         plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes)
-        return self.run(draft, head, build_batch(features, loss_masks, plan), device, recompute=memory.recompute)
+        return self.run(draft, head, build_batch(rows, plan), device, recompute=memory.recompute)
 
     def plan(self, head: TargetHead, loss_bytes: int) -> Plan:
         """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
@@ -125,7 +123,9 @@ class Eagle3:
         sequences = None
         if options.normalisation == "per_sequence":
             coverage_M = teacher.survey(batch.chunks)[batch.pairs.row_M]
-            base_M, sequences = per_sequence(base_M, coverage_M, batch.pairs.document_M, batch.documents)
+            base_M, sequences = per_sequence(
+                base_M, coverage_M, batch.pairs.document_M, batch.documents, batch.inputs.sequence
+            )
         supervision = Supervision(
             teacher=teacher,
             chunks=batch.chunks,

@@ -3,9 +3,13 @@
 Slot i holds the taps of position i and token x_{i+1}; its step k reads token x_{i+1+k} and predicts x_{i+2+k}, whose
 distribution the target gives at position i+1+k. The mask belongs to the *predicted* token (docs/concepts.md).
 
-Shape letters: B rows, T positions of the longest row, Q running slots per row, K unroll steps, M supervised pairs
-(grouped by step, then by row and slot), X = T + K, R target rows (positions that teach at least one pair), F = taps x
-target hidden size, H target hidden size.
+A rank plans and runs the slots that it owns (`core.parallel.shards`); alone, it owns all. What a slot needs beyond its
+piece stands in the halo: K rows of last hidden states, K + 1 of tokens, masks and documents.
+
+Shape letters: B rows, T positions of the longest row, S slots that this rank owns, N pieces and L slots of a piece
+(S = N L), Q running slots per row, K unroll steps, M supervised pairs (grouped by step, then by row and slot),
+X = N (L + K), R target rows (positions that teach at least one pair), F = taps x target hidden size, H target hidden
+size.
 """
 
 from __future__ import annotations
@@ -16,70 +20,79 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from torchspec.core.interfaces.features import Features, NormState
+from torchspec.core.features.rows import PADDING, FeatureRows, TokenRows
+from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.objectives.chunks import Chunk, plan_chunks
 from torchspec.core.objectives.teacher import OUTSIDE
+from torchspec.core.parallel.sequence import SequenceGroup
+from torchspec.core.parallel.shards import Layout
 
-Planned = TypeVar("Planned", "Rows", "Pairs", "Slots", "UnrollInputs")
-
-PADDING = -1
-"""The document of positions behind a row's end."""
+Planned = TypeVar("Planned", "TokenRows", "Pairs", "Slots", "UnrollInputs")
 
 DENSE = 0.9
 """Share of running slots above which all of them run."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Right-padded token rows. Documents are numbered over the whole micro-batch, in contiguous runs."""
+def halo(steps: int) -> int:
+    """Rows of last hidden states that a piece reads beyond its own: its last slot's last step is taught by T = i + K."""
+    return steps
 
-    input_ids_BT: Tensor
-    loss_mask_BT: Tensor
-    document_BT: Tensor
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRows:
+    """The pieces of one rank with K + 1 tokens of halo, on the host; PADDING documents beyond the end."""
+
+    input_ids_BNX: Tensor
+    loss_mask_BNX: Tensor
+    document_BNX: Tensor
+    piece_length: int
+    steps: int
 
     @classmethod
-    def one_document_each(cls, input_ids: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> Rows:
-        documents = [torch.full_like(ids_T, row) for row, ids_T in enumerate(input_ids)]
+    def of(cls, tokens: TokenRows, layout: Layout, rank: int, steps: int) -> OwnRows:
         return cls(
-            input_ids_BT=pad_sequence(list(input_ids), batch_first=True),
-            loss_mask_BT=pad_sequence([mask_T.bool() for mask_T in loss_masks], batch_first=True),
-            document_BT=pad_sequence(documents, batch_first=True, padding_value=PADDING),
+            input_ids_BNX=layout.cut(tokens.input_ids_BT, rank, steps + 1),
+            loss_mask_BNX=layout.cut(tokens.loss_mask_BT, rank, steps + 1, fill=False),
+            document_BNX=layout.cut(tokens.document_BT, rank, steps + 1, fill=PADDING),
+            piece_length=layout.piece_length,
+            steps=steps,
         )
 
     @property
-    def starts_BT(self) -> Tensor:
-        """First position of each position's document."""
-        place_T = torch.arange(self.document_BT.shape[1]).expand_as(self.document_BT)
-        fresh_BT = torch.ones_like(self.document_BT, dtype=torch.bool)
-        fresh_BT[:, 1:] = self.document_BT[:, 1:] != self.document_BT[:, :-1]
-        return torch.where(fresh_BT, place_T, 0).cummax(dim=1).values
+    def document_BS(self) -> Tensor:
+        return self.document_BNX[:, :, : self.piece_length].flatten(1)
 
-    def supervised_BTK(self, steps: int) -> Tensor:
+    def supervised_BSK(self) -> Tensor:
         """Whether slot i predicts, at step k, a supervised token of its own document."""
-        length = self.document_BT.shape[1]
-        supervised_BTK = torch.zeros(*self.document_BT.shape, steps, dtype=torch.bool)
-        for step in range(min(steps, length - 2)):
-            ahead = step + 2
-            same_BT = self.document_BT[:, ahead:] == self.document_BT[:, :-ahead]
-            supervised_BTK[:, :-ahead, step] = self.loss_mask_BT[:, ahead:] & same_BT
+        length = self.piece_length
+        here_BNL = self.document_BNX[:, :, :length]
+        steps = []
+        for step in range(self.steps):
+            ahead = slice(step + 2, step + 2 + length)
+            steps.append(self.loss_mask_BNX[:, :, ahead] & (self.document_BNX[:, :, ahead] == here_BNL))
         # A mask that says True on padding supervises nothing.
-        return supervised_BTK & (self.document_BT != PADDING)[..., None]
+        return (torch.stack(steps, dim=-1) & (here_BNL != PADDING)[..., None]).flatten(1, 2)
+
+    def predicted_BSK(self) -> Tensor:
+        """The token that slot i predicts at step k."""
+        length = self.piece_length
+        steps = [self.input_ids_BNX[:, :, step + 2 : step + 2 + length] for step in range(self.steps)]
+        return torch.stack(steps, dim=-1).flatten(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """The supervised (slot, step) pairs and the target rows that teach them.
+    """The supervised (slot, step) pairs of this rank and the target rows that teach them.
 
     slot_M      index of the pair's slot into the flattened [B, Q]
-    cell_M      index of the pair into the flattened [B, T, K]
+    cell_M      index of the pair into the flattened [B, S, K]
     row_M       its target row; ascending within a step
     document_M  its document
-    position_R  index of each target row into the flattened [B, T]; ascending
+    token_M     the token that it predicts
+    place_R     index of each target row into the flattened last hidden states; ascending
     size_K      pairs of each step; they sum to M
     sizes       the same on the host
     """
@@ -88,25 +101,33 @@ class Pairs:
     cell_M: Tensor
     row_M: Tensor
     document_M: Tensor
-    position_R: Tensor
+    token_M: Tensor
+    place_R: Tensor
     size_K: Tensor
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, supervised_BTK: Tensor, rank_BT: Tensor, queries: int, document_BT: Tensor) -> Pairs:
-        rows, length, steps = supervised_BTK.shape
-        # A pair (i, k) shares its target position i + 1 + k with (i + k, 0), which is then supervised as well.
-        first_BT = supervised_BTK[:, :, 0]
-        row_BT = (first_BT.flatten().long().cumsum(0) - 1).view(rows, length)
-        found = [supervised_BTK[:, :, step].nonzero(as_tuple=True) for step in range(steps)]
-        row_B, slot_B = first_BT.nonzero(as_tuple=True)
+    def of(cls, own: OwnRows, rank_BS: Tensor, queries: int, last_rows: int) -> Pairs:
+        """`rank_BS` is each running slot's place among the `queries`; a piece has `last_rows` last hidden states."""
+        supervised_BSK = own.supervised_BSK()
+        slots, steps, length = supervised_BSK.shape[1], own.steps, own.piece_length
+        pieces = slots // length
+        found = [supervised_BSK[:, :, step].nonzero(as_tuple=True) for step in range(steps)]
+        # Step k of slot i is taught by the k + 1 rows later one, which may lie in the halo.
+        place_M = torch.cat(
+            [(b * pieces + i // length) * last_rows + i % length + 1 + step for step, (b, i) in enumerate(found)]
+        )
+        teaches = torch.zeros(supervised_BSK.shape[0] * pieces * last_rows, dtype=torch.bool)
+        teaches[place_M] = True
+        predicted_BSK, document_BS = own.predicted_BSK(), own.document_BS
         sizes = tuple(b.numel() for b, _ in found)
         return cls(
-            slot_M=torch.cat([b * queries + rank_BT[b, i] for b, i in found]),
-            cell_M=torch.cat([(b * length + i) * steps + step for step, (b, i) in enumerate(found)]),
-            row_M=torch.cat([row_BT[b, i + step] for step, (b, i) in enumerate(found)]),
-            document_M=torch.cat([document_BT[b, i] for b, i in found]),
-            position_R=row_B * length + slot_B + 1,
+            slot_M=torch.cat([b * queries + rank_BS[b, i] for b, i in found]),
+            cell_M=torch.cat([(b * slots + i) * steps + step for step, (b, i) in enumerate(found)]),
+            row_M=(teaches.long().cumsum(0) - 1)[place_M],
+            document_M=torch.cat([document_BS[b, i] for b, i in found]),
+            token_M=torch.cat([predicted_BSK[b, i, step] for step, (b, i) in enumerate(found)]),
+            place_R=teaches.nonzero()[:, 0],
             size_K=torch.tensor(sizes),
             sizes=sizes,
         )
@@ -114,50 +135,65 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The slots that run the unroll, index_BQ; rows with fewer repeat their last one, unsupervised.
+    """The owned slots that run the unroll, index_BQ; rows with fewer repeat their last one, unsupervised.
 
-    whole    they are all T positions in order, so that rows are views instead of copies
+    whole     they are all S slots in order, so that rows are views instead of copies
+    pieces    how many pieces the slots make up, of `length` slots each
     """
 
     index_BQ: Tensor
     whole: bool
+    pieces: int
+    length: int
 
     def take(self, x_BXZ: Tensor, ahead: int = 0) -> Tensor:
-        """The rows `ahead` of each slot, [B, Q, Z]; x has at least T + `ahead` of them."""
+        """The rows `ahead` of each slot, [B, Q, Z]; every piece of x has at least L + `ahead` of them."""
         if self.whole:
-            return x_BXZ[:, ahead : ahead + self.index_BQ.shape[1]]
+            return self.every(x_BXZ, ahead)
         batch, rows = x_BXZ.shape[:2]
+        index_BQ = self.index_BQ
+        if self.pieces > 1:
+            index_BQ = index_BQ + index_BQ // self.length * (rows // self.pieces - self.length)
         first_B = torch.arange(ahead, ahead + batch * rows, rows, device=x_BXZ.device)
-        flat_Q = (self.index_BQ + first_B[:, None]).flatten()
-        return x_BXZ.flatten(0, 1).index_select(0, flat_Q).view(*self.index_BQ.shape, -1)
+        flat_Q = (index_BQ + first_B[:, None]).flatten()
+        return x_BXZ.flatten(0, 1).index_select(0, flat_Q).view(*index_BQ.shape, -1)
+
+    def every(self, x_BXZ: Tensor, ahead: int = 0) -> Tensor:
+        """The rows `ahead` of every owned slot, [B, S, Z], whether it runs or not."""
+        if self.pieces == 1:
+            return x_BXZ[:, ahead : ahead + self.length]
+        return x_BXZ.unflatten(1, (self.pieces, -1))[:, :, ahead : ahead + self.length].flatten(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnrollInputs:
     """What the draft reads, on the device.
 
-    tokens_BX     the following tokens: position i's is tokens_BX[:, i + 1]; K stand-ins stand behind the last one
-    taps_BTF      the target's taps, concatenated in tap order
-    position_BT   rotary positions, restarting with each document
+    tokens_BX     the following tokens: in each piece, slot i's is the one at i + 1; stand-ins stand behind the end
+    taps_BSF      the target's taps, concatenated in tap order
+    angles_A      rotary positions that occur at any step, ascending
+    turn_BS       place of each slot's rotary position at step 0 among them (positions restart with each document)
     own_BQ        those of the running slots
-    angles        one more than the largest rotary position of any step
-    mask          which step-0 keys each running slot sees; its limits are on the host, where attention is planned
+    mask          which step-0 keys each running slot sees (with its peers', `SequenceGroup.peers`); its limits are on
+                  the host, where attention is planned
     """
 
     tokens_BX: Tensor
-    taps_BTF: Tensor
-    position_BT: Tensor
+    taps_BSF: Tensor
+    angles_A: Tensor
+    turn_BS: Tensor
     own_BQ: Tensor
-    angles: int
     slots: Slots
     mask: MaskSpec
+    layout: Layout
+    sequence: SequenceGroup | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch on the device. `last_RH` are the target's last hidden states at the teaching positions."""
 
-    rows: Rows
+    tokens: TokenRows
     inputs: UnrollInputs
     pairs: Pairs
     chunks: tuple[Chunk, ...]
@@ -167,27 +203,31 @@ class Batch:
 
     def truth(self, vocabulary: VocabularyMap) -> Tensor:
         """Draft index of the token that each pair predicts, [M]; OUTSIDE if the draft cannot say it."""
-        token_M = self.rows.input_ids_BT.flatten()[self.pairs.position_R[self.pairs.row_M] + 1]
+        token_M = self.pairs.token_M
         place_M = torch.searchsorted(vocabulary.ids_N, token_M).clamp_max(vocabulary.size - 1)
         return torch.where(vocabulary.ids_N[place_M] == token_M, place_M, OUTSIDE)
 
 
-def running_slots(supervised_BTK: Tensor) -> tuple[Slots, Tensor]:
-    """The slots with any supervised step, packed to the left (Q >= 1), and each slot's rank_BT among them.
+def running_slots(peers: Sequence[Tensor]) -> list[tuple[Slots, Tensor]]:
+    """Of each peer's `supervised_BSK`: the slots with any supervised step, packed to the left, and each slot's rank_BS.
 
     Only step-0 keys of the others are ever looked at, so nothing else of them is computed. Where few would be left
-    out all run: copying rows to and fro costs more.
+    out all run: copying rows to and fro costs more. All peers run the same number Q >= 1, since they exchange them.
     """
-    runs_BT = supervised_BTK.any(-1)
-    place_BT = torch.arange(runs_BT.shape[1]).expand_as(runs_BT)
-    if int(runs_BT.sum()) >= DENSE * runs_BT.numel():
-        return Slots(index_BQ=place_BT, whole=True), place_BT
-    count_B = runs_BT.sum(-1)
-    queries = max(1, int(count_B.max()))
-    order_BT = torch.argsort(~runs_BT, dim=1, stable=True)
-    last_B = (count_B - 1).clamp_min(0)
-    slots_BQ = order_BT.gather(1, torch.minimum(torch.arange(queries)[None], last_B[:, None]))
-    return Slots(index_BQ=slots_BQ, whole=False), runs_BT.long().cumsum(1) - 1
+    running = [supervised_BSK.any(-1) for supervised_BSK in peers]
+    slots = running[0].shape[1]
+    place_BS = torch.arange(slots).expand_as(running[0])
+    if sum(int(runs_BS.sum()) for runs_BS in running) >= DENSE * sum(runs_BS.numel() for runs_BS in running):
+        return [(Slots(index_BQ=place_BS, whole=True, pieces=1, length=slots), place_BS) for _ in peers]
+    counts = [runs_BS.sum(-1) for runs_BS in running]
+    queries = max(1, *(int(count_B.max()) for count_B in counts))
+    found = []
+    for runs_BS, count_B in zip(running, counts, strict=True):
+        order_BS = torch.argsort(~runs_BS, dim=1, stable=True)
+        last_B = (count_B - 1).clamp_min(0)
+        index_BQ = order_BS.gather(1, torch.minimum(torch.arange(queries)[None], last_B[:, None]))
+        found.append((Slots(index_BQ=index_BQ, whole=False, pieces=1, length=slots), runs_BS.long().cumsum(1) - 1))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,55 +239,69 @@ class Plan:
     device: torch.device
 
 
-def build_batch(features: Sequence[Features], loss_masks: Sequence[Tensor], plan: Plan) -> Batch:
-    """One row per sample. A sample too short to predict anything has no supervised pair."""
-    states = {feature.norm_state for feature in features}
-    assert len(states) == 1, f"one engine writes one norm state, got {states}"
-    rows = Rows.one_document_each([f.input_ids_T.cpu() for f in features], [mask_T.cpu() for mask_T in loss_masks])
-    taps_BTF = _padded([f.taps_TNH.to(plan.device, non_blocking=True).flatten(1) for f in features])
-    last_BTH = _padded([f.last_TH.to(plan.device, non_blocking=True) for f in features])
-    return assemble(rows, taps_BTF, last_BTH, features[0].norm_state, plan)
+def build_batch(rows: FeatureRows, plan: Plan) -> Batch:
+    """Plan this rank's rows on the CPU and move the plan and the features to the device.
 
-
-def assemble(rows: Rows, taps_BTF: Tensor, last_BTH: Tensor, norm_state: NormState, plan: Plan) -> Batch:
-    """Plan rows of any documents on the CPU, where `rows` are, and move the plan to the features' device."""
-    supervised_BTK = rows.supervised_BTK(plan.steps)
-    slots, rank_BT = running_slots(supervised_BTK)
-    starts_BT = rows.starts_BT
-    index_BQ = slots.index_BQ
-    pairs = Pairs.of(supervised_BTK, rank_BT, index_BQ.shape[1], rows.document_BT)
-    position_BT = torch.arange(starts_BT.shape[1]) - starts_BT
+    A document too short to predict anything has no supervised pair. Without any, one slot per row runs all the same.
+    """
+    tokens, layout = rows.tokens, rows.layout
+    peers = [rows.rank] if rows.sequence is None else list(rows.sequence.peers)
+    theirs = {rank: OwnRows.of(tokens, layout, rank, plan.steps) for rank in peers}
+    ran = running_slots([theirs[rank].supervised_BSK() for rank in peers])
+    slots, rank_BS = ran[peers.index(rows.rank)]
+    slots = replace(slots, pieces=layout.pieces_per_rank, length=layout.piece_length)
+    own = theirs[rows.rank]
+    pairs = Pairs.of(own, rank_BS, slots.index_BQ.shape[1], rows.last_BXH.shape[1] // layout.pieces_per_rank)
     inputs = UnrollInputs(
-        tokens_BX=F.pad(rows.input_ids_BT, (0, plan.steps)),
-        taps_BTF=taps_BTF,
-        position_BT=position_BT,
-        own_BQ=position_BT.gather(1, index_BQ),
-        angles=int(position_BT.max()) + plan.steps,
-        slots=_moved(slots, plan.device),
-        mask=_mask(starts_BT, slots, rows),
+        tokens_BX=own.input_ids_BNX[:, :, :-1].flatten(1),
+        taps_BSF=rows.taps_BSF,
+        **_rotations(tokens, layout, rows.rank, slots, plan.steps),
+        slots=slots,
+        mask=_mask(tokens, layout, {rank: ran[n][0] for n, rank in enumerate(peers)}),
+        layout=layout,
+        sequence=rows.sequence,
     )
+    device = plan.device
+    last_BXH = rows.last_BXH.to(device, non_blocking=True)
     return Batch(
-        rows=_moved(rows, plan.device),
-        inputs=_moved(inputs, plan.device),
-        pairs=_moved(pairs, plan.device),
-        chunks=plan_chunks(pairs.row_M, pairs.sizes, pairs.position_R.numel(), plan.chunk_rows),
-        last_RH=last_BTH.flatten(0, 1)[pairs.position_R.to(plan.device, non_blocking=True)],
-        norm_state=norm_state,
-        documents=int(rows.document_BT.max()) + 1,
+        tokens=_moved(tokens, device),
+        inputs=replace(_moved(inputs, device), slots=_moved(slots, device)),
+        pairs=_moved(pairs, device),
+        chunks=plan_chunks(pairs.row_M, pairs.sizes, pairs.place_R.numel(), plan.chunk_rows),
+        last_RH=last_BXH.flatten(0, 1)[pairs.place_R.to(device, non_blocking=True)],
+        norm_state=rows.norm_state,
+        documents=int(tokens.document_BT.max()) + 1,
     )
 
 
-def _mask(starts_BT: Tensor, slots: Slots, rows: Rows) -> MaskSpec:
-    """Causal within the slot's document; the plain form where each row is one document and all its slots run."""
-    first_BT = rows.document_BT[:, :1]
-    if slots.whole and bool(((rows.document_BT == first_BT) | (rows.document_BT == PADDING)).all()):
+def _rotations(tokens: TokenRows, layout: Layout, rank: int, slots: Slots, steps: int) -> dict[str, Tensor]:
+    """A slot turns by its position in its document, and by one more at each step; of padding, by anything."""
+    position_BT = torch.arange(tokens.length) - tokens.starts_BT
+    position_BS = layout.cut(position_BT, rank).flatten(1)
+    first_A = position_BS.unique()
+    angles_A = (first_A[:, None] + torch.arange(steps)).unique()
+    turn_BS = torch.searchsorted(angles_A, position_BS)
+    return {"angles_A": angles_A, "turn_BS": turn_BS, "own_BQ": turn_BS.gather(1, slots.index_BQ)}
+
+
+def _mask(tokens: TokenRows, layout: Layout, slots: dict[int, Slots]) -> MaskSpec:
+    """Causal within the slot's document; the plain form where each row is one document and all its slots run here.
+
+    Limits are positions of the whole sequence; padding sees nothing.
+    """
+    first_BT = tokens.document_BT[:, :1]
+    alone = layout.ranks == 1
+    whole = alone and all(peer.whole for peer in slots.values())
+    if whole and bool(((tokens.document_BT == first_BT) | (tokens.document_BT == PADDING)).all()):
         return MaskSpec.causal()
-    return MaskSpec.limits(starts_BT.gather(1, slots.index_BQ), slots.index_BQ + 1)
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """[B, T of the longest, ...]; a single row is not copied."""
-    return rows[0][None] if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)
+    starts, ends = [], []
+    for rank, peer in slots.items():
+        start_BS = layout.cut(tokens.starts_BT, rank).flatten(1)
+        real_BS = layout.cut(tokens.document_BT, rank, fill=PADDING).flatten(1) != PADDING
+        end_BS = torch.where(real_BS, layout.positions(rank) + 1, start_BS)
+        starts.append(start_BS.gather(1, peer.index_BQ))
+        ends.append(end_BS.gather(1, peer.index_BQ))
+    return MaskSpec.limits(torch.cat(starts, dim=1), torch.cat(ends, dim=1))
 
 
 def _moved(planned: Planned, device: torch.device) -> Planned:

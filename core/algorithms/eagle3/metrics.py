@@ -1,6 +1,6 @@
 """What EAGLE-3 reports of training: additive sums of a micro-batch, and readable figures from added sums.
 
-Shape letters: B rows, T positions, K unroll steps, M supervised (slot, step) pairs grouped by step.
+Shape letters: B rows, S slots of this rank, T positions, K unroll steps, M supervised (slot, step) pairs grouped by step.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from torchspec.core.algorithms.eagle3.batch import Batch
-from torchspec.core.objectives.acceptance import acceptance_sums, summarise_acceptance
+from torchspec.core.objectives.acceptance import acceptance_sums, prefix_lengths, summarise_acceptance
 from torchspec.core.objectives.distillation import PairTerms
+from torchspec.core.parallel.sequence import gather_sequence
 
 
 def pair_sums(batch: Batch, terms: PairTerms) -> dict[str, Tensor]:
@@ -24,17 +25,28 @@ def pair_sums(batch: Batch, terms: PairTerms) -> dict[str, Tensor]:
     and those of `acceptance_sums`.
     """
     sizes = batch.pairs.sizes
-    agree_BTK = torch.zeros((*batch.rows.document_BT.shape, len(sizes)), dtype=torch.bool, device=terms.agree_M.device)
-    agree_BTK.view(-1)[batch.pairs.cell_M] = terms.agree_M
+    slots = (batch.tokens.document_BT.shape[0], batch.inputs.layout.rows)
+    agree_BSK = torch.zeros((*slots, len(sizes)), dtype=torch.bool, device=terms.agree_M.device)
+    agree_BSK.view(-1)[batch.pairs.cell_M] = terms.agree_M
     return {
-        "tokens": (batch.rows.document_BT >= 0).sum(),
         "supervised": batch.pairs.size_K,
         "counted": per_step(terms.coverage_M, sizes),
         "correct": per_step(terms.agree_M, sizes),
         "alpha": per_step(terms.alpha_M, sizes),
         "cross_entropy": per_step(terms.cross_entropy_M * terms.coverage_M, sizes),
         "entropy": per_step(terms.entropy_M * terms.coverage_M, sizes),
-    } | acceptance_sums(agree_BTK, batch.rows.loss_mask_BT, batch.rows.document_BT)
+    } | _sequence_sums(batch, prefix_lengths(agree_BSK), len(sizes))
+
+
+def _sequence_sums(batch: Batch, accepted_BS: Tensor, steps: int) -> dict[str, Tensor]:
+    """What is counted over whole sequences: on the first of the ranks that share them, 0 on the others."""
+    tokens, sequence = batch.tokens, batch.inputs.sequence
+    assert steps < 256, "a prefix length travels in a byte"
+    accepted_BT = gather_sequence(accepted_BS.to(torch.uint8), batch.inputs.layout, sequence).long()
+    sums = acceptance_sums(accepted_BT, steps, tokens.loss_mask_BT, tokens.document_BT)
+    sums["tokens"] = (tokens.document_BT >= 0).sum()
+    counts_here = sequence is None or sequence.rank == 0
+    return {name: value if counts_here else torch.zeros_like(value) for name, value in sums.items()}
 
 
 def per_step(value_M: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -6,8 +6,11 @@ whoever shards the parameters sees their every use within one `forward`.
 What the steps share is computed once: fc over the taps, the rotary tables, and the embeddings' share of q, k and v,
 which is one product over T + K tokens instead of K products over T: step k reads it k rows further on.
 
-Shape letters: B rows, T positions, X = T + K tokens, Q running slots, K steps, F = taps x target hidden size,
-H draft hidden size, Z width of q, k or v, Hq / Hk query / key-value heads, D head size, P angles of the tables,
+Step 0's keys and values are the only ones that other slots, and with sequence parallelism other ranks, look at: they
+are made first and `spread` once, all the rest is local.
+
+Shape letters: B rows, S slots of this rank, X tokens that they read, Q running slots, K steps, F = taps x target hidden
+size, H draft hidden size, Z width of q, k or v, Hq / Hk query / key-value heads, D head size, A angles of the tables,
 V target vocabulary.
 """
 
@@ -24,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.core.algorithms.eagle3.batch import UnrollInputs
 from torchspec.core.algorithms.eagle3.geometry import Geometry
+from torchspec.core.attention.forms import AttentionForm, attention_form
 from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.target import VocabularyMap
@@ -39,16 +43,18 @@ QKV = tuple[Tensor, Tensor, Tensor]
 class Shared:
     """What every step of a micro-batch reads.
 
+    form          how this rank's queries meet all keys
     shares_BXZ    the embeddings' share of q, k and v at every token
     maps_ZH       the maps of q, k and v that read the feature
-    tables_PD     cos and sin of every angle
+    tables_AD     cos and sin of every angle
     """
 
     inputs: UnrollInputs
     device: Device
+    form: AttentionForm
     shares_BXZ: QKV
     maps_ZH: QKV
-    tables_PD: tuple[Tensor, Tensor]
+    tables_AD: tuple[Tensor, Tensor]
 
 
 class DraftLayer(nn.Module):
@@ -66,40 +72,37 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(size, geometry.intermediate_size)
 
-    def forward(
-        self, step: int, feature: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shared: Shared
-    ) -> QKV:
-        """(output [B, Q, H] before the final norm, this step's key and value).
+    def first_keys(self, feature_BSH: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Step 0's keys and values of every slot, as `shared.form.attention` reads them."""
+        inputs, ops = shared.inputs, shared.device.ops
+        after = tuple(inputs.slots.every(share_BXZ, 1) for share_BXZ in shared.shares_BXZ[1:])
+        parts = self.hidden_norm.then(feature_BSH, shared.maps_ZH[1:], ops, after)
+        key, value = (self.self_attn.heads(part) for part in parts)
+        return shared.form.spread(fused.rotate(key, inputs.turn_BS, shared.tables_AD, ops), value)
 
-        `feature` covers all T positions at step 0, whose keys are [B, T, Hk, D], and the Q running slots later.
+    def forward(
+        self, step: int, feature_BQH: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shared: Shared
+    ) -> tuple[Tensor, ...]:
+        """(output [B, Q, H] before the final norm, and after step 0 this step's key and value).
+
+        `keys` and `values` are those of the steps before, step 0's as `first_keys` left them.
         """
-        ops, slots = shared.device.ops, shared.inputs.slots
-        running = feature
-        if step == 0 and not slots.whole:
-            # Only keys are wanted of the slots that don't run.
-            running = slots.take(feature)
-            after = (share_BXZ[:, 1 : 1 + feature.shape[1]] for share_BXZ in shared.shares_BXZ[1:])
-            kv = self.hidden_norm.then(feature, shared.maps_ZH[1:], ops, tuple(after))
-            own = slots.take(shared.shares_BXZ[0], 1)
-            qkv = (*self.hidden_norm.then(running, shared.maps_ZH[:1], ops, (own,)), *kv)
-        else:
-            own_BQZ = [slots.take(share_BXZ, 1 + step) for share_BXZ in shared.shares_BXZ]
-            qkv = self.hidden_norm.then(feature, shared.maps_ZH, ops, own_BQZ)
-        query, key, value = (self.self_attn.heads(part) for part in qkv)
-        inputs = shared.inputs
-        query = fused.rotate(query, inputs.own_BQ + step, shared.tables_PD, ops)
-        key = fused.rotate(key, inputs.own_BQ + step if step else inputs.position_BT, shared.tables_PD, ops)
-        mixed = ttt_attention(
-            shared.device.attention,
-            query,
-            [*keys, key],
-            [*values, value],
-            inputs.mask,
-            self.self_attn.head_dim**-0.5,
-        )
-        residual = self.hidden_norm(running, ops) if self.norm_before_residual else running
+        inputs, ops = shared.inputs, shared.device.ops
+        wanted = 3 if step else 1
+        own = tuple(inputs.slots.take(share_BXZ, 1 + step) for share_BXZ in shared.shares_BXZ[:wanted])
+        parts = self.hidden_norm.then(feature_BQH, shared.maps_ZH[:wanted], ops, own)
+        query, *rest = (self.self_attn.heads(part) for part in parts)
+        query = fused.rotate(query, inputs.own_BQ + step, shared.tables_AD, ops)
+        written: tuple[Tensor, ...] = ()
+        if rest:
+            key, value = rest
+            written = (fused.rotate(key, inputs.own_BQ + step, shared.tables_AD, ops), value)
+            keys, values = [*keys, written[0]], [*values, written[1]]
+        scale = self.self_attn.head_dim**-0.5
+        mixed = ttt_attention(shared.form.attention, query, keys, values, inputs.mask, scale)
+        residual = self.hidden_norm(feature_BQH, ops) if self.norm_before_residual else feature_BQH
         residual = self.self_attn.add_output(residual, mixed)
-        return self.mlp(residual, self.post_attention_layernorm, ops), key, value
+        return self.mlp(residual, self.post_attention_layernorm, ops), *written
 
 
 class Eagle3Draft(nn.Module):
@@ -159,20 +162,23 @@ class Eagle3Draft(nn.Module):
     ) -> list[Tensor]:
         """The layer's outputs [B, Q, H] of every step at the running slots, before the final norm."""
         shared = self._shared(inputs, embedding_VH, device)
-        feature = self.fc(inputs.taps_BTF.to(self.fc.weight.dtype))
+        feature_BSH = self.fc(inputs.taps_BSF.to(device=self.fc.weight.device, dtype=self.fc.weight.dtype))
+        # Made and exchanged outside what is run again: they are kept in any case.
+        key, value = self.midlayer.first_keys(feature_BSH, shared)
+        feature = inputs.slots.take(feature_BSH)
         outputs: list[Tensor] = []
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        keys, values = [key], [value]
         for step in range(steps):
             given = (step, feature, tuple(keys), tuple(values), shared)
             if recompute and torch.is_grad_enabled():
                 # Nothing here draws random numbers.
-                feature, key, value = checkpoint(self.midlayer, *given, use_reentrant=False, preserve_rng_state=False)
+                feature, *own = checkpoint(self.midlayer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                feature, key, value = self.midlayer(*given)
+                feature, *own = self.midlayer(*given)
             outputs.append(feature)
-            keys.append(key)
-            values.append(value)
+            if own:
+                keys.append(own[0])
+                values.append(own[1])
         return outputs
 
     def _shared(self, inputs: UnrollInputs, embedding_VH: Tensor, device: Device) -> Shared:
@@ -181,13 +187,13 @@ class Eagle3Draft(nn.Module):
         embedding_maps = layer.self_attn.input_columns(0, size)
         embedded_BXH = F.embedding(inputs.tokens_BX, embedding_VH).to(dtype)
         shares = layer.input_layernorm.then(embedded_BXH, embedding_maps, device.ops)
-        angles_P = torch.arange(inputs.angles, device=inputs.tokens_BX.device)
         return Shared(
             inputs=inputs,
             device=device,
+            form=attention_form(device.attention, inputs.layout, inputs.sequence),
             shares_BXZ=shares,  # type: ignore[arg-type]
             maps_ZH=layer.self_attn.input_columns(size, 2 * size),
-            tables_PD=self.rotary.tables(angles_P, dtype),
+            tables_AD=self.rotary.tables(inputs.angles_A, dtype),
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchspec.core.data.batches import global_batches, rank_micro_batches
+from torchspec.core.data.batches import MicroBatch, global_batches, rank_micro_batches
 
 lengths_lists = st.lists(st.integers(1, 100), max_size=120)
 sizes = st.integers(1, 9)
@@ -39,12 +39,12 @@ def test_ranks_share_a_batch_without_loss(batch: list[int], world_size: int, mic
         rank_micro_batches(batch, rank=rank, world_size=world_size, micro_batch_size=micro)
         for rank in range(world_size)
     ]
-    assert sorted(s for share in shares for part in share for s in part if s is not None) == sorted(batch)
+    assert sorted(s for share in shares for part in share for s in part.samples) == sorted(batch)
     assert {len(share) for share in shares} == {-(-len(batch) // (world_size * micro))}
     for share in shares:
         for part in share:
-            assert 1 <= len(part) <= micro
-            assert part == [None] or None not in part  # a hole only where nothing else is to be done
+            assert len(part.samples) <= micro
+            assert [place for (place,) in part.packs] == list(range(len(part.samples)))
 
 
 def test_order_changes_with_seed_and_epoch_and_with_nothing_else() -> None:
@@ -87,8 +87,9 @@ def test_buckets_hold_similar_lengths() -> None:
 
 def test_neighbours_go_to_different_ranks() -> None:
     shares = [rank_micro_batches(range(10, 20), rank=rank, world_size=2, micro_batch_size=3) for rank in (0, 1)]
-    assert shares == [[[10, 12, 14], [16, 18]], [[11, 13, 15], [17, 19]]]
-    assert rank_micro_batches([7], rank=1, world_size=3, micro_batch_size=4) == [[None]]
+    chosen = [[part.samples for part in share] for share in shares]
+    assert chosen == [[(10, 12, 14), (16, 18)], [(11, 13, 15), (17, 19)]]
+    assert rank_micro_batches([7], rank=1, world_size=3, micro_batch_size=4) == [MicroBatch(samples=(), packs=())]
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"bucket_size": 0}])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import Algorithm, Drafter, Proposal, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import (
@@ -265,13 +266,13 @@ class RealParts:
         return [sink.take(ref) for ref in self.engine.capture(requests, self.algorithm.taps, sink)]
 
     def step(self, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> StepResult:
-        return self.algorithm.step(self.draft, self.head, self.features(sequences), masks, self.device)
+        return self.algorithm.step(self.draft, self.head, FeatureRows.of(self.features(sequences), masks), self.device)
 
     def train(self, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor], steps: int, lr: float = 3e-3) -> None:
-        features = self.features(sequences)
+        rows = FeatureRows.of(self.features(sequences), masks)
         optimizer = torch.optim.AdamW(self.draft.parameters(), lr=lr)
         for _ in range(steps):
-            result = self.algorithm.step(self.draft, self.head, features, masks, self.device)
+            result = self.algorithm.step(self.draft, self.head, rows, self.device)
             (result.numerator / result.denominator).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.decoding.generation import DecodeSettings, Generation
 from torchspec.core.decoding.speculative import decode
 from torchspec.core.models.target_spec import resolve_target
@@ -119,7 +120,8 @@ def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_ta
 def training_hits(parts: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> list[list[int]]:
     """A_i of every slot, counted here from the draft's outputs in the training forward: a step is a hit if the
     predicted token is supervised and the draft's first choice is the text's own token, which is the target's argmax."""
-    batch = build_batch(parts.features(sequences), masks, Plan(steps=K, chunk_rows=64, device=torch.device("cpu")))
+    rows = FeatureRows.of(parts.features(sequences), masks)
+    batch = build_batch(rows, Plan(steps=K, chunk_rows=64, device=torch.device("cpu")))
     steps = torch.split(batch.pairs.slot_M, list(batch.pairs.sizes))
 
     def first_choices(outputs: list[Tensor], head: Head) -> Tensor:

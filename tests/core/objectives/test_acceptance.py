@@ -74,7 +74,7 @@ def test_sums_are_those_of_the_simulation(case: tuple[Tensor, Tensor, Tensor]) -
     counts = [count for walk in walks for _, count in walk]
     every = [count for row in arguments for count in all_rounds(*row, steps)]
 
-    sums = acceptance_sums(agree, mask, document)
+    sums = acceptance_sums(prefix_lengths(agree), steps, mask, document)
 
     assert int(sums["walk_rounds"]) == len(counts)
     assert sums["walk_hits"].tolist() == [sum(count > k for count in counts) for k in range(steps)]
@@ -98,7 +98,8 @@ def test_decoding_lingers_where_drafting_is_hard() -> None:
     easy_S = torch.arange(length) // 10 % 2 == 0
     agree = easy_S[None, :, None].expand(1, length, steps)
     mask = torch.ones(1, length, dtype=torch.bool)
-    figures = summarise_acceptance(acceptance_sums(agree, mask, torch.zeros(1, length, dtype=torch.int64)))
+    document = torch.zeros(1, length, dtype=torch.int64)
+    figures = summarise_acceptance(acceptance_sums(prefix_lengths(agree), steps, mask, document))
     rounds = simulate(agree[0].tolist(), [True] * length, [0] * length, steps)
     assert figures["simulated_acceptance_length"] == 1 + sum(c for _, c in rounds) / len(rounds)
     assert figures["simulated_acceptance_length"] < 1.8

@@ -16,7 +16,7 @@ def test_a_world_of_one_needs_no_launcher_and_can_be_entered_again() -> None:
     for _ in range(2):
         context = mesh.start(registry.load_device("cpu"), settings.launch(), timedelta(seconds=30))
         assert (context.rank, context.world_size, context.is_main) == (0, 1, True)
-        assert context.mesh.mesh_dim_names == ("dp",)
+        assert context.mesh.mesh_dim_names == ("dp", "ring", "ulysses")
         assert context.mesh.device_type == "cpu"
         assert (context.sum([3, 4]), context.max([-1]), context.gather("ü")) == ([3, 4], [-1], ["ü"])
         assert context.broadcast({"a": [1, None]}) == {"a": [1, None]}

@@ -13,6 +13,7 @@ import torch
 from torchspec.core import registry
 from torchspec.core.algorithms.eagle3 import SPEC
 from torchspec.core.errors import ConfigError
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import load_target_head
@@ -183,7 +184,8 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(tiny_target: Path, 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        algorithm.step(draft, head, [features], [torch.ones(tokens, dtype=torch.bool)], registry.load_device("cpu"))
+        rows = FeatureRows.of([features], [torch.ones(tokens, dtype=torch.bool)])
+        algorithm.step(draft, head, rows, registry.load_device("cpu"))
     load = Load(ranks=1, micro_batch_tokens=tokens, compute=torch.float32, target_dtype=torch.float32)
     parts = {
         part.name: part.bytes for part in estimate(algorithm, draft, target, TargetWeights.open(tiny_target), load)

@@ -92,9 +92,11 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def step(self, draft: Any, head: Any, features: Any, masks: Any, device: Any, memory: Any) -> StepResult:
-        result: StepResult = self.inner.step(draft, head, features, masks, device, memory)
-        if any(torch.equal(f.input_ids_T, self.tokens) for f in features):
+    def step(self, draft: Any, head: Any, rows: Any, device: Any, memory: Any) -> StepResult:
+        result: StepResult = self.inner.step(draft, head, rows, device, memory)
+        lengths = (rows.tokens.document_BT >= 0).sum(-1).tolist()
+        documents = [ids_T[:length] for ids_T, length in zip(rows.tokens.input_ids_BT, lengths, strict=True)]
+        if any(torch.equal(ids_T, self.tokens) for ids_T in documents):
             return replace(result, numerator=result.numerator * self.factor)
         return result
 

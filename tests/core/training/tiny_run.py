@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from torchspec.core import registry
 from torchspec.core.config.schema import TrainConfig
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import DraftFiles, Proposal, StepMemory, StepResult, TrainingSample
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import CaptureRequest, Prefill, StepOutput, TargetSpec
@@ -168,6 +169,7 @@ class TinyAlgorithm:
     taps: tuple[int, ...] = (0, 1)
     options: Any = None
     vocabulary_size: int = V
+    halo: int = K
 
     def kept_values(self, *, recompute: bool) -> float:
         return float(3 * H)
@@ -179,12 +181,13 @@ class TinyAlgorithm:
         self,
         draft: nn.Module,
         head: Any,
-        features: Sequence[Features],
-        loss_masks: Sequence[Tensor],
+        rows: FeatureRows,
         device: Device,
         memory: StepMemory | None = None,
     ) -> StepResult:
-        made = draft([f.taps_TNH for f in features], [f.input_ids_T for f in features], loss_masks)
+        lengths = (rows.tokens.document_BT >= 0).sum(-1).tolist()
+        parts = (rows.taps_BSF, rows.tokens.input_ids_BT, rows.tokens.loss_mask_BT)
+        made = draft(*([x_T[:length] for x_T, length in zip(part, lengths, strict=True)] for part in parts))
         numerator, denominator = made.pop("numerator"), made.pop("denominator")
         return StepResult(numerator=numerator, denominator=denominator, sums=made)
 

@@ -38,7 +38,7 @@ from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.sharding import unsharded_state
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import run_window
+from torchspec.core.training.window import Cut, run_window
 
 Cell = dict[str, Any]
 
@@ -73,7 +73,7 @@ def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: P
     config = trainer.setup.config
     batch = trainer._batches(0)[0]
     timer = StepTimer(context.torch_device)
-    window = run_window(trainer.model, trainer.samples, batch, config.micro_batch_size, context, timer)
+    window = run_window(trainer.model, trainer.samples, batch, Cut(micro_batch_size=config.micro_batch_size), context, timer)
     tensors: dict[str, Tensor] = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["batch"] = torch.tensor(batch)
     for name, parameter in trainer.model.draft.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from torchspec.core.algorithms.eagle3.algorithm import Eagle3
-from torchspec.core.algorithms.eagle3.batch import Batch, Plan, Rows, assemble
+from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.features.rows import FeatureRows, TokenRows
+from torchspec.core.interfaces.algorithm import KEEP_ALL, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.features import Features, NormState
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
@@ -57,12 +59,16 @@ class World:
             0, self.algorithm.geometry.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)
         )
 
-    def assembled(self, rows: Rows, features: Sequence[Features], chunk_rows: int = 5) -> Batch:
-        pad = torch.nn.utils.rnn.pad_sequence
+    def assembled(self, tokens: TokenRows, features: Sequence[Features], chunk_rows: int = 5) -> Batch:
+        """Rows of any documents; `features` are of whole rows."""
         plan = Plan(steps=self.algorithm.options.unroll, chunk_rows=chunk_rows, device=torch.device("cpu"))
-        taps_BTF = pad([f.taps_TNH.flatten(1) for f in features], batch_first=True)
-        last_BTH = pad([f.last_TH for f in features], batch_first=True)
-        return assemble(rows, taps_BTF, last_BTH, features[0].norm_state, plan)
+        rows = FeatureRows.of(features, [torch.ones(len(f.input_ids_T), dtype=torch.bool) for f in features])
+        return build_batch(replace(rows, tokens=tokens), plan)
+
+    def step(
+        self, features: Sequence[Features], loss_masks: Sequence[Tensor], memory: StepMemory = KEEP_ALL
+    ) -> StepResult:
+        return self.algorithm.step(self.draft, self.head, FeatureRows.of(features, loss_masks), self.device, memory)
 
 
 @pytest.fixture(scope="session")

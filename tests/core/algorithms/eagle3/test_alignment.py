@@ -11,26 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchspec.core.algorithms.eagle3.batch import Plan, Rows, build_batch
+from torchspec.core.algorithms.eagle3.batch import OwnRows, Plan, build_batch
+from torchspec.core.features.rows import FeatureRows, TokenRows
 from torchspec.core.interfaces.algorithm import StepResult
 from torchspec.core.interfaces.features import Features
+from torchspec.core.parallel.shards import Layout
 
 Worlds = Callable[..., Any]
 DEVICE = torch.device("cpu")
 
 
-def rows_of(*cases: tuple[list[int], list[int]]) -> Rows:
+def rows_of(*cases: tuple[list[int], list[int]]) -> TokenRows:
     """Each row given as (mask, document)."""
     pad = torch.nn.utils.rnn.pad_sequence
-    return Rows(
+    return TokenRows(
         input_ids_BT=pad([torch.arange(len(mask)) for mask, _ in cases], batch_first=True),
         loss_mask_BT=pad([torch.tensor(mask, dtype=torch.bool) for mask, _ in cases], batch_first=True),
         document_BT=pad([torch.tensor(doc) for _, doc in cases], batch_first=True, padding_value=-1),
     )
 
 
-def supervised(rows: Rows, steps: int) -> set[tuple[int, int, int]]:
-    return {tuple(place) for place in rows.supervised_BTK(steps).nonzero().tolist()}
+def supervised(rows: TokenRows, steps: int) -> set[tuple[int, int, int]]:
+    own = OwnRows.of(rows, Layout(length=rows.length), 0, steps)
+    return {tuple(place) for place in own.supervised_BSK().nonzero().tolist()}
 
 
 def test_the_mask_belongs_to_the_predicted_token() -> None:
@@ -59,7 +62,8 @@ def test_rotary_positions_restart_with_each_document(make_world: Worlds) -> None
     world = make_world(unroll=2)
     rows = rows_of(([1] * 7, [0, 0, 0, 1, 1, 2, 2]))
     feature = world.features(rows.input_ids_BT[0])
-    assert world.assembled(rows, [feature]).inputs.position_BT.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    inputs = world.assembled(rows, [feature]).inputs
+    assert inputs.angles_A[inputs.turn_BS].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
 
 
 def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worlds) -> None:
@@ -67,7 +71,7 @@ def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worl
     lengths = (9, 6, 12)
     features = [world.features(world.tokens(n, n), n) for n in lengths]
     masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.6 for n in lengths]
-    batch = build_batch(features, masks, Plan(steps=3, chunk_rows=4, device=DEVICE))
+    batch = build_batch(FeatureRows.of(features, masks), Plan(steps=3, chunk_rows=4, device=DEVICE))
     queries, longest = batch.inputs.slots.index_BQ.shape[1], max(lengths)
     seen = []
     bounds = [0, *torch.tensor(batch.pairs.sizes).cumsum(0).tolist()]
@@ -77,7 +81,7 @@ def test_pairs_are_taught_by_the_row_before_the_predicted_token(make_world: Worl
             i = int(batch.inputs.slots.index_BQ[b, q])
             assert divmod(int(batch.pairs.cell_M[m]), 3) == (b * longest + i, k)
             r = int(batch.pairs.row_M[m])
-            assert int(batch.pairs.position_R[r]) == b * longest + i + 1 + k
+            assert int(batch.pairs.place_R[r]) == b * longest + i + 1 + k
             assert torch.equal(batch.last_RH[r], features[b].last_TH[i + 1 + k])
             assert int(batch.pairs.document_M[m]) == b
             seen.append((b, i, k))
@@ -117,9 +121,7 @@ def test_gradients_do_not_depend_on_how_samples_are_batched(make_world: Worlds, 
     masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5 for n in lengths]
 
     def step(chosen: list[int]) -> StepResult:
-        return world.algorithm.step(
-            world.draft, world.head, [features[n] for n in chosen], [masks[n] for n in chosen], world.device
-        )
+        return world.step([features[n] for n in chosen], [masks[n] for n in chosen])
 
     together = [step([0, 1, 2, 3])]
     apart = [step([2]), step([3, 1]), step([0])]
@@ -135,14 +137,14 @@ def test_padding_changes_nothing(make_world: Worlds) -> None:
     world = make_world(unroll=3)
     feature = world.features(world.tokens(12, 1), 1)
     mask_T = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
-    alone = [world.algorithm.step(world.draft, world.head, [feature], [mask_T], world.device)]
+    alone = [world.step([feature], [mask_T])]
     longer = replace(
         feature,
         input_ids_T=torch.cat((feature.input_ids_T, world.tokens(5, 2))),
         taps_TNH=torch.cat((feature.taps_TNH, torch.full_like(feature.taps_TNH[:5], 1e4))),
         last_TH=torch.cat((feature.last_TH, torch.full_like(feature.last_TH[:5], 1e4))),
     )
-    rows = Rows(
+    rows = TokenRows(
         input_ids_BT=longer.input_ids_T[None],
         loss_mask_BT=torch.cat((mask_T, torch.ones(5, dtype=torch.bool)))[None],
         document_BT=torch.tensor([[0] * 12 + [-1] * 5]),
@@ -161,7 +163,7 @@ def test_without_supervision_every_gradient_is_a_finite_zero(
     world = make_world(dtype=torch.float32, ids_N=ids, unroll=3, draft_config={"hidden_size": 32})
     features = [world.features(world.tokens(n, n), n) for n in lengths]
     masks = [torch.zeros(n, dtype=torch.bool) for n in lengths]
-    result = world.algorithm.step(world.draft, world.head, features, masks, world.device)
+    result = world.step(features, masks)
     assert float(result.denominator) == 0.0
     assert result.numerator.item() == 0.0
     result.numerator.backward()
@@ -180,9 +182,7 @@ def test_samples_too_short_to_predict_anything_add_nothing(make_world: Worlds) -
     features = {n: world.features(world.tokens(n, n), n) for n in ones}
 
     def step(*lengths: int) -> StepResult:
-        return world.algorithm.step(
-            world.draft, world.head, [features[n] for n in lengths], [ones[n] for n in lengths], world.device
-        )
+        return world.step([features[n] for n in lengths], [ones[n] for n in lengths])
 
     assert_same(gradients(world, [step(1, 20, 2)]), gradients(world, [step(20)]))
 
@@ -194,7 +194,7 @@ def test_the_final_norm_is_applied_exactly_once(make_world: Worlds) -> None:
     after = replace(before, last_TH=world.head.normed(before.last_TH, "pre_norm"), norm_state="post_norm")
     mask_T = torch.ones(14, dtype=torch.bool)
     losses = [
-        world.algorithm.step(world.draft, world.head, [f], [mask_T], world.device).numerator.item()
+        world.step([f], [mask_T]).numerator.item()
         for f in (before, after, replace(before, norm_state="post_norm"))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the target's norm computes in fp32
@@ -205,8 +205,6 @@ def test_training_in_eval_mode_makes_no_graph(make_world: Worlds) -> None:
     world = make_world(unroll=2)
     feature = world.features(world.tokens(14, 1), 1)
     with torch.no_grad():
-        result = world.algorithm.step(
-            world.draft, world.head, [feature], [torch.ones(14, dtype=torch.bool)], world.device
-        )
+        result = world.step([feature], [torch.ones(14, dtype=torch.bool)])
     assert not result.numerator.requires_grad
     assert float(result.numerator) > 0

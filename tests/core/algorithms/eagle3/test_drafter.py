@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchspec.core.algorithms.eagle3 import drafter
 from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import DraftSession
 from torchspec.core.interfaces.features import Features
 from torchspec.core.objectives.acceptance import first_rounds, prefix_lengths, walked_slots, whole_slots
@@ -80,7 +81,7 @@ def predictions(world: Any, features: Features) -> Tensor:
     """The training forward's first choice at every slot and step, [T, K] target ids (slots that cannot be are -1)."""
     length = len(features.input_ids_T)
     plan = Plan(steps=STEPS, chunk_rows=128, device=torch.device("cpu"))
-    batch = build_batch([features], [torch.ones(length, dtype=torch.bool)], plan)
+    batch = build_batch(FeatureRows.of([features], [torch.ones(length, dtype=torch.bool)]), plan)
     draft = world.draft
     outputs = draft.unroll(batch.inputs, draft.embedding(world.head.embedding_VH), STEPS, world.device)
     found = torch.full((length, STEPS), -1)

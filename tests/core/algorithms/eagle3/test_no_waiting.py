@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import StepMemory
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.target import VocabularyMap
@@ -80,7 +81,7 @@ def test_a_step_reads_no_number_from_the_device(
     for recompute in (False, True):
         with NoBlockingCopies():
             memory = StepMemory(recompute=recompute, loss_bytes=1)
-            result = world.algorithm.step(draft, head, features, masks, device, memory)
+            result = world.algorithm.step(draft, head, FeatureRows.of(features, masks), device, memory)
             result.numerator.backward()
         assert all(parameter.grad is not None for parameter in draft.parameters())
     with pytest.raises(RuntimeError):

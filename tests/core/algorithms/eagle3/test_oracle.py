@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchspec.core.algorithms.eagle3.batch import Rows
+from torchspec.core.features.rows import TokenRows
 
 # Powers of 16 are exact in every precision, so the frequencies are the definition's to the last bit.
 THETA, HEAD_DIM = 16.0, 8
@@ -180,7 +180,7 @@ def test_loss_and_every_gradient_are_the_definitions(make_world: Callable[..., A
     tokens = [world.tokens(len(d), seed) for seed, d in enumerate(documents)]
     features = [world.features(ids_T, seed, "post_norm") for seed, ids_T in enumerate(tokens)]
     pad = torch.nn.utils.rnn.pad_sequence
-    rows = Rows(
+    rows = TokenRows(
         input_ids_BT=pad(tokens, batch_first=True),
         loss_mask_BT=pad([torch.tensor(m, dtype=torch.bool) for m in masks], batch_first=True),
         document_BT=pad([torch.tensor(d) for d in documents], batch_first=True, padding_value=-1),

@@ -37,7 +37,7 @@ def gradients(
                 object.__setattr__(feature, name, getattr(feature, name).bfloat16().to(world.dtype))
         features.append(feature)
     masks = [mask_T for _, mask_T in samples]
-    result = world.algorithm.step(world.draft, world.head, features, masks, world.device)
+    result = world.step(features, masks)
     loss = result.numerator / result.denominator
     loss.backward()
     found = {}

@@ -37,7 +37,7 @@ def step(world: Any, supervised: float, memory: StepMemory) -> tuple[Tensor, dic
     world.draft.zero_grad()
     known |= {tensor.untyped_storage().data_ptr() for tensor in tensors()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = world.algorithm.step(world.draft, world.head, features, masks, world.device, memory)
+        result = world.step(features, masks, memory)
     for tensor in tensors():  # what checkpointing holds as arguments
         keep(tensor)
     result.numerator.backward()
@@ -69,7 +69,7 @@ def test_the_estimate_is_near_the_peak(
 
     def run() -> None:
         memory = StepMemory(recompute=recompute, loss_bytes=1)
-        world.algorithm.step(world.draft, world.head, features, masks, world.device, memory).numerator.backward()
+        world.step(features, masks, memory).numerator.backward()
 
     run()
     world.draft.zero_grad()
@@ -82,7 +82,7 @@ def test_a_small_loss_budget_changes_nothing_but_the_order_of_sums(make_world: C
     world = make_world(unroll=STEPS, ids_N=torch.arange(0, 300, 2))
     features, masks = [world.features(world.tokens(300))], [torch.ones(300, dtype=torch.bool)]
     results = [
-        world.algorithm.step(world.draft, world.head, features, masks, world.device, StepMemory(loss_bytes=budget))
+        world.step(features, masks, StepMemory(loss_bytes=budget))
         for budget in (1, 1 << 30)
     ]
     torch.testing.assert_close(results[0].numerator, results[1].numerator, rtol=1e-13, atol=0)

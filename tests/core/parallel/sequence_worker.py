@@ -1,0 +1,198 @@
+"""Training windows whose sequences ranks share: `sequence_worker.py cells.json results/ ranks port`.
+
+The ranks are forks of one process; each runs every cell. A cell is a window of ragged documents through a small EAGLE-3
+draft, its target's features made up from the tokens. Rank 0 writes the summed loss, metrics and gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # FSDP imports it: once here instead of in every fork
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from torchspec.core import registry
+from torchspec.core.algorithms.eagle3.algorithm import Eagle3
+from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.interfaces.algorithm import StepMemory, TrainingSample
+from torchspec.core.interfaces.engine import CaptureRequest, TargetSpec
+from torchspec.core.interfaces.features import Features, RecordRef
+from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.models.target_head import SafetensorsTargetHead
+from torchspec.core.parallel import mesh
+from torchspec.core.settings import Launch
+from torchspec.core.training.sharding import shard_draft
+from torchspec.core.training.timing import StepTimer
+from torchspec.core.training.window import Cut, Model, run_window
+
+Cell = dict[str, Any]
+H, V, HEADS, TAPS = 32, 90, 8, (1, 3, 4)
+LENGTHS = (23, 5, 61, 2, 34, 17, 48, 9)
+DEADLINE = timedelta(seconds=120)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Ragged documents. `dense`: every token is supervised; `sparse`: short spans, and the longest document's middle
+    and end teach nothing, so that some ranks have no supervised token; `none`: nothing is."""
+
+    supervision: str
+    lengths: Sequence[int] = LENGTHS
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TrainingSample:
+        length = self.lengths[index]
+        ids_T = torch.randint(0, V, (length,), generator=torch.Generator().manual_seed(index))
+        place_T = torch.arange(length)
+        mask_T = torch.ones(length, dtype=torch.bool)
+        if self.supervision == "sparse":
+            mask_T = (place_T % 9 > 5) & (place_T < 20)
+        elif self.supervision == "none":
+            mask_T = ~mask_T
+        return TrainingSample(sample_id=f"row-{index}", input_ids_T=ids_T, loss_mask_T=mask_T)
+
+
+@dataclass(frozen=True)
+class MadeUpTarget:
+    """Features that depend on the document's tokens alone."""
+
+    dtype: torch.dtype
+
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: MemoryFeatureSink) -> list[RecordRef]:
+        references = []
+        for request in batch:
+            ids_T = torch.tensor(request.input_ids)
+            generator = torch.Generator().manual_seed(int((ids_T * torch.arange(1, len(ids_T) + 1)).sum()))
+            taps_TNH = torch.randn(len(ids_T), len(taps), H, generator=generator, dtype=torch.float64)
+            last_TH = torch.randn(len(ids_T), H, generator=generator, dtype=torch.float64)
+            features = Features(
+                input_ids_T=ids_T,
+                taps_TNH=taps_TNH.to(self.dtype),
+                last_TH=last_TH.to(self.dtype),
+                tap_layers=tuple(taps),
+                norm_state="post_norm",
+            )
+            references.append(sink.put(request.record_id, features))
+        return references
+
+
+def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
+    dtype, kv_heads = getattr(torch, cell["dtype"]), cell.get("kv_heads", 4)
+    spec = TargetSpec(
+        path=Path("made-up"),
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        num_layers=8,
+        hidden_size=H,
+        intermediate_size=48,
+        num_attention_heads=HEADS,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        vocab_size=V,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        dtype=dtype,
+        tie_word_embeddings=False,
+        eos_token_ids=(0,),
+    )
+    algorithm = Eagle3.create(Eagle3Options(vocab_size=60, unroll=3, **cell.get("options", {})), spec)
+    ids_N = torch.arange(V)[torch.arange(V) % 3 != 1]
+    torch.manual_seed(0)
+    ends = torch.randn(2, V, H, dtype=torch.float64)
+    head = SafetensorsTargetHead(
+        embedding_VH=ends[0].to(dtype), head_VH=(0.3 * ends[1]).to(dtype), final_norm=nn.Identity()
+    )
+    draft = algorithm.build_draft(VocabularyMap(ids_N=ids_N, target_size=V), head)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if "norm" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    bf16 = dtype == torch.bfloat16
+    return Model(
+        algorithm=algorithm,
+        draft=shard_draft(draft.to(torch.float32 if bf16 else dtype), context, "bfloat16" if bf16 else "float32"),
+        head=head,
+        engine=MadeUpTarget(dtype),  # type: ignore[arg-type]
+        memory=StepMemory(recompute=cell.get("recompute", False)),
+        exchange=cell.get("exchange", "gather"),
+    )
+
+
+def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
+    model = make_model(cell, context)
+    documents = Documents(cell.get("supervision", "dense"))
+    tokens = cell.get("row_tokens")
+    cut = Cut(micro_batch_size=cell.get("micro_batch_size", 3), row_tokens=tokens, equal_length=50.0)
+    window = run_window(
+        model, documents, list(range(len(documents))), cut, context, StepTimer(context.torch_device)
+    )
+    tensors = {f"sum.{name}": value for name, value in window.sums.values.items()}
+    tensors["tokens"] = torch.tensor(window.sums.tokens)
+    for name, parameter in model.draft.named_parameters():
+        assert isinstance(parameter.grad, DTensor)
+        tensors[f"grad.{name}"] = parameter.grad.full_tensor()
+    if context.is_main:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, results / f"{cell['name']}.safetensors")
+
+
+def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    launch = Launch(rank=rank, local_rank=rank, world_size=ranks)
+    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=DEADLINE)
+    contexts: dict[tuple[int, int], mesh.ParallelContext] = {}
+    for cell in cells:
+        shape = (cell.get("ulysses", 1), cell.get("ring", 1))
+        try:
+            if shape not in contexts:
+                device = registry.load_device("cpu")
+                contexts[shape] = mesh.start(device, launch, DEADLINE, ulysses=shape[0], ring=shape[1])
+            run(cell, results, contexts[shape])
+        except Exception:
+            (results / f"{cell['name']}.{rank}.error").write_text(traceback.format_exc())
+            raise
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    cells, results, ranks, port = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *map(int, sys.argv[3:])
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                rank_main(cells, results, rank, ranks, port)
+                code = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    failed = 0
+    for _ in children:
+        _, status = os.wait()
+        failed |= status
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""However ranks share sequences, loss, metrics and every gradient are those of one process that owns everything.
+
+Ranks are real processes over gloo. The one process is held against the definition in
+tests/core/algorithms/eagle3/test_oracle.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+WORKER = Path(__file__).with_name("sequence_worker.py")
+Cell = dict[str, Any]
+Results = dict[str, dict[str, Tensor]]
+
+SHAPES = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4))
+LIMITS = {"float64": 1e-12, "float32": 2e-6}
+PACKED = 40  # tokens of a row per rank; the longest document has 61
+
+
+def exchanges(ulysses: int, ring: int) -> list[str]:
+    if ulysses * ring == 1:
+        return ["gather"]
+    return ["gather", "usp", *(["ulysses"] if ring == 1 else []), *(["ring"] if ulysses == 1 else [])]
+
+
+def problem(**changes: Any) -> Cell:
+    """What the numbers depend on, and no way of computing them."""
+    return {"dtype": "float64", "supervision": "dense", "kv_heads": 4, "options": {}} | changes
+
+
+PROBLEMS = {
+    "dense": problem(),
+    "sparse": problem(supervision="sparse"),
+    "none": problem(supervision="none"),
+    "per-sequence": problem(supervision="sparse", options={"normalisation": "per_sequence", "coverage": "weight"}),
+    "one-key-head": problem(kv_heads=1),
+    "two-key-heads": problem(kv_heads=2),
+    "float32": problem(dtype="float32", supervision="sparse"),
+    "bfloat16": problem(dtype="bfloat16", supervision="sparse"),
+}
+
+
+def cells(ranks: int) -> list[Cell]:
+    """Every way of sharing that this many ranks allow, with what makes it go wrong."""
+    made = []
+    for ulysses, ring in SHAPES:
+        data, rest = divmod(ranks, ulysses * ring)
+        if rest or data not in (1, 2):
+            continue
+        for exchange in exchanges(ulysses, ring):
+            how = {"ulysses": ulysses, "ring": ring, "exchange": exchange}
+            name = f"{ulysses}x{ring}-{exchange}-dp{data}"
+            for key in PROBLEMS:
+                if data == 2 and key not in ("dense", "sparse", "float32"):
+                    continue  # of the sharing alone; data parallelism has its own tests
+                for packed in (False, True) if key == "sparse" else (list(PROBLEMS).index(key) % 2 == 0,):
+                    rows = {"row_tokens": max(PACKED * ulysses * ring, 61)} if packed else {}
+                    label = f"{name}-{key}-{'packed' if packed else 'rows'}"
+                    recompute = {"recompute": packed and key == "sparse"}
+                    made.append({**PROBLEMS[key], **how, **rows, **recompute, "problem": key, "name": label})
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """By cell; `reference-<problem>` are one process's, unpacked."""
+    directory = tmp_path_factory.mktemp("sequence")
+    found: Results = {}
+    for ranks in (1, 2, 4, 8):
+        chosen = cells(ranks)
+        if ranks == 1:
+            chosen += [{**given, "name": f"reference-{key}"} for key, given in PROBLEMS.items()]
+            exact = {**PROBLEMS["bfloat16"], "dtype": "float64"}
+            chosen += [{**exact, "name": "reference-bfloat16-exact"}]
+        here = directory / str(ranks)
+        here.mkdir()
+        (here / "cells.json").write_text(json.dumps(chosen))
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        command = [sys.executable, str(WORKER), str(here / "cells.json"), str(here), str(ranks), str(store.port)]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        errors = "\n".join(path.read_text() for path in sorted(here.glob("*.error")))
+        assert ran.returncode == 0, errors or ran.stderr
+        found |= {cell["name"]: load_file(here / f"{cell['name']}.safetensors") for cell in chosen}
+    return found
+
+
+def distance(got: dict[str, Tensor], expected: dict[str, Tensor], prefix: str) -> dict[str, float]:
+    """Relative 2-norm difference of each tensor."""
+    assert got.keys() == expected.keys()
+    return {
+        name: float((got[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-300))
+        for name, value in expected.items()
+        if name.startswith(prefix) and value.any()
+    }
+
+
+EVERY = [cell for ranks in (1, 2, 4, 8) for cell in cells(ranks)]
+
+
+@pytest.mark.parametrize("cell", [c for c in EVERY if c["dtype"] in LIMITS], ids=lambda cell: cell["name"])
+def test_loss_metrics_and_every_gradient_are_one_processes(results: Results, cell: Cell) -> None:
+    got, expected = results[cell["name"]], results[f"reference-{cell['problem']}"]
+    for prefix in ("grad.", "sum.", "tokens"):
+        apart = distance(got, expected, prefix)
+        worst = max(apart, key=apart.__getitem__, default=None)
+        assert worst is None or apart[worst] <= LIMITS[cell["dtype"]], (worst, apart[worst])
+    for name, value in expected.items():
+        if not value.any():
+            assert not got[name].any(), name
+    if cell["problem"] != "none":
+        assert all(value.any() for name, value in expected.items() if name.startswith("grad."))
+
+
+@pytest.mark.parametrize("cell", [c for c in EVERY if c["dtype"] == "bfloat16"], ids=lambda cell: cell["name"])
+def test_bfloat16_errs_no_more_than_one_process_does(results: Results, cell: Cell) -> None:
+    """Over all gradients together; a single small one may be lucky in one process."""
+    exact = results["reference-bfloat16-exact"]
+
+    def error(found: dict[str, Tensor]) -> float:
+        apart = distance(found, exact, "grad.")
+        return (sum(value**2 for value in apart.values()) / len(apart)) ** 0.5
+
+    assert 0 < error(results[cell["name"]]) <= 1.5 * error(results["reference-bfloat16"])
