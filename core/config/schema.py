@@ -46,6 +46,10 @@ class TargetReading(Section):
 
 class TargetConfig(TargetReading):
     path: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
+    tensor_parallel: Positive = Field(1, description="ranks that hold the target together, each a part of its weights")
+    shard_logits: Literal["auto", "off", "tokens", "vocabulary"] = Field(
+        "auto", description="spread the target's head over ranks; auto: where they hold the target together"
+    )
 
 
 class DataConfig(Section):
@@ -82,12 +86,25 @@ class TrainConfig(Section):
     loss_memory_mb: Positive | None = Field(
         None, description="what the loss may hold at a time beside its gradients; default: the device's preference"
     )
+    offload: Literal["none", "activations", "states", "all"] = Field(
+        "none", description="what waits in the host's memory: activations; parameters and optimizer state; both"
+    )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, into OUTPUT/tensorboard")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
     keep_last: Positive = Field(2, description="this many newest checkpoints stay; the best one always does")
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: continue the run in the output directory; never: refuse a used directory"
+    )
+
+
+class ParallelConfig(Section):
+    """How ranks share sequences; what is left of them divides the batches."""
+
+    ulysses: Positive = Field(1, description="ranks that share a sequence and, in its attention, the heads")
+    ring: Positive = Field(1, description="groups of such ranks that share a sequence and, in its attention, the keys")
+    exchange: Literal["auto", "gather", "ulysses", "ring", "usp"] = Field(
+        "auto", description="how keys of other ranks are met (docs/long-sequences.md); auto: by bytes sent and held"
     )
 
 
@@ -122,6 +139,7 @@ class RunConfig(Section):
     target: TargetConfig
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
     precision: PrecisionConfig = Field(default_factory=lambda: PrecisionConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
 

@@ -59,6 +59,16 @@ KEEP_ALL = StepMemory()
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What of a draft's attention decides how ranks can share it: heads, and how often queries meet the same keys."""
+
+    query_heads: int
+    key_heads: int
+    head_size: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DraftFiles:
     """A draft as a directory holds it: config.json and the tensors of model.safetensors.
 
@@ -141,6 +151,8 @@ class Algorithm(Protocol):
         """Published layouts that can hold this draft, the one to write by default first."""
         ...
 
+    @property
+    def attention_shape(self) -> AttentionShape: ...
     @property
     def halo(self) -> int:
         """Rows of last hidden states that a slot needs to its right, from other ranks' pieces of a sequence."""

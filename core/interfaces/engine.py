@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device
 from torchspec.core.interfaces.features import FeatureSink, RecordRef
@@ -117,21 +118,31 @@ class TargetEngine(TextGenerator, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What an engine is loaded with."""
+    """What an engine is loaded with.
+
+    `tensor_mesh`: one-dimensional mesh of the ranks that hold the target together; None: this rank alone. They call the
+    same methods with the same arguments, in the same order, and each gets the whole result.
+    """
 
     target: Path
     device: Device
     local_rank: int = 0
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     trust_remote_code: bool = False
+    tensor_mesh: DeviceMesh | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """Light description found through the entry-point group `torchspec.backends`."""
+    """Light description found through the entry-point group `torchspec.backends`.
+
+    `tensor_parallel_sizes`: over how many of the trainer's ranks a target can be split, ascending from 1; TargetError
+    names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
+    """
 
     name: str
     probe: Callable[[], Availability]
     load: Callable[[EngineOptions], TargetEngine]
     capabilities: frozenset[str] = frozenset({"capture", "generate"})
+    tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
     api_version: int = API_VERSION

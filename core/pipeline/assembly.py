@@ -24,6 +24,7 @@ from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
+from torchspec.core.pipeline.parallel_fit import choose_exchange
 from torchspec.core.pipeline.rebuild import load_state, read_initial
 from torchspec.core.training import checkpoint
 from torchspec.core.training.random_state import seed_rank
@@ -88,6 +89,7 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         local_rank=context.local_rank,
         dtype=config.target.dtype,
         trust_remote_code=trusted,
+        tensor_mesh=context.tensor if context.tensor.size() > 1 else None,
     )
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
     head = load_target_head(path, dtype=dtype, device=context.torch_device, trust_remote_code=trusted)
@@ -128,10 +130,20 @@ def build_model(
     draft = algorithm.build_draft(start.vocabulary, target.head)
     if start.state is not None:
         load_state(draft, start.state, initial_path(config) or Path())
-    sharded = shard_draft(draft, context, config.precision.compute)
+    on_host = config.train.offload
+    sharded = shard_draft(draft, context, config.precision.compute, states_on_host=on_host in ("states", "all"))
     seed_rank(context.device.runtime, config.seed, 0, context.rank)
+    exchange, why = choose_exchange(config, algorithm, context.world_size)
+    if why:
+        logger.info("parallel.exchange is %s: %s", exchange, why)
     return Model(
-        algorithm=algorithm, draft=sharded, head=target.head, engine=target.engine, memory=step_memory(config.train)
+        algorithm=algorithm,
+        draft=sharded,
+        head=target.head,
+        engine=target.engine,
+        memory=step_memory(config.train),
+        exchange=exchange,
+        offload_activations=on_host in ("activations", "all"),
     )
 
 

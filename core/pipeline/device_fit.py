@@ -34,6 +34,15 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list
                 choices=("float32",),
             )
         )
+    if config.train.offload != "none" and device.device_type == "cpu":
+        found.append(
+            Problem(
+                field="train.offload",
+                value=config.train.offload,
+                message=f"the memory of device {device.name} is the host's already",
+                choices=("none",),
+            )
+        )
     if ranks.here > 1 and "ranks_share_device" not in device.capabilities:
         count = device.load().runtime.device_count()
         its_own = ranks.launched and count == 1  # some launchers show each rank one device, another for each

@@ -64,7 +64,14 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
     follow_launcher()
     place = settings.launch()
     checked = check(config, Ranks(all=place.world_size, here=place.local_world_size, launched=place.world_size > 1))
-    context = mesh.start(registry.load_device(checked.device.name), place)
+    parallel = checked.config.parallel
+    context = mesh.start(
+        registry.load_device(checked.device.name),
+        place,
+        ulysses=parallel.ulysses,
+        ring=parallel.ring,
+        tensor=checked.config.target.tensor_parallel,
+    )
     try:
         with mesh.lost_peers_named():
             return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)

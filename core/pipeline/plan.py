@@ -24,6 +24,7 @@ from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import initial_path, step_memory
 from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.parallel_fit import choose_exchange, row_tokens
 from torchspec.core.pipeline.plan_memory import Load, Part, estimate
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.training.checkpoint_files import steps_on_disk
@@ -187,10 +188,9 @@ def _shapes(algorithm: Algorithm, target: TargetSpec) -> torch.nn.Module:
 
 
 def _load(config: RunConfig, data: Mapping[str, Any], target_dtype: torch.dtype, ranks: int) -> Load:
-    size = min(config.train.micro_batch_size, math.ceil(config.train.batch_size / ranks))
     return Load(
         ranks=ranks,
-        micro_batch_tokens=size * data.get("longest sample", config.data.max_length),
+        micro_batch_tokens=row_tokens(config, ranks, data.get("longest sample")),
         compute={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision.compute],
         target_dtype=target_dtype,
         memory=step_memory(config.train),
@@ -226,7 +226,10 @@ def _value(config: RunConfig, path: str) -> Any:
 def _notes(checked: Checked, data: Mapping[str, Any], steps: Mapping[str, Any], ranks: int) -> list[str]:
     config = checked.config
     notes = [f"{path} is {_value(config, path)}: {why}" for path, why in checked.sources.items()]
-    if ranks > config.train.batch_size:
+    exchange, why = choose_exchange(config, checked.algorithm, ranks, data.get("longest sample"))
+    if why:
+        notes.append(f"parallel.exchange is {exchange}: {why}")
+    if ranks // (config.parallel.ulysses * config.parallel.ring) > config.train.batch_size:
         notes.append(f"{ranks} ranks share batches of {config.train.batch_size} samples: some have nothing to do")
     if config.train.warmup_steps >= steps["total"]:
         notes.append(f"the warm-up of {config.train.warmup_steps} steps is as long as the whole run")

@@ -31,6 +31,7 @@ from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import create_algorithm, initial_path
 from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
 from torchspec.core.pipeline.identity import known_facts
+from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.rebuild import initial_problems
 from torchspec.core.training.checkpoint import DRAFT, refuse_other_run
 from torchspec.core.training.checkpoint_files import MANIFEST, directory_of, read_json, steps_on_disk
@@ -104,6 +105,7 @@ def check(config: RunConfig, ranks: Ranks) -> Checked:
         algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
         _check_initial(config, algorithm, target, problems)
         config, sources = _fit_length(config, target, problems)
+    problems += parallel_problems(config, ranks.all, algorithm=algorithm, backend=backend, target=target)
     if tokenizer is not None:
         own = config.target.chat_template is None
         problems.attempt("target.path" if own else "target.chat_template", lambda: _check_template(config, tokenizer))

@@ -28,6 +28,7 @@ from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.parallel.sequence import Exchange
+from torchspec.core.training.offload import offloaded
 from torchspec.core.training.timing import StepTimer
 
 STAND_IN_TOKENS = 16
@@ -44,7 +45,10 @@ class Samples(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Everything a window is computed with. `draft` is sharded; `exchange` is for sequences that ranks share."""
+    """Everything a window is computed with. `draft` is sharded; `exchange` is for sequences that ranks share.
+
+    `offload_activations`: what the forward pass keeps for the backward one waits in the host's memory.
+    """
 
     algorithm: Algorithm
     draft: nn.Module
@@ -52,6 +56,7 @@ class Model:
     engine: TargetEngine
     memory: StepMemory = KEEP_ALL
     exchange: Exchange = "gather"
+    offload_activations: bool = False
 
 
 @dataclass(kw_only=True)
@@ -158,7 +163,7 @@ def run_window(
             loaded = {index: Documents.of(share[turn], samples, batch[0]) for index, share in shares.items()}
         with timer.phase("capture"):
             rows = captured_rows(model, loaded, context)
-        with timer.phase("forward"):
+        with timer.phase("forward"), offloaded(activations=model.offload_activations):
             result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
         with timer.phase("backward"):
             torch.autograd.backward(result.numerator)

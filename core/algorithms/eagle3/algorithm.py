@@ -20,7 +20,7 @@ from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.features.rows import FeatureRows
-from torchspec.core.interfaces.algorithm import KEEP_ALL, DraftFiles, StepMemory, StepResult
+from torchspec.core.interfaces.algorithm import KEEP_ALL, AttentionShape, DraftFiles, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
@@ -74,6 +74,17 @@ class Eagle3:
         draft = Eagle3Draft(self.geometry, vocabulary)
         initialise(draft, head)
         return draft
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """See `Algorithm.attention_shape`."""
+        geometry = self.geometry
+        return AttentionShape(
+            query_heads=geometry.num_attention_heads,
+            key_heads=geometry.num_key_value_heads,
+            head_size=geometry.head_dim,
+            steps=self.options.unroll,
+        )
 
     @property
     def halo(self) -> int:

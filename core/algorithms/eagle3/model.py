@@ -16,7 +16,7 @@ V target vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -80,14 +80,14 @@ class DraftLayer(nn.Module):
         key, value = (self.self_attn.heads(part) for part in parts)
         return shared.form.spread(fused.rotate(key, inputs.turn_BS, shared.tables_AD, ops), value)
 
-    def forward(
-        self, step: int, feature_BQH: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shared: Shared
-    ) -> tuple[Tensor, ...]:
+    def forward(self, step: int, shared: Shared, feature_BQH: Tensor, *keys_values: Tensor) -> tuple[Tensor, ...]:
         """(output [B, Q, H] before the final norm, and after step 0 this step's key and value).
 
-        `keys` and `values` are those of the steps before, step 0's as `first_keys` left them.
+        `keys_values` are the keys, then the values, of the steps before, step 0's as `first_keys` left them.
         """
         inputs, ops = shared.inputs, shared.device.ops
+        before = len(keys_values) // 2
+        keys, values = keys_values[:before], keys_values[before:]
         wanted = 3 if step else 1
         own = tuple(inputs.slots.take(share_BXZ, 1 + step) for share_BXZ in shared.shares_BXZ[:wanted])
         parts = self.hidden_norm.then(feature_BQH, shared.maps_ZH[:wanted], ops, own)
@@ -97,7 +97,7 @@ class DraftLayer(nn.Module):
         if rest:
             key, value = rest
             written = (fused.rotate(key, inputs.own_BQ + step, shared.tables_AD, ops), value)
-            keys, values = [*keys, written[0]], [*values, written[1]]
+            keys, values = (*keys, written[0]), (*values, written[1])
         scale = self.self_attn.head_dim**-0.5
         mixed = ttt_attention(shared.form.attention, query, keys, values, inputs.mask, scale)
         residual = self.hidden_norm(feature_BQH, ops) if self.norm_before_residual else feature_BQH
@@ -169,9 +169,10 @@ class Eagle3Draft(nn.Module):
         outputs: list[Tensor] = []
         keys, values = [key], [value]
         for step in range(steps):
-            given = (step, feature, tuple(keys), tuple(values), shared)
+            given = (step, shared, feature, *keys, *values)
             if recompute and torch.is_grad_enabled():
-                # Nothing here draws random numbers.
+                # Nothing here draws random numbers. Tensors are arguments of their own, so that hooks on what is kept
+                # for the backward pass see them.
                 feature, *own = checkpoint(self.midlayer, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 feature, *own = self.midlayer(*given)

@@ -34,6 +34,7 @@ from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.parallel import mesh
 from torchspec.core.settings import Launch
+from torchspec.core.training import offload
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
 from torchspec.core.training.window import Cut, Model, run_window
@@ -126,11 +127,17 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
     bf16 = dtype == torch.bfloat16
     return Model(
         algorithm=algorithm,
-        draft=shard_draft(draft.to(torch.float32 if bf16 else dtype), context, "bfloat16" if bf16 else "float32"),
+        draft=shard_draft(
+            draft.to(torch.float32 if bf16 else dtype),
+            context,
+            "bfloat16" if bf16 else "float32",
+            states_on_host=cell.get("offload", False),
+        ),
         head=head,
         engine=MadeUpTarget(dtype),  # type: ignore[arg-type]
         memory=StepMemory(recompute=cell.get("recompute", False)),
         exchange=cell.get("exchange", "gather"),
+        offload_activations=cell.get("offload", False),
     )
 
 
@@ -153,6 +160,7 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
 
 def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
+    offload.SMALLEST_BYTES = 0
     launch = Launch(rank=rank, local_rank=rank, world_size=ranks)
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=DEADLINE)

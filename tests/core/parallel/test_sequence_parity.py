@@ -66,8 +66,9 @@ def cells(ranks: int) -> list[Cell]:
                 for packed in (False, True) if key == "sparse" else (list(PROBLEMS).index(key) % 2 == 0,):
                     rows = {"row_tokens": max(PACKED * ulysses * ring, 61)} if packed else {}
                     label = f"{name}-{key}-{'packed' if packed else 'rows'}"
-                    recompute = {"recompute": packed and key == "sparse"}
-                    made.append({**PROBLEMS[key], **how, **rows, **recompute, "problem": key, "name": label})
+                    lean = packed and key == "sparse"
+                    memory = {"recompute": lean, "offload": lean}
+                    made.append({**PROBLEMS[key], **how, **rows, **memory, "problem": key, "name": label})
     return made
 
 

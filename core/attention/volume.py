@@ -1,0 +1,110 @@
+"""What the exchanges of step-0 keys and values cost, in bytes, and which one to choose (docs/long-sequences.md).
+
+Sent are bytes that one rank sends to others for one micro-batch, forward and backward. Held are bytes of keys, values and
+their gradients that a rank has beyond those of its own rows. With S rows of a rank, Q of its queries running, e bytes per
+value, w in fp32 (fp64 for fp64), n steps, H query and K key heads of size D, and k = max(1, K / U):
+
+              sent                                                       held
+    gather    2 (P-1) S K D (e + w)                                      2 P S K D (2 e + w)
+    ulysses   4 (U-1) S k D e  +  n (U-1)/U Q H (6 D e + 2 w)            4 U S k D e
+    ring      2 n S K D (2 (R-1) e + R w)                                2 S K D (2 e + 2 w)
+    usp       those of ulysses, and of ring with U S rows of k heads
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchspec.core.attention.ulysses import heads_fit
+from torchspec.core.interfaces.algorithm import AttentionShape
+from torchspec.core.parallel.sequence import Exchange
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """A micro-batch of one rank: its rows, the queries that run, bytes per value, unroll steps."""
+
+    rows: int
+    queries: int
+    itemsize: int
+    shape: AttentionShape
+    ulysses: int
+    ring: int
+
+    @property
+    def wide(self) -> int:
+        return max(4, self.itemsize)
+
+    @property
+    def _spread_heads(self) -> int:
+        """Key heads of a rank after they have been spread."""
+        return max(1, self.shape.key_heads // self.ulysses)
+
+    def sent(self, exchange: Exchange) -> int:
+        """Bytes sent by a rank."""
+        shape, e, w = self.shape, self.itemsize, self.wide
+        ranks = self.ulysses * self.ring
+        size = shape.head_size
+        if exchange == "gather":
+            return 2 * (ranks - 1) * self.rows * shape.key_heads * size * (e + w)
+        total = 0
+        rows, heads = self.rows, shape.key_heads
+        if exchange in ("ulysses", "usp"):
+            heads = self._spread_heads
+            total += 4 * (self.ulysses - 1) * rows * heads * size * e
+            moved = self.queries * shape.query_heads * (self.ulysses - 1) // self.ulysses
+            total += shape.steps * moved * (6 * size * e + 2 * w)
+            rows *= self.ulysses
+        if exchange in ("ring", "usp") and self.ring > 1:
+            total += 2 * shape.steps * rows * heads * size * (2 * (self.ring - 1) * e + self.ring * w)
+        return total
+
+    def held(self, exchange: Exchange) -> int:
+        """Bytes of keys, values and gradients beyond those of the rank's own rows."""
+        shape, e, w = self.shape, self.itemsize, self.wide
+        ranks = self.ulysses * self.ring
+        if exchange == "gather":
+            return 2 * ranks * self.rows * shape.key_heads * shape.head_size * (2 * e + w)
+        rows, heads, total = self.rows, shape.key_heads, 0
+        if exchange in ("ulysses", "usp"):
+            rows, heads = rows * self.ulysses, self._spread_heads
+            total += 4 * rows * heads * shape.head_size * e
+        if exchange in ("ring", "usp") and self.ring > 1:
+            total += 2 * rows * heads * shape.head_size * (2 * e + 2 * w)
+        return total
+
+
+def possible(shape: AttentionShape, ulysses: int, ring: int) -> tuple[Exchange, ...]:
+    """The exchanges that these groups and heads allow; gather always does."""
+    found: list[Exchange] = ["gather"]
+    fits = heads_fit(shape.query_heads, shape.key_heads, ulysses)
+    if ring == 1 and fits:
+        found.append("ulysses")
+    if ulysses == 1:
+        found.append("ring")
+    if fits:
+        found.append("usp")
+    return tuple(found)
+
+
+def choose(traffic: Traffic, activations: int) -> tuple[Exchange, str]:
+    """The exchange that sends least, of those that hold no more than the rank's other `activations`; and why.
+
+    Where none holds so little, the one that holds least.
+    """
+    allowed = possible(traffic.shape, traffic.ulysses, traffic.ring)
+    small = [name for name in allowed if traffic.held(name) <= activations]
+    best = min(small, key=traffic.sent) if small else min(allowed, key=traffic.held)
+    others = [f"{name} {_size(traffic.sent(name))}" for name in allowed if name in small and name != best]
+    against = f" (against {', '.join(others)})" if others else ""
+    large = [name for name in allowed if name not in small]
+    kept_out = f"; too much to hold: {', '.join(f'{name} {_size(traffic.held(name))}' for name in large)}" if large else ""
+    reason = (
+        f"a rank sends {_size(traffic.sent(best))} per micro-batch{against} and holds {_size(traffic.held(best))} of keys "
+        f"and values beside {_size(activations)} of activations{kept_out}"
+    )
+    return best, reason
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,82 @@
+"""Activations that wait for the backward pass in the host's memory instead of the device's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+SMALLEST_BYTES = 1 << 20
+"""A smaller tensor is not worth two transfers."""
+
+_Key = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype, int]
+
+
+@dataclass(eq=False)
+class Waiting:
+    """One tensor in the host's memory. `here` is its copy on the device, while somebody holds it."""
+
+    host: Tensor
+    device: torch.device
+    here: weakref.ref[Tensor] | None = None
+
+
+@dataclass
+class HostOffload:
+    """Hooks for `torch.autograd.graph.saved_tensors_hooks`.
+
+    `torch.autograd.graph.save_on_cpu` copies a tensor once for every operator that saves it; the unroll saves each step's
+    keys at every later one. Here a tensor goes out once and comes back once for those who use it together.
+    `away` copies to the host, `back` to the device.
+    """
+
+    away: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor, torch.device], Tensor]
+    smallest_bytes: int
+    _seen: dict[_Key, tuple[StorageWeakRef, Waiting]] = field(default_factory=dict)
+
+    def pack(self, tensor: Tensor) -> Tensor | Waiting:
+        # Parameters are kept in any case.
+        if tensor.nbytes < self.smallest_bytes or isinstance(tensor, torch.nn.Parameter):
+            return tensor
+        storage = tensor.untyped_storage()
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        key = (storage._cdata, *place)
+        known = self._seen.get(key)
+        if known is None or known[0].expired():  # another tensor may have taken the place of one that is gone
+            known = (StorageWeakRef(storage), Waiting(host=self.away(tensor.detach()), device=tensor.device))
+            self._seen[key] = known
+        return known[1]
+
+    def unpack(self, packed: Tensor | Waiting) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        here = None if packed.here is None else packed.here()
+        if here is None:
+            here = self.back(packed.host, packed.device)
+            packed.here = weakref.ref(here)
+        return here
+
+    def hooks(self) -> AbstractContextManager[object]:
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+
+def offloaded(*, activations: bool) -> AbstractContextManager[object]:
+    """What is saved for the backward pass inside this block goes to pinned host memory; nothing does if not wanted."""
+    if not activations:
+        return nullcontext()
+    return HostOffload(away=_to_host, back=_to_device, smallest_bytes=SMALLEST_BYTES).hooks()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    return host.to(device, non_blocking=True)
