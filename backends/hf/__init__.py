@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchspec.backends.api import Availability, EngineOptions, EngineSpec, TargetEngine
+from torchspec.backends.api import Availability, EngineOptions, EngineSpec, TargetEngine, TargetSpec
 
 
 def _probe() -> Availability:
@@ -21,4 +21,16 @@ def _load(options: EngineOptions) -> TargetEngine:
     return HfEngine.load(options)
 
 
-SPEC = EngineSpec(name="hf", probe=_probe, load=_load, capabilities=frozenset({"capture", "generate", "decode"}))
+def _tensor_parallel_sizes(spec: TargetSpec) -> tuple[int, ...]:
+    from torchspec.backends.hf.split_plan import split_plan
+
+    return split_plan(spec).sizes
+
+
+SPEC = EngineSpec(
+    name="hf",
+    probe=_probe,
+    load=_load,
+    capabilities=frozenset({"capture", "generate", "decode"}),
+    tensor_parallel_sizes=_tensor_parallel_sizes,
+)

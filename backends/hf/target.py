@@ -15,6 +15,7 @@ from transformers.utils import logging
 from torchspec.backends.api import ConfigError, EngineOptions, Problem, TargetError, TargetSpec
 from torchspec.backends.hf.attention import use_grouped_attention
 from torchspec.backends.hf.cache import Rollback, rollback_of
+from torchspec.backends.hf.split_weights import load_part
 from torchspec.core.models.target_head import decoder_of
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
@@ -24,7 +25,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HfTarget:
-    """`base` runs everything below the output head; `layers` are its decoder layers in order."""
+    """`base` runs everything below the output head; `layers` are its decoder layers in order.
+
+    Of a target that several ranks hold together, `model` is this rank's part, `spec` the whole's.
+    """
 
     spec: TargetSpec
     model: PreTrainedModel
@@ -76,21 +80,23 @@ def choose_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.
 
 
 def load_target(options: EngineOptions) -> HfTarget:
-    """The target in evaluation mode on the device of `options.local_rank`; local files only.
+    """The target or this rank's part of it, in evaluation mode on the device of `options.local_rank`; local files only.
 
     Raises TargetError when the directory does not hold a whole model of a supported kind: parameters that the
     checkpoint lacks are an error, never initialised at random.
     """
     spec = read_target_spec(options.target, options.trust_remote_code)
-    TargetWeights.open(options.target)
+    weights = TargetWeights.open(options.target)
     device = options.device.runtime.bind(options.local_rank)
     dtype = choose_dtype(options.dtype, spec.dtype, device)
-    model, report = _from_pretrained(options, dtype)
+    model, report = _load(options, spec, weights, dtype)
     missing = [*sorted(report["missing_keys"]), *(_mismatch(*key) for key in sorted(report["mismatched_keys"]))]
     if missing:
+        split = options.tensor_mesh is not None and options.tensor_mesh.size() > 1
         raise TargetError(
             f"{options.target}: {len(missing)} parameters of {type(model).__name__} are missing from the checkpoint "
             f"or have another shape: {', '.join(missing[:8])}. Is config.json that of these weights?"
+            + (" If target.tensor_parallel=1 loads them, this architecture cannot be split." if split else "")
         )
     model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     use_grouped_attention(model, device)
@@ -108,23 +114,34 @@ def _mismatch(name: str, stored: torch.Size, expected: torch.Size) -> str:
     return f"{name} (stored {list(stored)}, expected {list(expected)})"
 
 
-def _from_pretrained(options: EngineOptions, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(
+    options: EngineOptions, spec: TargetSpec, weights: TargetWeights, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model on the CPU, and what transformers found missing or misshapen, which the caller reports."""
+    mesh = options.tensor_mesh
     with _quiet_transformers():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                options.target,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=options.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
+            loaded: Any = (
+                _from_pretrained(options, dtype)
+                if mesh is None or mesh.size() == 1
+                else load_part(spec, weights, mesh, dtype)
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise TargetError(f"transformers cannot load {options.target}: {error}") from error
     model, report = loaded
     return model, report
+
+
+def _from_pretrained(options: EngineOptions, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        options.target,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=options.trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
 
 
 @contextmanager

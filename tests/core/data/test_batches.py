@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchspec.core.data.batches import MicroBatch, global_batches, rank_micro_batches
+from torchspec.core.data.batches import MicroBatch, global_batches, packed_micro_batches, rank_micro_batches
 
 lengths_lists = st.lists(st.integers(1, 100), max_size=120)
 sizes = st.integers(1, 9)
@@ -102,3 +102,47 @@ def test_impossible_sizes(wrong: dict[str, int]) -> None:
 def test_impossible_shares(rank: int, micro: int) -> None:
     with pytest.raises(ValueError, match="no share"):
         rank_micro_batches([1], rank=rank, world_size=2, micro_batch_size=micro)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    world_size=st.integers(1, 5),
+    row_tokens=st.integers(50, 200),
+)
+def test_packed_rows_hold_every_sample_once_and_fit(lengths: list[int], world_size: int, row_tokens: int) -> None:
+    batch = list(range(len(lengths)))
+    shares = [
+        packed_micro_batches(
+            batch, lengths, rank=rank, world_size=world_size, row_tokens=row_tokens, equal_length=100.0
+        )
+        for rank in range(world_size)
+    ]
+    assert sorted(s for share in shares for part in share for s in part.samples) == batch
+    assert len({len(share) for share in shares}) == 1
+    rows = [part for share in shares for part in share]
+    for part in rows:
+        assert sum(lengths[s] for s in part.samples) <= row_tokens
+        assert part.packs == ((tuple(range(len(part.samples))),) if part.samples else ())
+    # A row more per rank than the tokens need comes only from documents that are hard to fit.
+    fewest = -(-sum(lengths) // (row_tokens * world_size)) * world_size
+    assert len(rows) <= 2 * fewest + world_size
+
+
+def test_packed_rows_cost_about_the_same() -> None:
+    """By tokens alone the longest would be joined by as many short ones as every other row gets."""
+    lengths = [4000, 2000, 2000, *[100] * 200]
+    cost = [length + length**2 / 1000 for length in lengths]
+    rows = [
+        packed_micro_batches(
+            range(len(lengths)), lengths, rank=rank, world_size=4, row_tokens=20000, equal_length=1000.0
+        )[0].samples
+        for rank in range(4)
+    ]
+    costs = sorted(sum(cost[s] for s in row) for row in rows)
+    assert costs[3] == cost[0]  # alone
+    assert costs[2] - costs[0] <= cost[-1]  # the others share the rest
+
+
+def test_a_document_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="a document of 9 tokens does not fit a row of 8"):
+        packed_micro_batches([0, 1], [3, 9], rank=0, world_size=1, row_tokens=8)

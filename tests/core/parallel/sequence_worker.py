@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,23 @@ from torch.distributed.tensor import DTensor
 from torchspec.core import registry
 from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.attention.volume import Traffic
+from torchspec.core.data.batches import MicroBatch
 from torchspec.core.features.memory import MemoryFeatureSink
 from torchspec.core.interfaces.algorithm import StepMemory, TrainingSample
+from torchspec.core.interfaces.device import Communication
 from torchspec.core.interfaces.engine import CaptureRequest, TargetSpec
 from torchspec.core.interfaces.features import Features, RecordRef
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.parallel import mesh
+from torchspec.core.parallel.sequence import gather_sequence
 from torchspec.core.settings import Launch
 from torchspec.core.training import offload
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, Model, run_window
+from torchspec.core.training.window import Cut, Model, captured_rows, run_window
+from torchspec.core.training.window import Documents as FullDocuments
 
 Cell = dict[str, Any]
 H, V, HEADS, TAPS = 32, 90, 8, (1, 3, 4)
@@ -158,6 +163,73 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, results / f"{cell['name']}.safetensors")
 
 
+class Counting:
+    """A `Communication` that counts the bytes this rank sends to others."""
+
+    def __init__(self, inner: Communication) -> None:
+        self.inner, self.sent = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def all_to_all(self, parts: Sequence[Tensor], group: Any, rows: Sequence[int] | None = None) -> list[Tensor]:
+        self.sent += sum(part.nbytes for rank, part in enumerate(parts) if rank != group.rank())
+        return self.inner.all_to_all(parts, group, rows)
+
+    def all_gather(self, tensor: Tensor, group: Any) -> list[Tensor]:
+        self.sent += tensor.nbytes * (group.size() - 1)
+        return self.inner.all_gather(tensor, group)
+
+    def reduce_scatter(self, parts: Sequence[Tensor], group: Any) -> Tensor:
+        self.sent += sum(part.nbytes for rank, part in enumerate(parts) if rank != group.rank())
+        return self.inner.reduce_scatter(parts, group)
+
+    def ring_exchange(self, tensor: Tensor, group: Any) -> Any:
+        self.sent += tensor.nbytes * (group.size() > 1)
+        return self.inner.ring_exchange(tensor, group)
+
+
+def count_bytes(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
+    """Sent in one dense micro-batch, and what `Traffic` says of it."""
+    model = make_model(cell, context)
+    documents = FullDocuments.of(MicroBatch.rows([2, 4]), Documents("dense"), 0)
+    rows = captured_rows(model, {context.data_rank: documents}, context)
+    assert rows.sequence is not None
+    counting = Counting(context.device.communication)
+    rows = replace(rows, sequence=replace(rows.sequence, communication=counting))  # type: ignore[arg-type]
+    model.algorithm.step(model.draft, model.head, rows, context.device, model.memory).numerator.backward()
+    slots = len(documents.packs) * rows.layout.rows
+    traffic = Traffic(
+        rows=slots,
+        queries=slots,
+        itemsize=8,
+        shape=model.algorithm.attention_shape,
+        ulysses=cell["ulysses"],
+        ring=cell["ring"],
+    )
+    walk = slots * (context.sequence_size - 1)  # prefix lengths, a byte each
+    found = {"sent": torch.tensor(counting.sent - walk), "formula": torch.tensor(traffic.sent(cell["exchange"]))}
+    save_file(found, results / f"{cell['name']}-{context.rank}.safetensors")
+
+
+def gather(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
+    """Each rank weighs the gathered whole in its own way."""
+    sequence = context.sequence_group("gather")
+    assert sequence is not None
+    layout = sequence.layout(cell["length"])
+    whole_BT = torch.arange(2.0 * cell["length"], dtype=torch.float64).view(2, -1)
+    mine = layout.cut(whole_BT, sequence.rank).flatten(1).requires_grad_()
+    gathered = gather_sequence(mine, layout, sequence)
+    weight_BT = (gathered.detach() + 1) * (sequence.rank + 1)
+    (gathered * weight_BT).sum().backward()
+    assert mine.grad is not None
+    tensors = {"gathered": gathered.detach(), "positions": layout.positions(sequence.rank), "grad": mine.grad}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, results / f"{cell['name']}-{context.rank}.safetensors")
+
+
+KINDS = {"window": run, "bytes": count_bytes, "gather": gather}
+
+
 def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
     offload.SMALLEST_BYTES = 0
@@ -171,7 +243,7 @@ def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int
             if shape not in contexts:
                 device = registry.load_device("cpu")
                 contexts[shape] = mesh.start(device, launch, DEADLINE, ulysses=shape[0], ring=shape[1])
-            run(cell, results, contexts[shape])
+            KINDS[cell.get("kind", "window")](cell, results, contexts[shape])
         except Exception:
             (results / f"{cell['name']}.{rank}.error").write_text(traceback.format_exc())
             raise

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -72,6 +73,24 @@ def cells(ranks: int) -> list[Cell]:
     return made
 
 
+def bytes_cells(ranks: int) -> list[Cell]:
+    """Of float64, with as many key heads as ranks and with fewer."""
+    return [
+        {"kind": "bytes", "dtype": "float64", "kv_heads": kv_heads, "ulysses": u, "ring": r, "exchange": exchange,
+         "name": f"bytes-{u}x{r}-{exchange}-{kv_heads}"}
+        for u, r in SHAPES if u * r == ranks > 1 for exchange in exchanges(u, r) for kv_heads in (1, 4)
+    ]  # fmt: skip
+
+
+def gather_cells(ranks: int) -> list[Cell]:
+    return [
+        {"kind": "gather", "ulysses": u, "ring": r, "length": length, "name": f"gather-{u}x{r}-{length}"}
+        for u, r in SHAPES
+        if u * r == ranks > 1
+        for length in (3, 22)
+    ]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """By cell; `reference-<problem>` are one process's, unpacked."""
@@ -83,6 +102,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             chosen += [{**given, "name": f"reference-{key}"} for key, given in PROBLEMS.items()]
             exact = {**PROBLEMS["bfloat16"], "dtype": "float64"}
             chosen += [{**exact, "name": "reference-bfloat16-exact"}]
+        chosen += [*bytes_cells(ranks), *gather_cells(ranks)]
         here = directory / str(ranks)
         here.mkdir()
         (here / "cells.json").write_text(json.dumps(chosen))
@@ -91,7 +111,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         errors = "\n".join(path.read_text() for path in sorted(here.glob("*.error")))
         assert ran.returncode == 0, errors or ran.stderr
-        found |= {cell["name"]: load_file(here / f"{cell['name']}.safetensors") for cell in chosen}
+        found |= {path.stem: load_file(path) for path in here.glob("*.safetensors")}
     return found
 
 
@@ -132,3 +152,25 @@ def test_bfloat16_errs_no_more_than_one_process_does(results: Results, cell: Cel
         return (sum(value**2 for value in apart.values()) / len(apart)) ** 0.5
 
     assert 0 < error(results[cell["name"]]) <= 1.5 * error(results["reference-bfloat16"])
+
+
+@pytest.mark.parametrize("cell", [*bytes_cells(2), *bytes_cells(4)], ids=lambda cell: cell["name"])
+def test_a_step_sends_what_the_formula_says(results: Results, cell: Cell) -> None:
+    for rank in range(cell["ulysses"] * cell["ring"]):
+        found = results[f"{cell['name']}-{rank}"]
+        assert int(found["sent"]) == int(found["formula"]) > 0
+
+
+@pytest.mark.parametrize("cell", [*gather_cells(2), *gather_cells(4)], ids=lambda cell: cell["name"])
+def test_a_sequence_is_gathered_without_its_padding_and_gradients_come_home(results: Results, cell: Cell) -> None:
+    ranks, length = cell["ulysses"] * cell["ring"], cell["length"]
+    whole = torch.arange(2.0 * length, dtype=torch.float64).view(2, -1)
+    for rank in range(ranks):
+        found = results[f"{cell['name']}-{rank}"]
+        assert torch.equal(found["gathered"], whole)
+        positions = found["positions"]
+        real = positions < length
+        # Every rank's weights, summed: (1 + 2 + ... + ranks) (x + 1).
+        expected = (whole[:, positions[real]] + 1) * (ranks * (ranks + 1) / 2)
+        assert torch.equal(found["grad"][:, real], expected)
+        assert not found["grad"][:, ~real].any()
