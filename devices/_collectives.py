@@ -60,7 +60,7 @@ class TorchCommunication:
     ) -> list[Tensor]:
         """Send parts[r] to group rank r and receive one from each; all alike but for the first axis.
 
-        `rows[r]` is the length of the first axis of what rank r sends here; None: all parts of all ranks have one shape.
+        `rows[r]` is the length of the first axis of what rank r sends here; None: all parts have one shape.
         """
         assert len(parts) == group.size(), f"{len(parts)} parts for a group of {group.size()}"
         counts = [part.shape[0] for part in parts]
@@ -72,7 +72,7 @@ class TorchCommunication:
             dist.all_to_all_single(received, sent, group=group)
         else:
             dist.all_to_all_single(received, sent, expected, counts, group=group)
-        return list(received.split(expected))
+        return list(torch.split(received, expected))
 
     def all_gather(self, tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
         """Every group rank's tensor, in rank order. Shapes and dtypes are equal on all ranks."""

@@ -50,9 +50,7 @@ def attention_form(attention: Attention, layout: Layout, sequence: SequenceGroup
     """The form of the group's exchange over a device's attention; the device's own without a group."""
     form = attention
     if sequence is not None and sequence.exchange in ("ring", "usp"):
-        form = RingAttention(
-            attention=attention, communication=sequence.communication, group=sequence.ring, layout=layout
-        )
+        form = RingAttention(attention=attention, sequence=sequence, layout=layout)
     if sequence is not None and sequence.exchange in ("ulysses", "usp"):
-        form = UlyssesAttention(attention=form, communication=sequence.communication, group=sequence.ulysses)
+        form = UlyssesAttention(attention=form, sequence=sequence)
     return AttentionForm(attention=form, layout=layout, sequence=sequence)

@@ -13,25 +13,25 @@ Shape letters: B batch, Q queries, S keys of a ring index, H query heads, K key 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from torchspec.core.attention.lse import merge
-from torchspec.core.interfaces.device import Attention, Communication
+from torchspec.core.interfaces.device import Attention
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingAttention:
-    """Implements `Attention` for keys spread over `group`; masks are limits in positions of the whole sequence."""
+    """Implements `Attention` for keys spread over `sequence.ring`; masks are limits in positions of the sequence."""
 
     attention: Attention
-    communication: Communication
-    group: ProcessGroup
+    sequence: SequenceGroup
     layout: Layout
 
     @property
@@ -42,9 +42,9 @@ class RingAttention:
         out: Tensor | None = None
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_wide(q.dtype))
         block = torch.stack((k, v))
-        for hop in range(self.group.size()):
-            last = hop + 1 == self.group.size()
-            following, wait = (block, None) if last else self.communication.ring_exchange(block, self.group)
+        for hop in range(self.sequence.ring.size()):
+            last = hop + 1 == self.sequence.ring.size()
+            following, wait = (block, None) if last else self._send_on(block)
             seen = self._mask_of(mask, hop)
             if seen is not None:
                 part, part_lse = self.attention.forward(q, block[0], block[1], seen, scale)
@@ -61,14 +61,12 @@ class RingAttention:
         block = torch.stack((k, v))
         dblock = torch.zeros_like(block, dtype=_wide(block.dtype))
         home = None  # until the gradients of the block at hand have arrived
-        for hop in range(self.group.size()):
-            last = hop + 1 == self.group.size()
-            following, wait = (block, None) if last else self.communication.ring_exchange(block, self.group)
+        for hop in range(self.sequence.ring.size()):
+            last = hop + 1 == self.sequence.ring.size()
+            following, wait = (block, None) if last else self._send_on(block)
             seen = self._mask_of(mask, hop)
             parts = (
-                None
-                if seen is None
-                else self.attention.backward(dout, q, block[0], block[1], out, lse, seen, scale)
+                None if seen is None else self.attention.backward(dout, q, block[0], block[1], out, lse, seen, scale)
             )
             if home is not None:
                 home()
@@ -76,7 +74,7 @@ class RingAttention:
                 dq += parts[0]
                 dblock[0] += parts[1]
                 dblock[1] += parts[2]
-            dblock, home = self.communication.ring_exchange(dblock, self.group)
+            dblock, home = self._send_on(dblock)
             if wait is not None:
                 wait()
             block = following
@@ -84,12 +82,15 @@ class RingAttention:
         home()
         return dq.to(q.dtype), dblock[0].to(k.dtype), dblock[1].to(v.dtype)
 
+    def _send_on(self, block: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return self.sequence.communication.ring_exchange(block, self.sequence.ring)
+
     def _mask_of(self, mask: MaskSpec, hop: int) -> MaskSpec | None:
         """What the mask leaves of the block that has come `hop` ranks far; None if nothing."""
         assert mask.kind == "limits", f"ring attention is told the interval of every query, got a mask {mask.kind!r}"
         assert mask.key_start_BQ is not None
         assert mask.key_end_BQ is not None
-        segments = self.layout.segments((self.group.rank() - hop) % self.group.size())
+        segments = self.layout.segments((self.sequence.ring.rank() - hop) % self.sequence.ring.size())
         start_BQ, end_BQ = below(mask.key_start_BQ, segments), below(mask.key_end_BQ, segments)
         return MaskSpec.limits(start_BQ, end_BQ) if bool((start_BQ < end_BQ).any()) else None
 

@@ -40,7 +40,7 @@ def ttt_attention(
     """
     assert len(keys) == len(values) >= 1, f"{len(keys)} keys, {len(values)} values"
     for key, value in zip(keys[1:], values[1:], strict=True):
-        assert key.shape == value.shape and key.shape[:2] == q_BTHD.shape[:2], "a diagonal holds one key per row"
+        assert (*q_BTHD.shape[:2], *key.shape[2:]) == key.shape == value.shape, "a diagonal holds one key per row"
     out: Tensor = _TTTAttention.apply(attention, mask, scale, q_BTHD, *keys, *values)  # type: ignore[no-untyped-call]
     return out
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
-from torchspec.core.interfaces.device import Attention, Communication
+from torchspec.core.interfaces.device import Attention
 from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
@@ -44,8 +43,7 @@ class UlyssesAttention:
     """
 
     attention: Attention
-    communication: Communication
-    group: ProcessGroup
+    sequence: SequenceGroup
 
     @property
     def temporary_bytes(self) -> int:
@@ -59,30 +57,32 @@ class UlyssesAttention:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: MaskSpec, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = self._to_heads(torch.cat((q, dout, out), dim=-1))
-        own_q, own_dout, own_out = heads.split(q.shape[-1], dim=-1)
+        own_q, own_dout, own_out = torch.split(heads, q.shape[-1], dim=-1)
         own = (own_dout.contiguous(), own_q.contiguous(), k, v, own_out.contiguous(), self._lse_to_heads(lse))
         dq, dk, dv = self.attention.backward(*own, mask, scale)
         return self._to_rows(dq), dk, dv
 
     def _to_heads(self, x_BQHD: Tensor) -> Tensor:
         """[B, Q, H, D] -> [B, U Q, H / U, D]."""
-        return torch.cat(self._exchange(x_BQHD.chunk(self.group.size(), dim=2)), dim=1)
+        return torch.cat(self._exchange(x_BQHD.chunk(self.sequence.ulysses.size(), dim=2)), dim=1)
 
     def _to_rows(self, x_BTHD: Tensor) -> Tensor:
         """[B, U Q, H / U, D] -> [B, Q, H, D]."""
-        return torch.cat(self._exchange(x_BTHD.chunk(self.group.size(), dim=1)), dim=2)
+        return torch.cat(self._exchange(x_BTHD.chunk(self.sequence.ulysses.size(), dim=1)), dim=2)
 
     def _lse_to_heads(self, lse_BHQ: Tensor) -> Tensor:
-        return torch.cat(self._exchange(lse_BHQ.chunk(self.group.size(), dim=1)), dim=2)
+        return torch.cat(self._exchange(lse_BHQ.chunk(self.sequence.ulysses.size(), dim=1)), dim=2)
 
     def _lse_to_rows(self, lse_BHT: Tensor) -> Tensor:
-        return torch.cat(self._exchange(lse_BHT.chunk(self.group.size(), dim=2)), dim=1)
+        return torch.cat(self._exchange(lse_BHT.chunk(self.sequence.ulysses.size(), dim=2)), dim=1)
 
     def _exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        return self.communication.all_to_all([part.contiguous() for part in parts], self.group)
+        return self.sequence.communication.all_to_all([part.contiguous() for part in parts], self.sequence.ulysses)
 
 
-def spread_heads(key_BSKD: Tensor, value_BSKD: Tensor, layout: Layout, sequence: SequenceGroup) -> tuple[Tensor, Tensor]:
+def spread_heads(
+    key_BSKD: Tensor, value_BSKD: Tensor, layout: Layout, sequence: SequenceGroup
+) -> tuple[Tensor, Tensor]:
     """Keys and values of this rank's rows -> those of its key heads for all rows of the Ulysses group.
 
     [B, T, max(1, K / U), D] each, rows in order of position; differentiable once. A head that several ranks read gets
@@ -101,7 +101,8 @@ class _SpreadHeads(torch.autograd.Function):
         group = sequence.ulysses
         parts = [both[:, :, :, key_heads_of(u, both.shape[3], group.size())].contiguous() for u in range(group.size())]
         received = [part.flatten(0, 1) for part in sequence.communication.all_to_all(parts, group)]
-        return layout.segment_rows(sequence.ring.rank(), received).unflatten(0, both.shape[:2])
+        spread = layout.segment_rows(sequence.ring.rank(), received)
+        return spread.view(*both.shape[:2], *spread.shape[1:])
 
     @staticmethod
     @once_differentiable

@@ -1,8 +1,8 @@
 """What the exchanges of step-0 keys and values cost, in bytes, and which one to choose (docs/long-sequences.md).
 
-Sent are bytes that one rank sends to others for one micro-batch, forward and backward. Held are bytes of keys, values and
-their gradients that a rank has beyond those of its own rows. With S rows of a rank, Q of its queries running, e bytes per
-value, w in fp32 (fp64 for fp64), n steps, H query and K key heads of size D, and k = max(1, K / U):
+Sent are bytes that one rank sends to others for one micro-batch, forward and backward. Held are bytes of keys, values
+and their gradients that a rank has beyond those of its own rows. With S rows of a rank, Q of its queries running, e
+bytes per value, w in fp32 (fp64 for fp64), n steps, H query and K key heads of size D, and k = max(1, K / U):
 
               sent                                                       held
     gather    2 (P-1) S K D (e + w)                                      2 P S K D (2 e + w)
@@ -97,11 +97,11 @@ def choose(traffic: Traffic, activations: int) -> tuple[Exchange, str]:
     best = min(small, key=traffic.sent) if small else min(allowed, key=traffic.held)
     others = [f"{name} {_size(traffic.sent(name))}" for name in allowed if name in small and name != best]
     against = f" (against {', '.join(others)})" if others else ""
-    large = [name for name in allowed if name not in small]
-    kept_out = f"; too much to hold: {', '.join(f'{name} {_size(traffic.held(name))}' for name in large)}" if large else ""
+    large = [f"{name} {_size(traffic.held(name))}" for name in allowed if name not in small]
+    kept_out = f"; too much to hold: {', '.join(large)}" if large else ""
     reason = (
-        f"a rank sends {_size(traffic.sent(best))} per micro-batch{against} and holds {_size(traffic.held(best))} of keys "
-        f"and values beside {_size(activations)} of activations{kept_out}"
+        f"a rank sends {_size(traffic.sent(best))} per micro-batch{against} and holds {_size(traffic.held(best))} of "
+        f"keys and values beside {_size(activations)} of activations{kept_out}"
     )
     return best, reason
 

@@ -1,4 +1,4 @@
-"""The rows of a micro-batch: documents side by side, their tokens whole on the host, of their features one rank's share.
+"""Rows of a micro-batch: documents side by side, their tokens whole on the host, one rank's share of their features.
 
 A row holds one document, or several (packing). All rows of a micro-batch have the layout of the longest. What a rank
 reads of a document's features is decided by `slices` alone, for who sends and for who receives.

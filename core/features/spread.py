@@ -73,9 +73,9 @@ def _exchanged(
     """The rows of each of this rank's slices, from the ranks that own them."""
     me = sequence.rank
     sent = []
-    for slices_of_rank in wanted:
-        rows = [documents[s.document][s.start : s.stop] for s in slices_of_rank if owners[s.document] == me]
-        sent.append(torch.cat(rows) if rows else like)
+    for reads in wanted:
+        own = [documents[part.document][part.start : part.stop] for part in reads if owners[part.document] == me]
+        sent.append(torch.cat(own) if own else like)
     counts = [0] * sequence.size
     for part in wanted[me]:
         counts[owners[part.document]] += part.stop - part.start

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,13 @@ class StepMemory:
 
     recompute     activations of the draft's layers are made again in the backward pass instead of being kept
     loss_bytes    what the loss may hold at a time beside its gradients; None: the device's own preference
+    shard_logits  of a target's head that ranks share: whether each gets the logits of its own tokens, or keeps those
+                  of its part of the vocabulary
     """
 
     recompute: bool = False
     loss_bytes: int | None = None
+    shard_logits: Literal["tokens", "vocabulary"] = "tokens"
 
 
 KEEP_ALL = StepMemory()
@@ -158,8 +161,12 @@ class Algorithm(Protocol):
         """Rows of last hidden states that a slot needs to its right, from other ranks' pieces of a sequence."""
         ...
 
-    def kept_values(self, *, recompute: bool) -> float:
-        """Numbers that a token, all supervised, keeps at the peak of one backward pass; for estimates."""
+    def kept_values(self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward") -> float:
+        """Numbers that a token, all supervised, keeps for one backward pass, in the compute precision; for estimates.
+
+        "loss": while the loss is worked out, its gradients for the draft's outputs included; "backward": at the most
+        that the backward pass then needs, parameters' gradients left out.
+        """
         ...
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> nn.Module:

@@ -111,8 +111,10 @@ class Attention(Protocol):
     it then returns this key set's exact share of the gradients.
     """
 
-    temporary_bytes: int
-    """How large a temporary of a derived form should be: what a CPU's cache holds, what an accelerator can spare."""
+    @property
+    def temporary_bytes(self) -> int:
+        """How large a temporary of a derived form should be: what a cache holds, or an accelerator can spare."""
+        ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> tuple[Tensor, Tensor]:
         """-> out [B, Q, Hq, D] in q's dtype, lse [B, Hq, Q] fp32 (fp64 for fp64); natural log, -inf if no key."""

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from torchspec.core.interfaces.device import Communication
 from torchspec.core.interfaces.features import NormState
 
 
@@ -57,13 +59,53 @@ class VocabularyMap:
         return cls(ids_N=torch.arange(target_size), target_size=target_size)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VocabularyShards:
+    """The rows of a target's output head divided over the ranks of `group`; `core.parallel.vocabulary` communicates.
+
+    Raises ValueError where there are more ranks than rows.
+    """
+
+    group: ProcessGroup
+    communication: Communication
+    target_size: int
+
+    def __post_init__(self) -> None:
+        if self.target_size < self.size:
+            raise ValueError(f"{self.target_size} rows of a head cannot be divided over {self.size} ranks")
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """Rows [start, stop) of the head are group rank `rank`'s."""
+        return self.target_size * rank // self.size, self.target_size * (rank + 1) // self.size
+
+
 class TargetHead(Protocol):
-    """The target's embedding, final norm and output head, read from its safetensors; frozen."""
+    """The target's embedding, final norm and output head, read from its safetensors; frozen.
+
+    Of a head divided over ranks (`shards`) this process holds the rows `shard_VH`; without shards those are all.
+    `head_VH`, and `logits` against the whole head, are for a process that holds all of it.
+    """
 
     @property
     def embedding_VH(self) -> Tensor: ...
     @property
     def head_VH(self) -> Tensor: ...
+    @property
+    def shard_VH(self) -> Tensor: ...
+    @property
+    def shards(self) -> VocabularyShards | None: ...
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Any rows of the head, [N, H], whoever holds them; no collective."""
+        ...
 
     def normed(self, last_TH: Tensor, state: NormState) -> Tensor:
         """The last hidden states after the final norm, which is applied exactly when `state` is pre_norm."""

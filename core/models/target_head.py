@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.features import NormState
+from torchspec.core.interfaces.target import VocabularyShards
 from torchspec.core.models.target_spec import load_target_config
 from torchspec.core.models.target_weights import TargetWeights
 
@@ -35,16 +36,15 @@ _LOGIT_FACTORS: dict[tuple[str, str], Callable[[float], float]] = {
 }
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
+READ_ROWS = 8192
+"""Rows of a divided head that are read at a time in search of given ones."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SafetensorsTargetHead:
-    """Implements `interfaces.target.TargetHead`. A tied head is the embedding's own tensor, not a copy.
-
-    logits = softcap * tanh(factor * (normed @ head^T) / softcap), without the cap where `softcap` is None.
-    """
+class _Ends:
+    """What whole and divided heads have in common."""
 
     embedding_VH: Tensor
-    head_VH: Tensor
     final_norm: nn.Module
     logit_factor: float = 1.0
     softcap: float | None = None
@@ -58,13 +58,6 @@ class SafetensorsTargetHead:
         normed: Tensor = self.final_norm(last_TH)
         return normed.to(last_TH.dtype)
 
-    def logits(self, normed_TH: Tensor, rows_NH: Tensor | None = None) -> Tensor:
-        """[..., H] states -> [..., V] logits, or [..., N] against given rows; the product is in the head's dtype,
-        everything after it, and the result, in float32 (float64 for a float64 head)."""
-        rows = self.head_VH if rows_NH is None else rows_NH
-        logits = F.linear(normed_TH.to(rows.dtype), rows)
-        return self.finished(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
     def finished(self, products: Tensor) -> Tensor:
         """See `TargetHead.finished`."""
         if self.logit_factor != 1.0:
@@ -72,6 +65,71 @@ class SafetensorsTargetHead:
         if self.softcap is not None:
             products = torch.tanh(products / self.softcap) * self.softcap
         return products
+
+    def _against(self, normed_TH: Tensor, rows_NH: Tensor) -> Tensor:
+        logits = F.linear(normed_TH.to(rows_NH.dtype), rows_NH)
+        return self.finished(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SafetensorsTargetHead(_Ends):
+    """Implements `interfaces.target.TargetHead`. A tied head is the embedding's own tensor, not a copy.
+
+    logits = softcap * tanh(factor * (normed @ head^T) / softcap), without the cap where `softcap` is None.
+    """
+
+    head_VH: Tensor
+
+    @property
+    def shard_VH(self) -> Tensor:
+        return self.head_VH
+
+    @property
+    def shards(self) -> VocabularyShards | None:
+        return None
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        return self.head_VH[ids_N]
+
+    def logits(self, normed_TH: Tensor, rows_NH: Tensor | None = None) -> Tensor:
+        """[..., H] states -> [..., V] logits, or [..., N] against given rows; the product is in the head's dtype,
+        everything after it, and the result, in float32 (float64 for a float64 head)."""
+        return self._against(normed_TH, self.head_VH if rows_NH is None else rows_NH)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardedTargetHead(_Ends):
+    """`TargetHead` of which this process holds the rows `shards.bounds(rank)`; of a tied head they are a view of the
+    embedding, which every rank has whole.
+
+    weights, name    where the other rows are, on disk
+    """
+
+    shard_VH: Tensor
+    shards: VocabularyShards
+    weights: TargetWeights
+    name: str
+
+    @property
+    def head_VH(self) -> NoReturn:
+        raise AssertionError("no rank has the whole head: rows(ids) reads rows, shard_VH are this rank's")
+
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Read from the checkpoint again, block by block, so that no rank waits for another."""
+        found_NH = self.shard_VH.new_empty(ids_N.numel(), self.shard_VH.shape[1])
+        dtype, device = self.shard_VH.dtype, self.shard_VH.device
+        for start in range(0, self.shards.target_size, READ_ROWS):
+            place_M = ((ids_N >= start) & (ids_N < start + READ_ROWS)).nonzero()[:, 0]
+            if place_M.numel():
+                block = (start, min(start + READ_ROWS, self.shards.target_size))
+                block_XH = self.weights.read(self.name, dtype=dtype, device=device, rows=block)
+                found_NH[place_M.to(device)] = block_XH[(ids_N[place_M] - start).to(device)]
+        return found_NH
+
+    def logits(self, normed_TH: Tensor, rows_NH: Tensor | None = None) -> Tensor:
+        """As `SafetensorsTargetHead.logits`, against given rows only."""
+        assert rows_NH is not None, "no rank has the whole head: logits need rows"
+        return self._against(normed_TH, rows_NH)
 
 
 def load_target_head(
@@ -84,20 +142,65 @@ def load_target_head(
     Raises TargetError naming what was looked for when a tensor is missing, misshapen or quantised, and for a head
     that torchspec cannot reproduce (with a bias, or an unknown scaling of logits).
     """
-    config = load_target_config(path, trust_remote_code=trust_remote_code)
-    skeleton = _skeleton(config, path, trust_remote_code)
-    weights = TargetWeights.open(path)
-    embedding, head = _find_ends(skeleton, weights, tied=_tied(config))
-    embedding_VH = weights.read(embedding, dtype=dtype, device=device)
-    head_VH = embedding_VH if head == embedding else weights.read(head, dtype=dtype, device=device)
-    text = config.get_text_config(decoder=True)
+    target = _Opened.of(path, trust_remote_code)
+    embedding_VH = target.weights.read(target.embedding, dtype=dtype, device=device)
     return SafetensorsTargetHead(
         embedding_VH=embedding_VH,
-        head_VH=head_VH,
-        final_norm=_final_norm(skeleton, weights, dtype, device),
-        logit_factor=_logit_factor(text, path),
-        softcap=next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None)) is not None), None),
+        head_VH=embedding_VH if target.tied else target.weights.read(target.head, dtype=dtype, device=device),
+        final_norm=_final_norm(target.skeleton, target.weights, dtype, device),
+        logit_factor=_logit_factor(target.text, path),
+        softcap=_softcap(target.text),
     )
+
+
+def load_target_head_shard(
+    path: Path,
+    shards: VocabularyShards,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> ShardedTargetHead:
+    """As `load_target_head`, with this rank's rows of the head alone; the others are not read."""
+    target = _Opened.of(path, trust_remote_code)
+    embedding_VH = target.weights.read(target.embedding, dtype=dtype, device=device)
+    rows = shards.bounds(shards.rank)
+    return ShardedTargetHead(
+        embedding_VH=embedding_VH,
+        shard_VH=embedding_VH[rows[0] : rows[1]]
+        if target.tied
+        else target.weights.read(target.head, dtype=dtype, device=device, rows=rows),
+        final_norm=_final_norm(target.skeleton, target.weights, dtype, device),
+        logit_factor=_logit_factor(target.text, path),
+        softcap=_softcap(target.text),
+        shards=shards,
+        weights=target.weights,
+        name=target.head,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A target's class, its stored tensors, and the names of its ends among them."""
+
+    skeleton: PreTrainedModel
+    weights: TargetWeights
+    embedding: str
+    head: str
+    text: PreTrainedConfig
+
+    @classmethod
+    def of(cls, path: Path, trust_remote_code: bool) -> _Opened:
+        config = load_target_config(path, trust_remote_code=trust_remote_code)
+        skeleton = _skeleton(config, path, trust_remote_code)
+        weights = TargetWeights.open(path)
+        embedding, head = _find_ends(skeleton, weights, tied=_tied(config))
+        text = config.get_text_config(decoder=True)
+        return cls(skeleton=skeleton, weights=weights, embedding=embedding, head=head, text=text)
+
+    @property
+    def tied(self) -> bool:
+        return self.embedding == self.head
 
 
 def _skeleton(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -211,6 +314,10 @@ def _final_norm(
         tensors[key] = weights.read(stored, dtype=dtype, device=device)
     norm.load_state_dict(tensors, assign=True)
     return norm.eval().requires_grad_(False)
+
+
+def _softcap(text: PreTrainedConfig) -> float | None:
+    return next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None)) is not None), None)
 
 
 def _logit_factor(text: PreTrainedConfig, path: Path) -> float:

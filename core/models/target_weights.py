@@ -60,10 +60,13 @@ class TargetWeights:
         with _open(self.files[name]) as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def read(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """One tensor; TargetError when it is stored in a quantised form, which a cast would not undo."""
+    def read(
+        self, name: str, *, dtype: torch.dtype, device: torch.device, rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """One tensor, or its rows [start, stop) alone; TargetError when it is stored in a quantised form, which a cast
+        would not undo."""
         with _open(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise TargetError(
                 f"{self.files[name]}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, a quantised "

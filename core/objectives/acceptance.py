@@ -58,9 +58,7 @@ def walked_slots(accepted_BS: Tensor, start_BS: Tensor, whole_BS: Tensor) -> Ten
     return seen_BP[:, :-1].bool() & whole_BS
 
 
-def acceptance_sums(
-    accepted_BS: Tensor, steps: int, loss_mask_BS: Tensor, document_BS: Tensor
-) -> dict[str, Tensor]:
+def acceptance_sums(accepted_BS: Tensor, steps: int, loss_mask_BS: Tensor, document_BS: Tensor) -> dict[str, Tensor]:
     """Additive int64 counts; `accepted_BS` are `prefix_lengths`, in which an unsupervised pair does not agree.
 
     walk_rounds, walk_hits [K]    rounds on the walk, and how many of them accepted at least k + 1 tokens

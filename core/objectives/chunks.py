@@ -10,9 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from torchspec.core.parallel.vocabulary import gather_counts
+
+ShardLogits = Literal["tokens", "vocabulary"]
+"""How logits over a target's head that ranks share are laid out: each rank has its own tokens', over the whole
+vocabulary, or all ranks' tokens', over its own part of it."""
 
 FEWEST_ROWS = 128
 """Below it, work done once per chunk (and later once per collective) weighs more than the rows."""
@@ -37,6 +45,45 @@ class Chunk:
     def count(self) -> int:
         return sum(hi - lo for lo, hi in self.pairs)
 
+    @property
+    def teaches(self) -> bool:
+        """Whether there is anything to do; the same on every rank that works on the chunk."""
+        return self.count > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedChunk(Chunk):
+    """A chunk that the ranks of a group work on at once, each with rows and pairs of its own or none.
+
+    place             which of the chunks it is
+    rank              this one among the ranks
+    rows_P, pairs_P   every rank's numbers of rows and pairs
+    """
+
+    place: int
+    rank: int
+    rows_P: tuple[int, ...]
+    pairs_P: tuple[int, ...]
+
+    @property
+    def teaches(self) -> bool:
+        return sum(self.pairs_P) > 0
+
+    @property
+    def own_rows(self) -> slice:
+        """This rank's among the rows of all ranks."""
+        return _own(self.rows_P, self.rank)
+
+    @property
+    def own_pairs(self) -> slice:
+        """This rank's among the pairs of all ranks."""
+        return _own(self.pairs_P, self.rank)
+
+
+def _own(counts: Sequence[int], rank: int) -> slice:
+    first = sum(counts[:rank])
+    return slice(first, first + counts[rank])
+
 
 def vocabulary_tile(vocabulary: int) -> int:
     """Columns of the target's logits made at a time: the whole of a small vocabulary, else near-equal tiles."""
@@ -46,7 +93,10 @@ def vocabulary_tile(vocabulary: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LossShape:
-    """What decides how much a target row takes. `itemsize` is the target's, which the compute dtype's mostly is too."""
+    """What decides how much a target row takes. `itemsize` is the target's, which the compute dtype's mostly is too.
+
+    ranks, shard_logits    how many share the target's head, and how; one has all of it
+    """
 
     steps: int
     hidden: int
@@ -54,6 +104,8 @@ class LossShape:
     target_vocabulary: int
     itemsize: int = 4
     with_logs: bool = False
+    ranks: int = 1
+    shard_logits: ShardLogits = "tokens"
 
 
 def chunk_rows(shape: LossShape, budget: int) -> int:
@@ -63,11 +115,22 @@ def chunk_rows(shape: LossShape, budget: int) -> int:
     output, its norm and their gradients; the teacher's logits, probabilities (with and without the mass outside)
     and, for some terms, log-probabilities; and one tile of the target's logits. Beside all that are copies of the
     draft's head in fp32 where a device cannot sum bf16 products in it, and one slice's scratch.
+
+    Where ranks share the head, `budget` is each rank's and the rows are its own. It works on those of all ranks, over
+    its part of the vocabulary: as many logits, but states of all ranks, padded and as they are, and tiles of as many
+    rows. By tokens the logits are sent beside that (twice, as the device's all-to-all copies them) and received.
     """
     wide = max(4, shape.itemsize)
     logits = shape.draft_vocabulary * (wide + (shape.itemsize if shape.itemsize < wide else 0))
     states = shape.hidden * (4 * shape.itemsize + 2 * wide)
-    teacher = wide * (shape.draft_vocabulary * (3 + shape.with_logs) + vocabulary_tile(shape.target_vocabulary))
+    tile = shape.ranks * vocabulary_tile(-(-shape.target_vocabulary // shape.ranks))
+    teacher = wide * (shape.draft_vocabulary * (3 + shape.with_logs) + tile)
+    if shape.ranks > 1:
+        teacher += 2 * shape.ranks * shape.hidden * shape.itemsize
+        if shape.shard_logits == "tokens":
+            teacher += 3 * shape.draft_vocabulary * shape.itemsize
+        else:
+            states += 5 * shape.ranks * shape.hidden * shape.itemsize
     return max(FEWEST_ROWS, budget // (shape.steps * (logits + states) + teacher))
 
 
@@ -76,7 +139,32 @@ def plan_chunks(row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int) 
 
     Chunks are as equal as they can be: a last one of a few rows would multiply them at a fraction of the speed.
     """
-    count = -(-rows // most_rows)
+    return _cut(row_M, sizes, rows, -(-rows // most_rows))
+
+
+def plan_shared_chunks(
+    row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int, group: ProcessGroup
+) -> tuple[SharedChunk, ...]:
+    """As `plan_chunks`, each rank's own, as many on every rank as the one with most rows needs; on the host.
+
+    A collective over the group, which must take CPU tensors. A rank without rows or pairs takes part with empty chunks.
+    """
+    count = max(needed for (needed,) in gather_counts([-(-rows // most_rows)], group))
+    own = _cut(row_M, sizes, rows, count)
+    shared = gather_counts([number for chunk in own for number in (chunk.stop - chunk.start, chunk.count)], group)
+    return tuple(
+        SharedChunk(
+            **vars(chunk),
+            place=place,
+            rank=group.rank(),
+            rows_P=tuple(counts[2 * place] for counts in shared),
+            pairs_P=tuple(counts[2 * place + 1] for counts in shared),
+        )
+        for place, chunk in enumerate(own)
+    )
+
+
+def _cut(row_M: Tensor, sizes: Sequence[int], rows: int, count: int) -> tuple[Chunk, ...]:
     edges = [rows * place // count for place in range(count + 1)] if count else [0]
     cuts: list[list[tuple[int, int]]] = []
     first = 0

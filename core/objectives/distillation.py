@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchspec.core.interfaces.device import FusedOps
-from torchspec.core.objectives.chunks import Chunk
-from torchspec.core.objectives.teacher import OUTSIDE, Teacher, TeacherChunk
-from torchspec.core.ops.distillation import Label, TilePairs, TileTerms
+from torchspec.core.objectives.chunks import Chunk, SharedChunk
+from torchspec.core.objectives.teacher import OUTSIDE, Teacher
+from torchspec.core.objectives.vocabulary_teacher import OwnPairs, Taught, VocabularyTeacher
+from torchspec.core.objectives.weighting import weigh
+from torchspec.core.ops.distillation import TilePairs
 
 TERMS = ("cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk_alpha", "argmax", "ground_truth")
 LABEL_TERMS = frozenset({"argmax", "ground_truth"})
@@ -40,7 +42,7 @@ class Supervision:
     truth_M          draft index of the token that came, OUTSIDE if the draft cannot say it; for `ground_truth`
     """
 
-    teacher: Teacher
+    teacher: Teacher | VocabularyTeacher
     chunks: Sequence[Chunk]
     slot_M: Tensor
     row_M: Tensor
@@ -80,6 +82,10 @@ def distil(outputs: Sequence[Tensor], head: Head, supervision: Supervision, ops:
 
     `outputs[k]` [S, H] are the layer's outputs of step k before the final norm; logits, softmax and sums are fp32
     (fp64 for fp64). Without pairs the sum is 0 and the gradients are zeros. Differentiable once.
+
+    Where ranks share the target's head this is a collective, and the sum is over this rank's pairs. A
+    `VocabularyTeacher` leaves in the gradient of the draft's head all ranks' pairs, in this rank's rows of it, and
+    zeros in the others: added over the ranks it is the gradient of the added sums, if all are scaled alike.
     """
     results: tuple[Tensor, ...] = _Distillation.apply(  # type: ignore[no-untyped-call]
         supervision, ops, head.eps, torch.is_grad_enabled(), head.norm_H, head.head_NH, *outputs
@@ -112,7 +118,7 @@ class _Distillation(torch.autograd.Function):
         for chunk in supervision.chunks:
             run.add(chunk)
         if with_grad:
-            ctx.save_for_backward(run.dnorm_H.to(norm_H.dtype), run.dhead_NH.to(head_NH.dtype), *run.doutputs)
+            ctx.save_for_backward(run.dnorm_H.to(norm_H.dtype), run.whole_dhead(), *run.doutputs)
         terms = run.terms
         values = (terms.cross_entropy_M, terms.entropy_M, terms.alpha_M, terms.agree_M, terms.coverage_M)
         ctx.mark_non_differentiable(*values)
@@ -142,75 +148,99 @@ class _Pass:
             coverage_M=torch.empty(pairs, dtype=wide, device=device),
         )
         self.loss = torch.zeros((), dtype=wide, device=device)
-        self.wide_HN = ops.wide_operand(head.head_NH).T
-        self.logits = torch.empty(most, head.head_NH.shape[0], dtype=wide, device=device)
+        teacher = supervision.teacher
+        self.columns = teacher.columns if isinstance(teacher, VocabularyTeacher) else slice(None)
+        self.head_NH = head.head_NH[self.columns]
+        self.wide_HN = ops.wide_operand(self.head_NH).T
+        if not isinstance(teacher, VocabularyTeacher):
+            self.logits = torch.empty(most, len(self.head_NH), dtype=wide, device=device)
         self.raw = head.norm_H.new_empty(most, head.norm_H.shape[0])
         if with_grad:
             self.doutputs = [torch.zeros_like(output) for output in outputs]
             self.dnorm_H = torch.zeros_like(head.norm_H, dtype=wide)
-            self.dhead_NH = torch.zeros_like(head.head_NH, dtype=wide)
+            self.dhead_NH = torch.zeros_like(self.head_NH, dtype=wide)
+
+    def whole_dhead(self) -> Tensor:
+        """The gradient of the head: zeros in the rows that are other ranks' part."""
+        own_NH = self.dhead_NH.to(self.head.head_NH.dtype)
+        if len(own_NH) == len(self.head.head_NH):
+            return own_NH
+        whole_NH = torch.zeros_like(self.head.head_NH)
+        whole_NH[self.columns] = own_NH
+        return whole_NH
 
     def add(self, chunk: Chunk) -> None:
-        count, sup = chunk.count, self.supervision
-        if not count:
+        if not chunk.teaches:
             return
-        target = sup.teacher.chunk(chunk.start, chunk.stop)
-        row_C = self._stacked(sup.row_M, chunk) - chunk.start
-        weight_C = self._stacked(sup.base_M, chunk) * target.coverage_C[row_C]
-        raw_CH = self.raw[:count]
+        raw_CH = self.raw[: chunk.count]
         for output, (lo, hi), place in self._steps(chunk):
-            torch.index_select(output, 0, sup.slot_M[lo:hi], out=raw_CH[place])
+            torch.index_select(output, 0, self.supervision.slot_M[lo:hi], out=raw_CH[place])
         normed_CH, kept = self.ops.rms_norm(raw_CH, self.head.norm_H, self.head.eps)
-        logits_CN = self.ops.wide_mm(normed_CH, self.wide_HN, out=self.logits[:count])
-        pairs = self._pairs(chunk, target, row_C, weight_C)
+        teacher = self.supervision.teacher
+        if isinstance(teacher, VocabularyTeacher):
+            taught = self._with_others(teacher, chunk, normed_CH)
+        else:
+            taught = self._alone(teacher, chunk, normed_CH)
+        self._keep(chunk, taught)
+        if taught.dnormed_CH is None:
+            return
+        draw_CH, dnorm_H = self.ops.rms_norm_backward(taught.dnormed_CH, raw_CH, self.head.norm_H, kept)
+        self.dnorm_H += dnorm_H
+        for doutput, (_, (lo, hi), place) in zip(self.doutputs, self._steps(chunk), strict=True):
+            doutput.index_copy_(0, self.supervision.slot_M[lo:hi], draw_CH[place])
+
+    def _alone(self, teacher: Teacher, chunk: Chunk, normed_CH: Tensor) -> Taught:
+        sup, target = self.supervision, teacher.chunk(chunk)
+        row_C = self._stacked(sup.row_M, chunk) - chunk.start
+        coverage_C, entropy_C, best_C = target.coverage_C[row_C], target.entropy_C[row_C], target.best_C[row_C]
+        argmax_C = target.tile.probs_RN.max(-1).indices[row_C] if "argmax" in sup.weights else None
+        truth_C = None if sup.truth_M is None else self._stacked(sup.truth_M, chunk)
+        soft, labels = weigh(sup.weights, self._stacked(sup.base_M, chunk) * coverage_C, argmax_C, truth_C)
+        logits_CN = self.ops.wide_mm(normed_CH, self.wide_HN, out=self.logits[: chunk.count])
+        pairs = TilePairs(row_C=row_C, runs=chunk.runs, weight=soft, labels=labels)
         found = self.ops.distillation_tile(logits_CN, target.tile, pairs, with_grad=self.with_grad)
-        self._keep(chunk, target, row_C, weight_C, found)
+        dnormed_CH = None
         if self.with_grad:
-            self._differentiate(chunk, logits_CN.to(normed_CH.dtype), raw_CH, normed_CH, kept)
-
-    def _pairs(self, chunk: Chunk, target: TeacherChunk, row_C: Tensor, weight_C: Tensor) -> TilePairs:
-        soft: dict[str, Tensor] = {}
-        labels: dict[str, Label] = {}
-        for name, weight in self.supervision.weights.items():
-            if name == "argmax":
-                index_C = target.tile.probs_RN.max(-1).indices[row_C]
-                labels[name] = Label(weight_C=weight * weight_C, index_C=index_C)
-            elif name == "ground_truth":
-                assert self.supervision.truth_M is not None
-                index_C = self._stacked(self.supervision.truth_M, chunk)
-                labels[name] = Label(weight_C=weight * weight_C, index_C=index_C)
+            dlogits_CN = logits_CN.to(normed_CH.dtype)
+            if self.dhead_NH.dtype == dlogits_CN.dtype:
+                self.dhead_NH.addmm_(dlogits_CN.T, normed_CH)
             else:
-                # KL differs from the cross-entropy by what no draft can change.
-                soft_name = "cross_entropy" if name == "kl" else name
-                soft[soft_name] = soft.get(soft_name, 0) + weight * weight_C
-        return TilePairs(row_C=row_C, runs=chunk.runs, weight=soft, labels=labels)
+                self.dhead_NH += self.ops.wide_mm(dlogits_CN.T, normed_CH)
+            dnormed_CH = dlogits_CN @ self.head_NH
+        return Taught(
+            value=found.value | {"alpha": found.alpha_C},
+            entropy_C=entropy_C,
+            coverage_C=coverage_C,
+            agree_C=(found.best_C == best_C) & (best_C != OUTSIDE),
+            dnormed_CH=dnormed_CH,
+        )
 
-    def _keep(self, chunk: Chunk, target: TeacherChunk, row_C: Tensor, weight_C: Tensor, found: TileTerms) -> None:
-        entropy_C, best_C = target.entropy_C[row_C], target.best_C[row_C]
-        cross_C = found.value["cross_entropy"]
-        agree_C = (found.best_C == best_C) & (best_C != OUTSIDE)
-        coverage_C = target.coverage_C[row_C]
+    def _with_others(self, teacher: VocabularyTeacher, chunk: Chunk, normed_CH: Tensor) -> Taught:
+        assert isinstance(chunk, SharedChunk)
+        sup = self.supervision
+        row_C = self._stacked(sup.row_M, chunk) - chunk.start
+        pairs = OwnPairs(
+            normed_CH=normed_CH,
+            row_C=row_C,
+            base_C=self._stacked(sup.base_M, chunk),
+            truth_C=torch.full_like(row_C, OUTSIDE) if sup.truth_M is None else self._stacked(sup.truth_M, chunk),
+        )
+        dhead_NH = self.dhead_NH if self.with_grad else None
+        return teacher.teach(chunk, pairs, sup.weights, self.wide_HN, self.head_NH, dhead_NH)
+
+    def _keep(self, chunk: Chunk, taught: Taught) -> None:
+        weight_C = self._stacked(self.supervision.base_M, chunk) * taught.coverage_C
+        cross_C = taught.value["cross_entropy"]
         for name, weight in self.supervision.weights.items():
-            value_C = cross_C - entropy_C if name == "kl" else found.value[name]
+            value_C = cross_C - taught.entropy_C if name == "kl" else taught.value[name]
             self.loss += weight * torch.dot(weight_C, value_C)
         terms = self.terms
         for _, (lo, hi), place in self._steps(chunk):
             terms.cross_entropy_M[lo:hi] = cross_C[place]
-            terms.entropy_M[lo:hi] = entropy_C[place]
-            terms.alpha_M[lo:hi] = found.alpha_C[place]
-            terms.agree_M[lo:hi] = agree_C[place]
-            terms.coverage_M[lo:hi] = coverage_C[place]
-
-    def _differentiate(self, chunk: Chunk, dlogits_CN: Tensor, raw_CH: Tensor, normed_CH: Tensor, kept: Tensor) -> None:
-        if self.dhead_NH.dtype == dlogits_CN.dtype:
-            self.dhead_NH.addmm_(dlogits_CN.T, normed_CH)
-        else:
-            self.dhead_NH += self.ops.wide_mm(dlogits_CN.T, normed_CH)
-        dnormed_CH = dlogits_CN @ self.head.head_NH
-        draw_CH, dnorm_H = self.ops.rms_norm_backward(dnormed_CH, raw_CH, self.head.norm_H, kept)
-        self.dnorm_H += dnorm_H
-        for doutput, (_, (lo, hi), place) in zip(self.doutputs, self._steps(chunk), strict=True):
-            doutput.index_copy_(0, self.supervision.slot_M[lo:hi], draw_CH[place])
+            terms.entropy_M[lo:hi] = taught.entropy_C[place]
+            terms.alpha_M[lo:hi] = taught.value["alpha"][place]
+            terms.agree_M[lo:hi] = taught.agree_C[place]
+            terms.coverage_M[lo:hi] = taught.coverage_C[place]
 
     def _steps(self, chunk: Chunk) -> Iterator[tuple[Tensor, tuple[int, int], slice]]:
         """Each step's outputs, its range of the M, and its place in the stack."""

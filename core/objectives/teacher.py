@@ -1,16 +1,12 @@
 """The target's distributions at the rows that teach, restricted to the draft vocabulary, chunk by chunk.
 
-The head is read in tiles of the vocabulary, each product made once: a tile's maximum, argmax and normaliser are
-added to those of the tiles before it, the columns that the draft can say are copied out, and the tile is forgotten.
-
 Shape letters: R target rows, C rows of one chunk, H target hidden size, V target vocabulary, N draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -18,14 +14,15 @@ from torch import Tensor
 
 from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.objectives.chunks import Chunk, vocabulary_tile
+from torchspec.core.objectives.chunks import Chunk
+from torchspec.core.objectives.reading import OUTSIDE, HeadReader
+from torchspec.core.objectives.statistics import log_normaliser
 from torchspec.core.ops.distillation import TileTeacher
 from torchspec.core.ops.extremes import first_max
-from torchspec.core.ops.slices import row_slices
+
+__all__ = ["OUTSIDE", "Coverage", "Teacher", "TeacherChunk", "covered"]
 
 Coverage = Literal["drop", "renormalise", "weight"]
-OUTSIDE = -1
-"""Draft index of a token that is not in the draft vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +66,11 @@ class Teacher:
         coverage: Coverage = "drop",
         with_logs: bool = False,
     ) -> None:
-        self._head, self._vocabulary, self._ops = head, vocabulary, ops
-        self._normed_RH = normed_RH.to(head.head_VH.dtype)
+        self._reader = HeadReader(head, vocabulary, ops)
+        self._normed_RH = normed_RH.to(self._reader.dtype)
         self._coverage, self._with_logs = coverage, with_logs
-        self._pruned = vocabulary.size < vocabulary.target_size
-        self._tile = vocabulary_tile(vocabulary.target_size)
         self._kept: Survey | None = None
-        self._room: Tensor | None = None
-        self.wide = torch.promote_types(head.head_VH.dtype, torch.float32)
+        self.wide = self._reader.wide
 
     @torch.no_grad()
     def survey(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -84,31 +78,33 @@ class Teacher:
 
         What this learns of the whole vocabulary is kept, so that the pass multiplies by the draft's rows alone.
         """
-        if not chunks or not self._pruned or self._coverage == "renormalise":
+        if not chunks or not self._reader.pruned or self._coverage == "renormalise":
             return torch.ones(self._normed_RH.shape[0], dtype=self.wide, device=self._normed_RH.device)
-        rows_NH = self._head.head_VH[self._vocabulary.ids_N]
+        rows_NH = self._reader.draft_rows()
         coverage, whole, best = [], [], []
         for chunk in chunks:
-            logits_CN, whole_C, best_C = self._read(chunk.start, chunk.stop)
-            coverage.append(self._covered(best_C, (logits_CN.logsumexp(-1) - whole_C).exp_().clamp_max_(1.0)))
+            logits_CN, whole_C, best_C = self._read(chunk)
+            inside_C = (logits_CN.logsumexp(-1) - whole_C).exp_().clamp_max_(1.0)
+            coverage.append(covered(self._coverage, best_C, inside_C))
             whole.append(whole_C)
             best.append(best_C)
         self._kept = Survey(rows_NH=rows_NH, whole_R=torch.cat(whole), best_R=torch.cat(best))
         return torch.cat(coverage)
 
     @torch.no_grad()
-    def chunk(self, start: int, stop: int) -> TeacherChunk:
-        """The distributions of rows [start, stop)."""
-        if self._pruned:
-            logits_CN, whole_C, best_C = self._read(start, stop)
+    def chunk(self, chunk: Chunk) -> TeacherChunk:
+        """The distributions of a chunk's rows."""
+        pruned = self._reader.pruned
+        if pruned:
+            logits_CN, whole_C, best_C = self._read(chunk)
         else:
-            logits_CN = self._logits(self._normed_RH[start:stop], self._head.head_VH)
+            logits_CN = self._reader.head.finished(self._products(chunk))
             best_C = torch.empty(len(logits_CN), dtype=torch.int64, device=logits_CN.device)
         probs_CN = torch.empty_like(logits_CN)
         normaliser_C, entropy_C = logits_CN.new_empty(len(logits_CN)), logits_CN.new_empty(len(logits_CN))
-        for part in self._slices(logits_CN):
+        for part in self._reader.slices(logits_CN):
             logits = logits_CN[part]
-            if self._pruned:
+            if pruned:
                 top = logits.amax(-1)
             else:
                 top, best_C[part] = first_max(logits)
@@ -119,59 +115,38 @@ class Teacher:
             finite = logits.clamp_min_(torch.finfo(self.wide).min)
             entropy_C[part] = normaliser - torch.linalg.vecdot(probs, finite)
         log_probs_CN = logits_CN.sub_(normaliser_C[:, None]) if self._with_logs else None
-        if self._pruned:
+        if pruned:
             inside_C = (normaliser_C - whole_C).exp_().clamp_max_(1.0)
-            coverage_C = self._covered(best_C, inside_C)
+            coverage_C = covered(self._coverage, best_C, inside_C)
             tile = TileTeacher(probs_RN=probs_CN, inside_R=inside_C, log_probs_RN=log_probs_CN)
             return TeacherChunk(tile=tile, best_C=best_C, entropy_C=entropy_C, coverage_C=coverage_C)
         tile = TileTeacher(probs_RN=probs_CN, log_probs_RN=log_probs_CN)
         return TeacherChunk(tile=tile, best_C=best_C, entropy_C=entropy_C, coverage_C=torch.ones_like(entropy_C))
 
-    def _covered(self, best_C: Tensor, inside_C: Tensor) -> Tensor:
-        if self._coverage == "renormalise":
-            return torch.ones_like(inside_C)
-        return inside_C if self._coverage == "weight" else (best_C != OUTSIDE).to(inside_C.dtype)
-
-    def _read(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """(logits over the draft vocabulary, log-normaliser over all V, draft index of the first choice)."""
-        normed_CH = self._normed_RH[start:stop]
-        if self._kept is not None:
-            logits_CN = self._logits(normed_CH, self._kept.rows_NH)
-            return logits_CN, self._kept.whole_R[start:stop], self._kept.best_R[start:stop]
-        vocabulary = self._vocabulary
-        count = stop - start
-        edges = [*range(0, vocabulary.target_size, self._tile), vocabulary.target_size]
-        cuts = vocabulary.cuts(edges)
-        logits_CN = normed_CH.new_empty(count, vocabulary.size, dtype=self.wide)
-        top_C = normed_CH.new_full((count,), -torch.inf, dtype=self.wide)
-        whole_C, best_C = top_C.clone(), torch.zeros(count, dtype=torch.int64, device=top_C.device)
-        for (first, last), (lo, hi) in zip(pairwise(edges), pairwise(cuts), strict=True):
-            tile_CV = self._logits(normed_CH, self._head.head_VH[first:last], self._space(count, last - first))
-            said_N = vocabulary.ids_N[lo:hi] - first
-            for part in self._slices(tile_CV):
-                tile = tile_CV[part]
-                logits_CN[part, lo:hi] = tile.index_select(1, said_N)
-                highest, place = first_max(tile)
-                share = torch.softmax(tile, -1, out=tile)
-                torch.logaddexp(whole_C[part], highest - share.amax(-1).log_(), out=whole_C[part])
-                best_C[part] = torch.where(highest > top_C[part], place + first, best_C[part])
-                torch.maximum(top_C[part], highest, out=top_C[part])
-        # The draft vocabulary is sorted: a binary search finds a token's draft index.
-        at_C = torch.searchsorted(vocabulary.ids_N, best_C).clamp_max_(vocabulary.size - 1)
-        return logits_CN, whole_C, torch.where(vocabulary.ids_N[at_C] == best_C, at_C, OUTSIDE)
+        reader, kept = self._reader, self._kept
+        if kept is not None:
+            rows = slice(chunk.start, chunk.stop)
+            return reader.head.finished(self._products(chunk)), kept.whole_R[rows], kept.best_R[rows]
+        products_CN, whole_3C = self._read_all(chunk)
+        return reader.head.finished(products_CN), log_normaliser(whole_3C), reader.draft_index(whole_3C[2])
 
-    def _logits(self, normed_CH: Tensor, rows_VH: Tensor, out: Tensor | None = None) -> Tensor:
-        products = self._ops.wide_mm(normed_CH, rows_VH.T, out=out)
-        if rows_VH.dtype != self.wide:
-            # A target in half precision decodes from logits rounded to it: its first choice is the first of equals.
-            products.copy_(products.to(rows_VH.dtype))
-        return self._head.finished(products)
+    def _read_all(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """(products with the draft's rows, `statistics` of the logits over all V)."""
+        reading = self._reader.read(self._normed_RH[chunk.start : chunk.stop])
+        return reading.products_CN, reading.whole_3C
 
-    def _slices(self, x_CX: Tensor) -> Iterator[slice]:
-        return row_slices(0, x_CX.shape[0], x_CX.shape[1] * x_CX.element_size(), self._ops.temporary_bytes)
+    def _products(self, chunk: Chunk) -> Tensor:
+        """Products with the draft's rows alone."""
+        return self._reader.products(self._normed_RH[chunk.start : chunk.stop], self._draft_rows())
 
-    def _space(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns] of a buffer that every tile uses again."""
-        if self._room is None or self._room.numel() < rows * columns:
-            self._room = self._normed_RH.new_empty(rows * self._tile, dtype=self.wide)
-        return self._room[: rows * columns].view(rows, columns)
+    def _draft_rows(self) -> Tensor:
+        return self._reader.draft_rows() if self._kept is None else self._kept.rows_NH
+
+
+def covered(coverage: Coverage, best_C: Tensor, inside_C: Tensor) -> Tensor:
+    """How much each row counts, of its first choice's draft index and the mass inside the draft vocabulary."""
+    if coverage == "renormalise":
+        return torch.ones_like(inside_C)
+    return inside_C if coverage == "weight" else (best_C != OUTSIDE).to(inside_C.dtype)

@@ -45,8 +45,8 @@ class PeerError(TorchspecError):
 class ParallelContext:
     """`mesh` has the axes "dp", over which batches are divided, "ring" and "ulysses", which share a sequence.
 
-    Of rank r the Ulysses index is r mod U, the ring index r div U mod R, the data index r div (U R). `every` is the mesh
-    as one axis, over which parameters are sharded; `sequence` the two that share a sequence, as one. Along
+    Of rank r the Ulysses index is r mod U, the ring index r div U mod R, the data index r div (U R). `every` is the
+    mesh as one axis, over which parameters are sharded; `sequence` the two that share a sequence, as one. Along
     `tensor` neighbouring ranks, whole groups that share a sequence, hold one target together.
     `owns_world`: the process group was made by `start`.
     """
@@ -95,11 +95,26 @@ class ParallelContext:
         return self.tensor.get_local_rank()
 
     @property
+    def target_index(self) -> int:
+        """Which of the `targets` that there are this rank holds, or holds a part of."""
+        return self.rank // self.tensor.size()
+
+    @property
+    def targets(self) -> int:
+        return self.world_size // self.tensor.size()
+
+    @property
     def captured_with(self) -> range:
         """The data indices whose micro-batches the ranks that hold this target run through it together."""
         width = max(1, self.tensor.size() // self.sequence_size)
         first = self.data_rank - self.data_rank % width
         return range(first, first + width)
+
+    @property
+    def logits_group(self) -> ProcessGroup:
+        """Who shares a target's head: those that hold the target together, else those that share a sequence, else all."""
+        shared = next((m for m in (self.tensor, self.sequence) if m.size() > 1), self.every)
+        return shared.get_group()
 
     def sequence_group(self, exchange: Exchange) -> SequenceGroup | None:
         """The ranks that share this one's sequences; None where it has its own."""

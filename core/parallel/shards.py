@@ -1,7 +1,7 @@
 """Which rows of a sequence each sequence-parallel rank owns: the one function for shard bounds.
 
-Writers, readers, trainer and tests ask here. A rank owns contiguous pieces of the padded sequence. Padding stands at the
-global end alone, so no piece has any inside, and the true length travels beside the bounds.
+Writers, readers, trainer and tests ask here. A rank owns contiguous pieces of the padded sequence. Padding stands at
+the global end alone, so no piece has any inside, and the true length travels beside the bounds.
 
 Rank r of P = U x R has the Ulysses index u = r mod U and the ring index w = r div U. With the balance `zigzag` the
 sequence is cut into 2 R segments; ring index w owns segments w and 2R-1-w, and u takes the sub-slice u of the first and
@@ -78,7 +78,9 @@ class Layout:
         if self.pieces_per_rank == 1:
             return (Piece(first, first + self.piece_length),)
         # The mirrored sub-slice of the mirrored segment is the mirror of the whole.
-        return Piece(first, first + self.piece_length), Piece(self.padded - first - self.piece_length, self.padded - first)
+        return Piece(first, first + self.piece_length), Piece(
+            self.padded - first - self.piece_length, self.padded - first
+        )
 
     def segments(self, ring_index: int) -> tuple[Piece, ...]:
         """What a Ulysses group owns together: the pieces of its ranks, neighbours joined, in order of position."""
@@ -140,6 +142,6 @@ class Layout:
         """The pieces of these ranks in order of position."""
         placed = []
         for rank, shard in shards.items():
-            pieces = shard.split(self.piece_length, dim=1)
+            pieces = torch.split(shard, self.piece_length, dim=1)
             placed += [(piece.start, rows) for piece, rows in zip(self.pieces(rank), pieces, strict=True)]
         return torch.cat([rows for _, rows in sorted(placed, key=lambda entry: entry[0])], dim=1)

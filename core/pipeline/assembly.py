@@ -19,12 +19,12 @@ from torchspec.core.data.vocabulary import build_vocabulary, coverage
 from torchspec.core.decoding.measure import with_room
 from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
 from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
-from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.models.target_head import load_target_head
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap, VocabularyShards
+from torchspec.core.models.target_head import load_target_head, load_target_head_shard
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
-from torchspec.core.pipeline.parallel_fit import choose_exchange
+from torchspec.core.pipeline.parallel_fit import LogitsForm, choose_exchange, choose_logits
 from torchspec.core.pipeline.rebuild import load_state, read_initial
 from torchspec.core.training import checkpoint
 from torchspec.core.training.random_state import seed_rank
@@ -92,7 +92,18 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         tensor_mesh=context.tensor if context.tensor.size() > 1 else None,
     )
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
-    head = load_target_head(path, dtype=dtype, device=context.torch_device, trust_remote_code=trusted)
+    form, why = choose_logits(config)
+    if why:
+        logger.info("target.shard_logits is %s: %s", form, why)
+    where = {"dtype": dtype, "device": context.torch_device, "trust_remote_code": trusted}
+    head: TargetHead
+    if form == "off":
+        head = load_target_head(path, **where)
+    else:
+        shards = VocabularyShards(
+            group=context.logits_group, communication=context.device.communication, target_size=spec.vocab_size
+        )
+        head = load_target_head_shard(path, shards, **where)
     return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
 
 
@@ -141,15 +152,19 @@ def build_model(
         draft=sharded,
         head=target.head,
         engine=target.engine,
-        memory=step_memory(config.train),
+        memory=step_memory(config.train, choose_logits(config)[0]),
         exchange=exchange,
         offload_activations=on_host in ("activations", "all"),
     )
 
 
-def step_memory(config: TrainConfig) -> StepMemory:
+def step_memory(config: TrainConfig, logits: LogitsForm = "off") -> StepMemory:
     megabytes = config.loss_memory_mb
-    return StepMemory(recompute=config.recompute, loss_bytes=None if megabytes is None else megabytes * 1_000_000)
+    return StepMemory(
+        recompute=config.recompute,
+        loss_bytes=None if megabytes is None else megabytes * 1_000_000,
+        shard_logits="tokens" if logits == "off" else logits,
+    )
 
 
 def build_setup(

@@ -112,7 +112,8 @@ def _train_in(
             trainer.resume(resumed)
             logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
             _tell_changes(resumed, setup.facts)
-        context.main_only(lambda: _record(run, config, provenance, trainer, data, start))
+        probe = context.agree(lambda: _probe(model, data, context))
+        context.main_only(lambda: _record(run, config, provenance, trainer, data, start, probe))
         outcome = _run(run, config, trainer, progress)
         if outcome.signal:
             logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
@@ -150,6 +151,7 @@ def _record(
     trainer: Trainer,
     data: Data,
     start: Start,
+    probe: Probe | None,
 ) -> None:
     """Everything the run directory says about this session; rank 0 only."""
     assert run is not None
@@ -158,14 +160,16 @@ def _record(
     run_dir.record_session(run, config, provenance, environment, trainer.counters.step)
     facts = assembly.data_facts(data.train, config.data.train, start.vocabulary)
     checkpoint_files.write_json(run.path / run_dir.DATA, facts)
-    _record_probe(run.path / run_dir.PROBE, trainer.model, data)
+    if probe is not None:
+        probe.save(run.path / run_dir.PROBE)
 
 
-def _record_probe(path: Path, model: Model, data: Data) -> None:
-    """A piece of one sample's features, which the export's self-check replays."""
+def _probe(model: Model, data: Data, context: ParallelContext) -> Probe | None:
+    """A piece of one sample's features, which the export's self-check replays; made by rank 0's target."""
     sample = data.train[0]
-    if sample.input_ids_T.numel() > 1:
-        Probe.record(capture(model, [sample])[0]).save(path)
+    if context.target_index or sample.input_ids_T.numel() < 2:
+        return None
+    return Probe.record(capture(model, [sample])[0])
 
 
 def _run(run: RunDirectory | None, config: RunConfig, trainer: Trainer, progress: ProgressSink | None) -> Outcome:

@@ -67,8 +67,8 @@ def _packing_problems(config: RunConfig) -> list[Problem]:
             Problem(
                 field="train.tokens_per_rank",
                 value=train.tokens_per_rank,
-                message=f"a row holds {train.tokens_per_rank * ranks} tokens over {ranks} rank(s), and a sample may have "
-                f"data.max_length={config.data.max_length}",
+                message=f"a row holds {train.tokens_per_rank * ranks} tokens over {ranks} rank(s), and a sample may "
+                f"have data.max_length={config.data.max_length}",
                 remedy=f"give {-(-config.data.max_length // ranks)} or more, or data.max_length="
                 f"{train.tokens_per_rank * ranks} or less",
             )
@@ -78,7 +78,7 @@ def _packing_problems(config: RunConfig) -> list[Problem]:
             Problem(
                 field="train.micro_batch_size",
                 value=train.micro_batch_size,
-                message="with train.tokens_per_rank a forward pass is one packed row, whatever number of samples it holds",
+                message="with train.tokens_per_rank a forward pass is one packed row, however many samples it holds",
                 remedy="leave one of the two out",
             )
         )
@@ -89,15 +89,14 @@ def _exchange_problems(config: RunConfig, algorithm: Algorithm, ranks: int) -> l
     parallel, shape = config.parallel, algorithm.attention_shape
     if parallel.exchange in ("auto", *possible(shape, parallel.ulysses, parallel.ring)):
         return []
-    if parallel.exchange in ("ulysses", "usp") and not heads_fit(
-        shape.query_heads, shape.key_heads, parallel.ulysses
-    ):
+    if parallel.exchange in ("ulysses", "usp") and not heads_fit(shape.query_heads, shape.key_heads, parallel.ulysses):
         works = [str(u) for u in range(1, shape.query_heads + 1) if heads_fit(shape.query_heads, shape.key_heads, u)]
         return [
             Problem(
                 field="parallel.ulysses",
                 value=parallel.ulysses,
-                message=f"the draft's {shape.query_heads} query and {shape.key_heads} key heads cannot be shared by so many",
+                message=f"so many ranks cannot share the draft's {shape.query_heads} query and {shape.key_heads} key "
+                "heads",
                 choices=tuple(works),
                 remedy="or parallel.exchange=gather, which leaves heads together",
             )
@@ -136,8 +135,8 @@ def _target_problems(
                 Problem(
                     field="target.tensor_parallel",
                     value=size,
-                    message=f"must divide the {ranks} rank(s), hold whole groups of {shared} that share a sequence, and "
-                    "divide the target's heads",
+                    message=f"must divide the {ranks} rank(s), hold whole groups of {shared} that share a sequence, "
+                    "and divide the target's heads",
                     choices=("1", *map(str, fitting)),
                 )
             )

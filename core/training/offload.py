@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 SMALLEST_BYTES = 1 << 20
 """A smaller tensor is not worth two transfers."""
 
-_Key = tuple[int, int, torch.Size, tuple[int, ...], torch.dtype, int]
+_Key = tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -30,8 +31,8 @@ class Waiting:
 class HostOffload:
     """Hooks for `torch.autograd.graph.saved_tensors_hooks`.
 
-    `torch.autograd.graph.save_on_cpu` copies a tensor once for every operator that saves it; the unroll saves each step's
-    keys at every later one. Here a tensor goes out once and comes back once for those who use it together.
+    `torch.autograd.graph.save_on_cpu` copies a tensor once for every operator that saves it; the unroll saves each
+    step's keys at every later one. Here a tensor goes out once and comes back once for those who use it together.
     `away` copies to the host, `back` to the device.
     """
 
@@ -45,11 +46,13 @@ class HostOffload:
         if tensor.nbytes < self.smallest_bytes or isinstance(tensor, torch.nn.Parameter):
             return tensor
         storage = tensor.untyped_storage()
-        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
-        key = (storage._cdata, *place)
+        view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        key = (storage._cdata, *view)
         known = self._seen.get(key)
-        if known is None or known[0].expired():  # another tensor may have taken the place of one that is gone
-            known = (StorageWeakRef(storage), Waiting(host=self.away(tensor.detach()), device=tensor.device))
+        # Another tensor may have taken the place of one that is gone.
+        if known is None or known[0].expired():  # type: ignore[no-untyped-call]
+            place = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            known = (place, Waiting(host=self.away(tensor.detach()), device=tensor.device))
             self._seen[key] = known
         return known[1]
 

@@ -12,9 +12,7 @@ from torchspec.core.parallel.mesh import ParallelContext
 COMPUTE = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-def shard_draft(
-    draft: nn.Module, context: ParallelContext, compute: str, *, states_on_host: bool = False
-) -> nn.Module:
+def shard_draft(draft: nn.Module, context: ParallelContext, compute: str, *, states_on_host: bool = False) -> nn.Module:
     """Shard in place and return the same module; every rank must hold the same initial values.
 
     One FSDP unit: a draft is a few layers that the unroll calls again and again, so its parameters are gathered once

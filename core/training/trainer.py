@@ -144,7 +144,7 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         """One window; its metrics row."""
-        config, counters = self.setup.config, self.counters
+        counters = self.counters
         epoch, position = divmod(counters.step, self.steps_per_epoch)
         batch = self._batches(epoch)[position]
         self.context.device.runtime.reset_peak_memory()

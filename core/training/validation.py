@@ -1,4 +1,4 @@
-"""Validation by real decoding: every rank decodes its share of the prompts, the counts are added."""
+"""Validation by real decoding: every target decodes its share of the prompts, the counts are added."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Validator:
                 draft_length=self.settings.draft_length,
                 temperature=self.settings.temperature,
                 batch_size=self.settings.batch_size,
-                seed=self.seed + self.context.rank,
+                seed=self.seed + self.context.target_index,
                 warmup=0,
                 compare_draftless=False,
             )
             result = self.context.agree(
                 lambda: evaluate(self.model.engine, drafter, share, settings, progress=self.progress)
             )
-        else:  # fewer prompts than ranks
+        else:  # fewer prompts than targets
             self.context.agree(lambda: None)
         return self._merge(result)
 
@@ -74,8 +74,8 @@ class Validator:
             self.model.engine.open(beginnings, self.model.algorithm.taps)
 
     def _share(self) -> list[PromptLike]:
-        """This rank's prompts; none where there are fewer than ranks."""
-        return list(self.prompts[self.context.rank :: self.context.world_size])
+        """The prompts of this rank's target; none where there are fewer than targets."""
+        return list(self.prompts[self.context.target_index :: self.context.targets])
 
     def _copy(self) -> nn.Module:
         state = unsharded_state(self.model.draft)
@@ -86,7 +86,7 @@ class Validator:
     def _merge(self, result: EvalResult | None) -> dict[str, Any]:
         counts = [0] * (5 + self.settings.draft_length)
         slowest = 0
-        if result is not None:
+        if result is not None and self.context.tensor_rank == 0:  # ranks that hold a target together decode the same
             accepted = [count for record in result.records for count in record.accepted]
             reached = [sum(count > place for count in accepted) for place in range(self.settings.draft_length)]
             counts = [result.rounds, result.proposed, result.accepted, result.tokens, result.prompts]

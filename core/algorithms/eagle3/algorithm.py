@@ -7,6 +7,7 @@ size, N draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.objectives.chunks import LossShape, chunk_rows
 from torchspec.core.objectives.distillation import Head, Supervision, distil
-from torchspec.core.objectives.teacher import Teacher
+from torchspec.core.objectives.teachers import teacher_of
 from torchspec.core.objectives.weighting import per_sequence, step_weights
 from torchspec.core.ops.distillation import LOG_TERMS
 
@@ -57,16 +58,22 @@ class Eagle3:
 
         return convert.layouts(self.geometry, self.taps)
 
-    def kept_values(self, *, recompute: bool) -> float:
-        """Once: the embedding and its share of q, k, v. Per step: the output and its gradient, k and v. Of each step:
-        q, the attention's output, the residual, gate and up, and of one of them half as much for gradients; made
-        again, those of one step, and as much for gradients."""
-        geometry = self.geometry
+    def kept_values(self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward") -> float:
+        """Once: the embedding and fc's output. Per step: output, its gradient, k and v. Of each step: q, the output of
+        the attention, the residual, gate and up. Made again, these are there once and in the backward pass only, and
+        the embedding's share of q, k, v stays. In the backward pass the outputs' gradients are scaled in a copy; later
+        come gate, up and their product again as gradients, and those of all steps' k and v."""
+        geometry, steps = self.geometry, self.options.unroll
         size, heads = geometry.hidden_size, geometry.head_dim * geometry.num_attention_heads
         keys_values = 2 * geometry.head_dim * geometry.num_key_value_heads
         layer = size + 2 * heads + 2 * geometry.intermediate_size
-        layers = 2 if recompute else self.options.unroll + 0.5
-        return size + heads + keys_values + self.options.unroll * (2 * size + keys_values) + layers * layer
+        kept = 2 * size + steps * (2 * size + keys_values) + (heads + keys_values if recompute else steps * layer)
+        if moment == "loss":
+            return kept
+        gradients = 3 * geometry.intermediate_size + 2 * size
+        if recompute:
+            gradients += layer + steps * keys_values
+        return kept + max(steps * size, gradients)
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
@@ -95,38 +102,42 @@ class Eagle3:
         self, draft: nn.Module, head: TargetHead, rows: FeatureRows, device: Device, memory: StepMemory = KEEP_ALL
     ) -> StepResult:
         """The training forward of one micro-batch; see `Algorithm.step`."""
-        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes)
-        return self.run(draft, head, build_batch(rows, plan), device, recompute=memory.recompute)
+        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
+        return self.run(draft, head, build_batch(rows, plan), device, memory)
 
-    def plan(self, head: TargetHead, loss_bytes: int) -> Plan:
+    def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
         """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
         shape = LossShape(
             steps=self.options.unroll,
             hidden=self.geometry.hidden_size,
             draft_vocabulary=self.geometry.draft_vocab_size,
             target_vocabulary=self.geometry.vocab_size,
-            itemsize=head.head_VH.itemsize,
+            itemsize=head.shard_VH.itemsize,
             with_logs=not LOG_TERMS.isdisjoint(self.options.objective),
+            ranks=1 if head.shards is None else head.shards.size,
+            shard_logits=memory.shard_logits,
         )
         return Plan(
             steps=self.options.unroll,
             chunk_rows=chunk_rows(shape, loss_bytes),
             device=head.embedding_VH.device,
+            shards=head.shards,
         )
 
     def run(
-        self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device, *, recompute: bool = False
+        self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device, memory: StepMemory = KEEP_ALL
     ) -> StepResult:
         """The training forward of an assembled micro-batch."""
         options = self.options
         vocabulary = vocabulary_of(draft)
-        teacher = Teacher(
+        teacher = teacher_of(
             head,
             head.normed(batch.last_RH, batch.norm_state),
             vocabulary,
             device.ops,
             coverage=options.coverage,
             with_logs=not LOG_TERMS.isdisjoint(options.objective),
+            shard_logits=memory.shard_logits,
         )
         base_M = step_weights(
             batch.pairs.sizes, options.step_decay, dtype=teacher.wide, device=batch.pairs.row_M.device
@@ -152,7 +163,9 @@ class Eagle3:
             denominator = (base_M * terms.coverage_M).sum() if sequences is None else sequences
             return numerator, pair_sums(batch, terms) | {"loss_denominator": denominator}
 
-        numerator, sums = draft(batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=recompute)
+        numerator, sums = draft(
+            batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=memory.recompute
+        )
         return StepResult(
             numerator=numerator,
             denominator=sums["loss_denominator"],

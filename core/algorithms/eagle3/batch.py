@@ -24,8 +24,8 @@ from torch import Tensor
 from torchspec.core.features.rows import PADDING, FeatureRows, TokenRows
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.mask import MaskSpec
-from torchspec.core.interfaces.target import VocabularyMap
-from torchspec.core.objectives.chunks import Chunk, plan_chunks
+from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
+from torchspec.core.objectives.chunks import Chunk, plan_chunks, plan_shared_chunks
 from torchspec.core.objectives.teacher import OUTSIDE
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
@@ -37,7 +37,7 @@ DENSE = 0.9
 
 
 def halo(steps: int) -> int:
-    """Rows of last hidden states that a piece reads beyond its own: its last slot's last step is taught by T = i + K."""
+    """Rows of last hidden states that a piece reads beyond its own: slot i's last step is taught by row i + K."""
     return steps
 
 
@@ -162,7 +162,8 @@ class Slots:
         """The rows `ahead` of every owned slot, [B, S, Z], whether it runs or not."""
         if self.pieces == 1:
             return x_BXZ[:, ahead : ahead + self.length]
-        return x_BXZ.unflatten(1, (self.pieces, -1))[:, :, ahead : ahead + self.length].flatten(1, 2)
+        x_BNXZ = x_BXZ.view(x_BXZ.shape[0], self.pieces, -1, x_BXZ.shape[2])
+        return x_BNXZ[:, :, ahead : ahead + self.length].flatten(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +233,18 @@ def running_slots(peers: Sequence[Tensor]) -> list[tuple[Slots, Tensor]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a micro-batch is to be run: unroll steps, target rows per chunk of the loss, and where."""
+    """How a micro-batch is to be run: unroll steps, target rows per chunk of the loss, where, and whether ranks share
+    the target's head and so the chunks."""
 
     steps: int
     chunk_rows: int
     device: torch.device
+    shards: VocabularyShards | None = None
+
+    def chunks(self, pairs: Pairs) -> tuple[Chunk, ...]:
+        """Of pairs on the host; a collective over those who share the head."""
+        cut = (pairs.row_M, pairs.sizes, pairs.place_R.numel(), self.chunk_rows)
+        return plan_chunks(*cut) if self.shards is None else plan_shared_chunks(*cut, self.shards.group)
 
 
 def build_batch(rows: FeatureRows, plan: Plan) -> Batch:
@@ -267,7 +275,7 @@ def build_batch(rows: FeatureRows, plan: Plan) -> Batch:
         tokens=_moved(tokens, device),
         inputs=replace(_moved(inputs, device), slots=_moved(slots, device)),
         pairs=_moved(pairs, device),
-        chunks=plan_chunks(pairs.row_M, pairs.sizes, pairs.place_R.numel(), plan.chunk_rows),
+        chunks=plan.chunks(pairs),
         last_RH=last_BXH.flatten(0, 1)[pairs.place_R.to(device, non_blocking=True)],
         norm_state=rows.norm_state,
         documents=int(tokens.document_BT.max()) + 1,
@@ -278,8 +286,7 @@ def _rotations(tokens: TokenRows, layout: Layout, rank: int, slots: Slots, steps
     """A slot turns by its position in its document, and by one more at each step; of padding, by anything."""
     position_BT = torch.arange(tokens.length) - tokens.starts_BT
     position_BS = layout.cut(position_BT, rank).flatten(1)
-    first_A = position_BS.unique()
-    angles_A = (first_A[:, None] + torch.arange(steps)).unique()
+    angles_A = torch.unique(torch.unique(position_BS)[:, None] + torch.arange(steps))
     turn_BS = torch.searchsorted(angles_A, position_BS)
     return {"angles_A": angles_A, "turn_BS": turn_BS, "own_BQ": turn_BS.gather(1, slots.index_BQ)}
 

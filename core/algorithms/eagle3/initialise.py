@@ -50,9 +50,9 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
     size = geometry.hidden_size
     draft.fc.weight[:, :-size].mul_(EARLIER_TAPS * geometry.num_taps**0.5)
     draft.fc.weight[:, -size:].copy_(torch.eye(size))
-    draft.lm_head.weight.copy_(head.head_VH[draft.vocabulary.ids_N])
+    draft.lm_head.weight.copy_(head.rows(draft.vocabulary.ids_N))
     # A norm of all ones is all ones, so the target's final norm answers with its weight.
-    ones_1H = torch.full_like(head.head_VH[:1], 1.0)
+    ones_1H = torch.full_like(head.embedding_VH[:1], 1.0)
     draft.norm.weight.copy_(head.normed(ones_1H, "pre_norm")[0])
     _copy(draft, head)
 
@@ -92,7 +92,7 @@ def _head_of_embedding(draft: Eagle3Draft, head: TargetHead) -> Tensor:
     products_HH = embedding_MH.T @ embedding_MH
     # Where there are too few tokens to tell, the smallest map.
     products_HH.diagonal().add_(RIDGE * products_HH.diagonal().mean())
-    fitted_HH = torch.linalg.solve(products_HH, embedding_MH.T @ head.head_VH[some].float().cpu())
+    fitted_HH = torch.linalg.solve(products_HH, embedding_MH.T @ head.rows(some).float().cpu())
     scaled_HH: Tensor = fitted_HH * (size**0.5 / fitted_HH.norm().clamp_min(1e-20))
     return scaled_HH
 

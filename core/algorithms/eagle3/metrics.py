@@ -1,6 +1,7 @@
 """What EAGLE-3 reports of training: additive sums of a micro-batch, and readable figures from added sums.
 
-Shape letters: B rows, S slots of this rank, T positions, K unroll steps, M supervised (slot, step) pairs grouped by step.
+Shape letters: B rows, S slots of this rank, T positions, K unroll steps, M supervised (slot, step) pairs grouped by
+step.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
-from torchspec.core.features.rows import FeatureRows
 from torchspec.core.decoding.generation import DecodeSettings, Generation
 from torchspec.core.decoding.speculative import decode
+from torchspec.core.features.rows import FeatureRows
 from torchspec.core.models.target_spec import resolve_target
 from torchspec.core.objectives.distillation import Head
 

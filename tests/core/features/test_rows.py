@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def micro_batches(draw: Any) -> tuple[list[int], list[list[int]]]:
     order = draw(st.permutations(range(len(lengths))))
     cuts = sorted(draw(st.sets(st.integers(1, len(lengths) - 1)))) if len(lengths) > 1 else []
     edges = [0, *cuts, len(lengths)]
-    return lengths, [list(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return lengths, [list(order[a:b]) for a, b in pairwise(edges)]
 
 
 @given(micro_batches(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5), st.data())

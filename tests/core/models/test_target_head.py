@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch import distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -34,9 +35,11 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from torchspec.core import registry
 from torchspec.core.errors import TargetError
-from torchspec.core.models import target_weights
-from torchspec.core.models.target_head import SafetensorsTargetHead, load_target_head
+from torchspec.core.interfaces.target import VocabularyShards
+from torchspec.core.models import target_head, target_weights
+from torchspec.core.models.target_head import SafetensorsTargetHead, load_target_head, load_target_head_shard
 from torchspec.core.models.target_weights import TargetWeights
 
 CPU = torch.device("cpu")
@@ -195,6 +198,74 @@ def test_only_the_ends_are_read(tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(target_weights.TargetWeights, "read", spy)
     load(tiny_llama)
     assert sorted(read) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+
+
+def shards_of(rank: int, ranks: int, target_size: int = 300) -> VocabularyShards:
+    """A place among ranks that are not there."""
+    group = dist.ProcessGroup(rank, ranks)
+    communication = registry.load_device("cpu").communication
+    return VocabularyShards(group=group, communication=communication, target_size=target_size)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 300])
+def test_bounds_of_a_divided_head_cover_it_once(ranks: int) -> None:
+    bounds = [shards_of(0, ranks).bounds(rank) for rank in range(ranks)]
+    assert [row for start, stop in bounds for row in range(start, stop)] == list(range(300))
+    sizes = [stop - start for start, stop in bounds]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_more_ranks_than_rows() -> None:
+    with pytest.raises(ValueError, match="3 rows of a head cannot be divided over 4 ranks"):
+        shards_of(0, 4, target_size=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_divided_head_reads_its_rows_alone(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(target_head, "READ_ROWS", 64)
+    whole = load(tiny_llama, dtype)
+    read: dict[str, int] = {}
+    original = TargetWeights.read
+
+    def spy(self: TargetWeights, name: str, **options: Any) -> Tensor:
+        found = original(self, name, **options)
+        read[name] = read.get(name, 0) + len(found)
+        return found
+
+    monkeypatch.setattr(target_weights.TargetWeights, "read", spy)
+    ids = torch.tensor([299, 3, 3, 64, 150, 0])
+    states = torch.randn(2, 64)
+    for path in (tiny_llama, reshard(tiny_llama, tmp_path / "sharded")):
+        parts = []
+        for rank in range(3):
+            read.clear()
+            head = load_target_head_shard(path, shards_of(rank, 3), dtype=dtype, device=CPU)
+            assert read["lm_head.weight"] == 100
+            parts.append(head.shard_VH)
+            assert torch.equal(head.rows(ids), whole.rows(ids))
+            assert head.rows(ids[:0]).shape == (0, 64)
+            assert torch.equal(head.logits(states, head.rows(ids)), whole.logits(states, whole.head_VH[ids]))
+            assert torch.equal(head.embedding_VH, whole.embedding_VH)
+            assert torch.equal(head.normed(states, "pre_norm"), whole.normed(states, "pre_norm"))
+            with pytest.raises(AssertionError, match="no rank has the whole head"):
+                head.head_VH  # noqa: B018
+        assert torch.equal(torch.cat(parts), whole.head_VH)
+
+
+def test_a_divided_tied_head_is_a_view_of_the_embedding(tiny_target: Path) -> None:
+    head = load_target_head_shard(tiny_target, shards_of(1, 4), dtype=torch.float32, device=CPU)
+    assert head.shard_VH.untyped_storage().data_ptr() == head.embedding_VH.untyped_storage().data_ptr()
+    assert torch.equal(head.shard_VH, load(tiny_target).head_VH[75:150])
+    assert torch.equal(head.rows(torch.tensor([299, 0])), load(tiny_target).head_VH[[299, 0]])
+
+
+def test_scaling_of_a_divided_head(save: Save) -> None:
+    path = save(Gemma2Config(**SIZES, final_logit_softcapping=1.5))
+    head = load_target_head_shard(path, shards_of(0, 2, 96), dtype=torch.float32, device=CPU)
+    products = torch.randn(3, 5)
+    assert torch.equal(head.finished(products), load(path).finished(products))
 
 
 def rename(path: Path, copy: Path, change: Callable[[str], str | None]) -> Path:

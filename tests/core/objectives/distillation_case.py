@@ -16,11 +16,14 @@ from torch import Tensor
 from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.objectives import eager
-from torchspec.core.objectives.chunks import plan_chunks
+from torchspec.core.objectives.chunks import ShardLogits, plan_chunks, plan_shared_chunks
 from torchspec.core.objectives.distillation import Head, PairTerms, Supervision, distil
-from torchspec.core.objectives.teacher import OUTSIDE, Coverage, Teacher
+from torchspec.core.objectives.teacher import OUTSIDE, Coverage
+from torchspec.core.objectives.teachers import teacher_of
+from torchspec.core.objectives.weighting import per_sequence
 
 EPS = 1e-3
+DOCUMENTS = 500
 
 
 class SmallSlices(FusedOps):
@@ -61,6 +64,9 @@ class Case:
     truth_M: Tensor
     coverage: Coverage = "drop"
     weights: Mapping[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    shard_logits: ShardLogits = "tokens"
+    document_M: Tensor | None = None
+    """With it and a survey every document counts alike."""
 
     @classmethod
     def random(cls, target: TargetHead, vocabulary: VocabularyMap, rows: int, steps: int, scale: float = 1.0) -> Case:
@@ -99,14 +105,19 @@ class Case:
         return not {"reverse_kl", "jsd"}.isdisjoint(self.weights)
 
     def supervision(self, most_rows: int, ops: FusedOps, survey: bool = False) -> Supervision:
-        teacher = Teacher(
-            self.target, self.normed_RH, self.vocabulary, ops, coverage=self.coverage, with_logs=self.with_logs
-        )
-        planned = plan_chunks(self.row_M, self.sizes, len(self.normed_RH), most_rows)
+        teacher = teacher_of(
+            self.target, self.normed_RH, self.vocabulary, ops, coverage=self.coverage, with_logs=self.with_logs,
+            shard_logits=self.shard_logits,
+        )  # fmt: skip
+        cut, shards = (self.row_M, self.sizes, len(self.normed_RH), most_rows), self.target.shards
+        planned = plan_chunks(*cut) if shards is None else plan_shared_chunks(*cut, shards.group)
+        base_M = self.base_M
         if survey:
-            teacher.survey(planned)
+            coverage_R = teacher.survey(planned)
+            if self.document_M is not None:
+                base_M, _ = per_sequence(base_M, coverage_R[self.row_M], self.document_M, DOCUMENTS)
         return Supervision(
-            teacher=teacher, chunks=planned, slot_M=self.slot_M, row_M=self.row_M, base_M=self.base_M,
+            teacher=teacher, chunks=planned, slot_M=self.slot_M, row_M=self.row_M, base_M=base_M,
             weights=self.weights, truth_M=self.truth_M,
         )  # fmt: skip
 

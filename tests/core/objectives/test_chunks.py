@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.core.objectives import chunks
-from torchspec.core.objectives.chunks import Chunk, LossShape, chunk_rows, plan_chunks, vocabulary_tile
+from torchspec.core.objectives.chunks import Chunk, LossShape, ShardLogits, chunk_rows, plan_chunks, vocabulary_tile
 
 
 @st.composite
@@ -84,18 +84,30 @@ def row_bytes(shape: LossShape) -> int:
     unit, wide_gradient = 2 * [4 * shape.hidden]
     raw, probabilities, times_mass = 3 * [4 * shape.draft_vocabulary]
     logs = 4 * shape.draft_vocabulary if shape.with_logs else 0
-    target = shape.target_vocabulary
-    tile = 4 * min(target, -(-target // -(-target // 8192)))
+    held = -(-shape.target_vocabulary // shape.ranks)
+    tile = shape.ranks * 4 * min(held, -(-held // -(-held // 8192)))
     pair = logits + output + normed + dnormed + doutput + unit + wide_gradient
-    return shape.steps * pair + raw + probabilities + times_mass + logs + tile
+    state = shape.ranks * shape.itemsize * shape.hidden
+    shared = 0
+    if shape.ranks > 1:
+        padded, gathered = 2 * [state]
+        shared = padded + gathered
+        if shape.shard_logits == "tokens":
+            parts, copied, received = 3 * [shape.itemsize * shape.draft_vocabulary]
+            shared += parts + copied + received
+        else:
+            padded, gathered, partial, copied, received = 5 * [state]
+            pair += padded + gathered + partial + copied + received
+    return shape.steps * pair + raw + probabilities + times_mass + logs + tile + shared
 
 
 @pytest.mark.parametrize(
     ("steps", "draft", "target"), [(1, 64, 64), (7, 1_000, 4_000), (7, 32_000, 151_936), (3, 128_256, 128_256)]
 )
 @pytest.mark.parametrize("budget", [1 << 10, 48 << 20, 4 << 30])
+@pytest.mark.parametrize(("ranks", "form"), [(1, "tokens"), (3, "tokens"), (8, "vocabulary")])
 def test_a_chunk_fills_its_budget_and_never_falls_below_128_rows(
-    steps: int, draft: int, target: int, budget: int
+    steps: int, draft: int, target: int, budget: int, ranks: int, form: ShardLogits
 ) -> None:
     for itemsize, with_logs in ((4, False), (2, True)):
         shape = LossShape(
@@ -105,6 +117,8 @@ def test_a_chunk_fills_its_budget_and_never_falls_below_128_rows(
             target_vocabulary=target,
             itemsize=itemsize,
             with_logs=with_logs,
+            ranks=ranks,
+            shard_logits=form,
         )
         rows, each = chunk_rows(shape, budget), row_bytes(shape)
         if 128 * each > budget:

@@ -14,7 +14,7 @@ from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.objectives import chunks
-from torchspec.core.objectives.chunks import plan_chunks
+from torchspec.core.objectives.chunks import Chunk, plan_chunks
 from torchspec.core.objectives.teacher import OUTSIDE, Coverage, Teacher
 
 Heads = Callable[..., SafetensorsTargetHead]
@@ -23,6 +23,10 @@ WHOLE = VocabularyMap.identity(V)
 PRUNED = VocabularyMap(ids_N=torch.arange(0, V, 3), target_size=V)
 # With tiles of 7: none of these lie in the first, a few in two of them.
 CLUSTERED = VocabularyMap(ids_N=torch.tensor([10, 12, 15, 45, 46, 47, 59]), target_size=V)
+
+
+def rows(start: int, stop: int) -> Chunk:
+    return Chunk(start=start, stop=stop, pairs=(), runs=())
 
 
 def states() -> Tensor:
@@ -51,7 +55,7 @@ def test_a_chunk_is_the_definition(
     teacher = Teacher(head, normed_RH, vocabulary, FusedOps(), with_logs=True)
     if surveyed:
         teacher.survey(plan_chunks(torch.arange(ROWS), [ROWS], ROWS, 4))
-    got = teacher.chunk(2, 9)
+    got = teacher.chunk(rows(2, 9))
     for place, row in enumerate(range(2, 9)):
         products = [float((head.head_VH[v] * normed_RH[row]).sum()) for v in range(V)]
         logits = [4.0 * math.tanh(1.5 * x / 4.0) for x in products]
@@ -78,7 +82,7 @@ def test_coverage_and_its_survey(make_head: Heads, coverage: Coverage, vocabular
         _, _, inside, best = row_by_hand(logits, vocabulary.ids_N.tolist())
         want.append({"drop": float(best != OUTSIDE), "renormalise": 1.0, "weight": inside}[coverage])
     assert vocabulary is WHOLE or coverage == "renormalise" or 0 < sum(want) < ROWS
-    assert teacher.chunk(0, ROWS).coverage_C.tolist() == pytest.approx(want, rel=1e-12)
+    assert teacher.chunk(rows(0, ROWS)).coverage_C.tolist() == pytest.approx(want, rel=1e-12)
     surveyed = teacher.survey(plan_chunks(torch.arange(ROWS), [ROWS], ROWS, 4))
     assert surveyed.tolist() == pytest.approx(want, rel=1e-12)
 
@@ -118,7 +122,7 @@ def test_the_first_choice_over_tiles(
     teacher = Teacher(stepped_head(heights), torch.ones(1, H, dtype=torch.float64), CLUSTERED, FusedOps())
     if surveyed:
         teacher.survey(plan_chunks(torch.arange(1), [1], 1, 1))
-    got = teacher.chunk(0, 1)
+    got = teacher.chunk(rows(0, 1))
     ids = CLUSTERED.ids_N.tolist()
     assert got.best_C.tolist() == [OUTSIDE if best is None else ids.index(best)]
     assert got.coverage_C.tolist() == [float(best is not None)]
@@ -129,7 +133,7 @@ def test_tokens_without_probability_add_nothing_to_the_entropy() -> None:
     teacher = Teacher(
         stepped_head(dict.fromkeys(range(30, V), -1e5)), torch.ones(1, H, dtype=torch.float64), WHOLE, FusedOps()
     )
-    assert teacher.chunk(0, 1).entropy_C.item() == pytest.approx(math.log(30), rel=1e-12)
+    assert teacher.chunk(rows(0, 1)).entropy_C.item() == pytest.approx(math.log(30), rel=1e-12)
 
 
 def test_after_a_survey_only_the_rows_of_the_draft_are_multiplied(make_head: Heads) -> None:
@@ -143,5 +147,5 @@ def test_after_a_survey_only_the_rows_of_the_draft_are_multiplied(make_head: Hea
     teacher = Teacher(make_head(V, H), states(), PRUNED, Counting())
     teacher.survey(plan_chunks(torch.arange(ROWS), [ROWS], ROWS, 4))
     columns.clear()
-    teacher.chunk(0, 4)
+    teacher.chunk(rows(0, 4))
     assert columns == [PRUNED.size]

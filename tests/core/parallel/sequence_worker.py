@@ -151,9 +151,7 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
     documents = Documents(cell.get("supervision", "dense"))
     tokens = cell.get("row_tokens")
     cut = Cut(micro_batch_size=cell.get("micro_batch_size", 3), row_tokens=tokens, equal_length=50.0)
-    window = run_window(
-        model, documents, list(range(len(documents))), cut, context, StepTimer(context.torch_device)
-    )
+    window = run_window(model, documents, list(range(len(documents))), cut, context, StepTimer(context.torch_device))
     tensors = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["tokens"] = torch.tensor(window.sums.tokens)
     for name, parameter in model.draft.named_parameters():
@@ -260,7 +258,7 @@ def main() -> int:
             try:
                 rank_main(cells, results, rank, ranks, port)
                 code = 0
-            except Exception:
+            except Exception:  # noqa: BLE001 - a fork must not go on as its parent
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()

@@ -73,7 +73,9 @@ def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: P
     config = trainer.setup.config
     batch = trainer._batches(0)[0]
     timer = StepTimer(context.torch_device)
-    window = run_window(trainer.model, trainer.samples, batch, Cut(micro_batch_size=config.micro_batch_size), context, timer)
+    window = run_window(
+        trainer.model, trainer.samples, batch, Cut(micro_batch_size=config.micro_batch_size), context, timer
+    )
     tensors: dict[str, Tensor] = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["batch"] = torch.tensor(batch)
     for name, parameter in trainer.model.draft.named_parameters():
