@@ -38,6 +38,8 @@ class Problem:
     unroll: int = 5
     dtype: str = "float32"
     device: str = "cpu"
+    head_size: int = 0
+    """0: the hidden size over the heads."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,7 +51,7 @@ class Problem:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head_size or self.hidden // self.heads
 
     @property
     def steps(self) -> int:

@@ -36,9 +36,7 @@ def prepare_product(problem: Problem, recompute: bool) -> Step:
 
     def step() -> float:
         draft.zero_grad()
-        result = algorithm.step(
-            draft, inputs.head, inputs.rows, device, memory(recompute=recompute)
-        )
+        result = algorithm.step(draft, inputs.head, inputs.rows, device, memory(recompute=recompute))
         result.numerator.backward()
         loss = result.numerator.detach() / result.denominator
         return loss.item() if problem.device == "cpu" else 0.0

@@ -112,7 +112,7 @@ class ParallelContext:
 
     @property
     def logits_group(self) -> ProcessGroup:
-        """Who shares a target's head: those that hold the target together, else those that share a sequence, else all."""
+        """Who shares a target's head: those that hold the target together, else that share a sequence, else all."""
         shared = next((m for m in (self.tensor, self.sequence) if m.size() > 1), self.every)
         return shared.get_group()
 

@@ -95,15 +95,15 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
     form, why = choose_logits(config)
     if why:
         logger.info("target.shard_logits is %s: %s", form, why)
-    where = {"dtype": dtype, "device": context.torch_device, "trust_remote_code": trusted}
+    device = context.torch_device
     head: TargetHead
     if form == "off":
-        head = load_target_head(path, **where)
+        head = load_target_head(path, dtype=dtype, device=device, trust_remote_code=trusted)
     else:
         shards = VocabularyShards(
             group=context.logits_group, communication=context.device.communication, target_size=spec.vocab_size
         )
-        head = load_target_head_shard(path, shards, **where)
+        head = load_target_head_shard(path, shards, dtype=dtype, device=device, trust_remote_code=trusted)
     return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
 
 

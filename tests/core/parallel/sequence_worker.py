@@ -33,7 +33,7 @@ from torchspec.core.interfaces.algorithm import StepMemory, TrainingSample
 from torchspec.core.interfaces.device import Communication
 from torchspec.core.interfaces.engine import CaptureRequest, TargetSpec
 from torchspec.core.interfaces.features import Features, RecordRef
-from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.sequence import gather_sequence
@@ -97,6 +97,16 @@ class MadeUpTarget:
         return references
 
 
+class SharedHead:
+    """A `TargetHead` of which the step may read this rank's rows alone."""
+
+    def __init__(self, whole: SafetensorsTargetHead, shards: VocabularyShards) -> None:
+        start, stop = shards.bounds(shards.rank)
+        self.rows = whole.rows
+        self.shards, self.shard_VH = shards, whole.head_VH[start:stop].clone()
+        self.embedding_VH, self.normed, self.finished = whole.embedding_VH, whole.normed, whole.finished
+
+
 def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
     dtype, kv_heads = getattr(torch, cell["dtype"]), cell.get("kv_heads", 4)
     spec = TargetSpec(
@@ -121,9 +131,12 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
     ids_N = torch.arange(V)[torch.arange(V) % 3 != 1]
     torch.manual_seed(0)
     ends = torch.randn(2, V, H, dtype=torch.float64)
-    head = SafetensorsTargetHead(
+    head: Any = SafetensorsTargetHead(
         embedding_VH=ends[0].to(dtype), head_VH=(0.3 * ends[1]).to(dtype), final_norm=nn.Identity()
     )
+    if "shard_logits" in cell:
+        shards = VocabularyShards(group=context.logits_group, communication=context.device.communication, target_size=V)
+        head = SharedHead(head, shards)
     draft = algorithm.build_draft(VocabularyMap(ids_N=ids_N, target_size=V), head)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
@@ -140,7 +153,7 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
         ),
         head=head,
         engine=MadeUpTarget(dtype),  # type: ignore[arg-type]
-        memory=StepMemory(recompute=cell.get("recompute", False)),
+        memory=StepMemory(recompute=cell.get("recompute", False), shard_logits=cell.get("shard_logits", "tokens")),
         exchange=cell.get("exchange", "gather"),
         offload_activations=cell.get("offload", False),
     )

@@ -70,7 +70,18 @@ def cells(ranks: int) -> list[Cell]:
                     lean = packed and key == "sparse"
                     memory = {"recompute": lean, "offload": lean}
                     made.append({**PROBLEMS[key], **how, **rows, **memory, "problem": key, "name": label})
-    return made
+    return [*made, *shared_head_cells(ranks)]
+
+
+def shared_head_cells(ranks: int) -> list[Cell]:
+    """The target's head over those who share a sequence, or over all where nobody does."""
+    return [
+        {**PROBLEMS[key], "problem": key, "ulysses": u, "ring": r, "row_tokens": max(PACKED * u * r, 61),
+         "shard_logits": form, "name": f"{u}x{r}-of-{ranks}-{key}-head-by-{form}"}
+        for u, r in ((1, 1), (2, 1), (1, 2), (2, 2)) if ranks > 1 and ranks % (u * r) == 0
+        for form in ("tokens", "vocabulary")
+        for key in ("sparse", "none", "float32", "per-sequence") if ranks < 8 or key == "sparse"
+    ]  # fmt: skip
 
 
 def bytes_cells(ranks: int) -> list[Cell]:
