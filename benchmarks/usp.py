@@ -3,9 +3,10 @@
     python benchmarks/usp.py --json benchmarks/results/usp.json
     python benchmarks/usp.py --long 131072 --json benchmarks/results/usp_long.json
 
-Every rank is a process of one thread over gloo and makes its own rows alone. Memory is the kernel's high-water mark over
-the resident set before the rows are made. What a rank's peak grows by between two lengths is its sequence-dependent
-part; with P ranks it should be 1/P of one rank's, and for `gather` the keys and values that it is said to hold.
+Every rank is a process of one thread over gloo and makes its own rows alone. Memory is the kernel's high-water mark
+over the resident set before the rows are made. What a rank's peak grows by between two lengths is its
+sequence-dependent part; with P ranks it should be 1/P of one rank's, and for `gather` the keys and values that it is
+said to hold.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def run(job: Job) -> list[dict[str, float]]:
             try:
                 found.append(answers.get(timeout=5))
                 break
-            except Exception as waited:  # noqa: BLE001 - nothing came yet
+            except Exception as waited:  # nothing came yet
                 if any(process.exitcode for process in processes):
                     raise SystemExit("a rank died; its message is above") from waited
     for process in processes:
@@ -210,20 +211,48 @@ def measure(lengths: tuple[int, int]) -> Iterator[dict[str, Any]]:
         }
 
 
-def balance(ranks: int, tokens: int, kind: Balance) -> dict[str, float]:
-    """Share of the slowest rank's time in which the average rank works at causal attention, counted in (query, key)
-    pairs. `gather`: every rank at its own queries; `ring`: in step, hop by hop."""
-    layout = Layout(length=tokens, ring=ranks, balance=kind)
+def balance(ranks: int, starts_T: Tensor, kind: Balance) -> dict[str, float]:
+    """Share of the slowest rank's time in which the average rank works at attention, counted in (query, key) pairs.
+
+    `starts_T` is the first position of each position's document. `gather`: every rank at its own queries; `ring`: in
+    step, hop by hop.
+    """
+    layout = Layout(length=len(starts_T), ring=ranks, balance=kind)
     positions = [layout.positions(rank) for rank in range(ranks)]
     pairs = torch.zeros(ranks, ranks, dtype=torch.float64)  # of a rank's queries with a rank's keys
     for query in range(ranks):
         for key in range(ranks):
-            pairs[query, key] = torch.searchsorted(positions[key], positions[query], right=True).sum()
+            upto = torch.searchsorted(positions[key], positions[query], right=True)
+            hidden = torch.searchsorted(positions[key], starts_T[positions[query]])
+            pairs[query, key] = (upto - hidden).sum()
     hops = torch.stack([pairs[range(ranks), [(r - hop) % ranks for r in range(ranks)]] for hop in range(ranks)])
     total = float(pairs.sum())
     return {
         "gather": total / ranks / float(pairs.sum(1).max()),
         "ring": total / ranks / float(hops.max(1).values.sum()),
+    }
+
+
+def starts(tokens: int, documents: Tensor | None) -> Tensor:
+    """Of one document, or of documents of these lengths over and over."""
+    place_T = torch.arange(tokens)
+    if documents is None:
+        return torch.zeros_like(place_T)
+    ends = documents.repeat(tokens // int(documents.sum()) + 1).cumsum(0)
+    return torch.cat((torch.zeros(1, dtype=torch.int64), ends))[torch.searchsorted(ends, place_T, right=True)]
+
+
+def balances() -> dict[str, dict[str, dict[str, float]]]:
+    """Of 32,768 positions: one document, and documents of 64 to 8,192 tokens in one row."""
+    lengths = (64 * 2 ** (7 * torch.rand(32, generator=torch.Generator().manual_seed(0)))).long()
+    cases: dict[str, tuple[Balance, Tensor]] = {
+        "contiguous": ("contiguous", starts(1 << 15, None)),
+        "zigzag": ("zigzag", starts(1 << 15, None)),
+        "zigzag, packed": ("zigzag", starts(1 << 15, lengths)),
+    }
+    return {
+        name: {str(ranks): balance(ranks, starts_T, kind) for ranks in (2, 4, 8, 16)}
+        for name, (kind, starts_T) in cases.items()
     }
 
 
@@ -275,12 +304,9 @@ def main() -> int:
                 flush=True,
             )
             body["shapes"].append(row)
-        kinds: tuple[Balance, ...] = ("contiguous", "zigzag")
-        body["balance"] = {
-            kind: {str(ranks): balance(ranks, 1 << 15, kind) for ranks in (2, 4, 8, 16)} for kind in kinds
-        }
-        for kind, found in body["balance"].items():
-            print(kind, {ranks: {how: round(share, 3) for how, share in row.items()} for ranks, row in found.items()})
+        body["balance"] = balances()
+        for name, found in body["balance"].items():
+            print(name, {ranks: {how: round(share, 3) for how, share in row.items()} for ranks, row in found.items()})
     write(args.json, body)
     return 0
 
