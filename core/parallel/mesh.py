@@ -284,9 +284,12 @@ def start(
 
 
 def shutdown(context: ParallelContext) -> None:
-    """Leave the groups that `start` created."""
+    """Leave the groups that `start` created; a program's own world stays."""
     if context.owns_world:
         dist.destroy_process_group()
-    else:
-        for group in (context.control, context.pulse):
-            dist.destroy_process_group(group)
+        return
+    meshes = [context.mesh[name] for name in (DATA_AXIS, RING_AXIS, ULYSSES_AXIS)]
+    meshes += [context.every, context.sequence, context.tensor]
+    groups = [*(axis.get_group() for axis in meshes), context.control, context.pulse]
+    for group in {id(group): group for group in groups if group is not dist.group.WORLD}.values():
+        dist.destroy_process_group(group)

@@ -36,8 +36,11 @@ def test_a_failure_is_raised_as_it_is_where_it_happened() -> None:
 def test_a_world_that_the_program_made_stays_its_own() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        context = mesh.start(registry.load_device("cpu"), settings.launch())
-        mesh.shutdown(context)
+        made = len(dist.distributed_c10d._world.pg_map)
+        for _ in range(3):
+            context = mesh.start(registry.load_device("cpu"), settings.launch())
+            mesh.shutdown(context)
+        assert len(dist.distributed_c10d._world.pg_map) == made
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total.item() == 1
