@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchspec.core.algorithms.eagle3.batch import OwnRows, Plan, build_batch
+from torchspec.core.algorithms.eagle3.batch import OwnRows, Plan, build_batch, running_slots
 from torchspec.core.features.rows import FeatureRows, TokenRows
 from torchspec.core.interfaces.algorithm import StepResult
 from torchspec.core.interfaces.features import Features
@@ -194,8 +194,7 @@ def test_the_final_norm_is_applied_exactly_once(make_world: Worlds) -> None:
     after = replace(before, last_TH=world.head.normed(before.last_TH, "pre_norm"), norm_state="post_norm")
     mask_T = torch.ones(14, dtype=torch.bool)
     losses = [
-        world.step([f], [mask_T]).numerator.item()
-        for f in (before, after, replace(before, norm_state="post_norm"))
+        world.step([f], [mask_T]).numerator.item() for f in (before, after, replace(before, norm_state="post_norm"))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the target's norm computes in fp32
     assert abs(losses[2] - losses[0]) > 1e-4 * losses[0]
@@ -208,3 +207,18 @@ def test_training_in_eval_mode_makes_no_graph(make_world: Worlds) -> None:
         result = world.step([feature], [torch.ones(14, dtype=torch.bool)])
     assert not result.numerator.requires_grad
     assert float(result.numerator) > 0
+
+
+def test_peers_run_as_many_slots_as_the_one_with_most() -> None:
+    """They exchange queries, so all send the same number; nobody's slots are lost."""
+    few, many = torch.zeros(2, 10, 3, dtype=torch.bool), torch.zeros(2, 10, 3, dtype=torch.bool)
+    few[0, 4, 1] = True
+    many[:, 2:7, 0] = True
+    many[1, 9, 2] = True
+    for peers in ((few, many), (many, few), (few, few)):
+        found = running_slots(peers)
+        counts = {slots.index_BQ.shape[1] for slots, _ in found}
+        assert counts == {max(int(peer.any(-1).sum(-1).max()) for peer in peers)}
+        for peer, (slots, rank_BS) in zip(peers, found, strict=True):
+            for row, slot in peer.any(-1).nonzero().tolist():
+                assert int(slots.index_BQ[row, rank_BS[row, slot]]) == slot

@@ -81,10 +81,7 @@ def test_the_estimate_is_near_the_peak(
 def test_a_small_loss_budget_changes_nothing_but_the_order_of_sums(make_world: Callable[..., Any]) -> None:
     world = make_world(unroll=STEPS, ids_N=torch.arange(0, 300, 2))
     features, masks = [world.features(world.tokens(300))], [torch.ones(300, dtype=torch.bool)]
-    results = [
-        world.step(features, masks, StepMemory(loss_bytes=budget))
-        for budget in (1, 1 << 30)
-    ]
+    results = [world.step(features, masks, StepMemory(loss_bytes=budget)) for budget in (1, 1 << 30)]
     torch.testing.assert_close(results[0].numerator, results[1].numerator, rtol=1e-13, atol=0)
     assert torch.equal(results[0].sums["correct"], results[1].sums["correct"])
 
