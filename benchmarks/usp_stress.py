@@ -349,15 +349,14 @@ class Ranks:
         store = dist.TCPStore("127.0.0.1", self.store.port, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=self.count, timeout=DEADLINE)
         launch = Launch(rank=rank, local_rank=rank, world_size=self.count)
-        contexts: dict[tuple[int, int, int], mesh.ParallelContext] = {}
         for place, case in enumerate(self.cases):
             self.place[rank], self.since[rank] = place, time.monotonic()
             self.report(rank, "making the model")
-            shape = (case.ulysses, case.ring, case.together)
-            if shape not in contexts:
-                sizes = dict(zip(("ulysses", "ring", "tensor"), shape, strict=True))
-                contexts[shape] = mesh.start(registry.load_device("cpu"), launch, DEADLINE, **sizes)
-            self.work(case, contexts[shape])
+            # A mesh for each: every group has threads of its own, which would fill the machine.
+            sizes = {"ulysses": case.ulysses, "ring": case.ring, "tensor": case.together}
+            context = mesh.start(registry.load_device("cpu"), launch, DEADLINE, **sizes)
+            self.work(case, context)
+            mesh.shutdown(context)
         self.report(rank, "done")
         dist.destroy_process_group()
 

@@ -89,6 +89,9 @@ class TrainConfig(Section):
     offload: Literal["none", "activations", "states", "all"] = Field(
         "none", description="what waits in the host's memory: activations; parameters and optimizer state; both"
     )
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory of a rank that the plan has to fit, in 1e9 bytes; default: what the device has"
+    )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, into OUTPUT/tensorboard")
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")

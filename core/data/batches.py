@@ -55,9 +55,7 @@ class MicroBatch:
         return cls(samples=tuple(samples), packs=(tuple(range(len(samples))),) if samples else ())
 
 
-def rank_micro_batches(
-    batch: Sequence[int], *, rank: int, world_size: int, micro_batch_size: int
-) -> list[MicroBatch]:
+def rank_micro_batches(batch: Sequence[int], *, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
     """This rank's share of a global batch, in micro-batches of at most `micro_batch_size`.
 
     Every rank gets the same number of micro-batches, some of them holes. Neighbours in the batch, which are of similar

@@ -1,73 +1,80 @@
-"""How much memory a rank will need, part by part, from shapes alone."""
+"""How much memory a rank will need, part by part and moment by moment of a training step, from shapes alone.
+
+A step has five moments at which memory can peak. Every part says at which of them it is there; the peak is the moment
+with the greatest sum:
+
+    capture     the target runs over a micro-batch, its hidden states are copied out
+    loss        the draft has been unrolled, all its activations wait for the backward pass
+    backward    the loss's gradients are scaled and go into the unroll's last step
+    reduction   the whole draft's gradients are packed and summed over ranks
+    optimizer   the update of this rank's shards
+
+On a CPU the process itself counts (docs/training.md), and what malloc does with freed memory: large blocks go back to
+the system, small ones stay in the heap. Then a moment costs what the heap ever held, not what it holds now.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-import torch
-from torch import nn
+from torchspec.core.pipeline.plan_parts import draft_parts, loss_parts, micro_batch_parts, target_parts
+from torchspec.core.pipeline.plan_terms import MOMENTS, Load, Models, Moment, Part
 
-from torchspec.core.interfaces.algorithm import KEEP_ALL, Algorithm, StepMemory
-from torchspec.core.interfaces.engine import TargetSpec
-from torchspec.core.models.target_weights import TargetWeights
-
-FP32 = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Bytes of one rank and how they come about."""
-
-    name: str
-    bytes: int
-    how: str
+HEAP_KEPT = 1 << 30
+"""So much of the heap at most stays when all of it is free: what the CPU adapter asks malloc for."""
+HEAP_GAPS, HEAP_GAPS_MADE_AGAIN = 0.3, 0.45
+"""What is lost between blocks, for every byte that a step takes from the heap and gives back: measured, the second
+where layers are made again among the outputs that stay."""
+KEPT = "freed and kept"
+FIRST_USE = 24_000_000
+"""What a first step adds to a process that has imported everything: code paged in, workspaces, threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """What decides a rank's memory. `compute` is the draft's precision, `target_dtype` the target's."""
+class Need:
+    """What a rank needs: `parts` are those at `moment`, the peak; `moments` is the sum at each."""
 
-    ranks: int
-    micro_batch_tokens: int  # at most
-    compute: torch.dtype
-    target_dtype: torch.dtype
-    memory: StepMemory = KEEP_ALL
+    moment: Moment
+    parts: tuple[Part, ...]
+    moments: dict[Moment, int]
+
+    @property
+    def bytes(self) -> int:
+        return self.moments[self.moment]
 
 
-def estimate(
-    algorithm: Algorithm, draft: nn.Module, target: TargetSpec, weights: TargetWeights, load: Load
-) -> list[Part]:
-    """Parts that exist at the peak of a step, in the backward pass.
+def estimate(models: Models, load: Load) -> Need:
+    """For a text that is supervised throughout; one that is not needs less. Validation and export are not in it."""
+    made = (draft_parts, target_parts, micro_batch_parts, loss_parts)
+    parts = [part for make in made for part in make(models, load)]
+    if models.process is not None:
+        parts = [_process(models.process), *parts, *_heap(parts, load)]
+    parts = [part for part in parts if part.bytes]
+    sums = {moment: sum(part.bytes for part in parts if moment in part.moments) for moment in MOMENTS}
+    # What malloc keeps makes moments alike: of those, the one that has most in use.
+    highest = [moment for moment in MOMENTS if sums[moment] >= 0.99 * max(sums.values())]
+    peak = max(highest, key=lambda moment: sum(part.bytes for part in parts if _in_use(part, moment)))
+    return Need(moment=peak, parts=tuple(part for part in parts if peak in part.moments), moments=sums)
 
-    `draft` may be on the meta device. Activations are those of a text that is supervised throughout, within a
-    fifth of what is measured; the loss's own share comes and goes before that peak. Workspace of libraries and
-    fragmentation are not in it.
-    """
-    parameters = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    compute, stored = load.compute.itemsize, load.target_dtype.itemsize
-    sharded = f"over {load.ranks} rank(s)"
-    shared = parameters * FP32 // load.ranks
-    target_elements = sum(prod(weights.shape(name)) for name in weights.files)
-    ends = target.vocab_size * target.hidden_size * (1 if target.tie_word_embeddings else 2)
-    tokens = load.micro_batch_tokens
-    kept = algorithm.kept_values(recompute=load.memory.recompute)
-    return [
-        Part(name="draft parameters", bytes=shared, how=f"{parameters} x 4 bytes {sharded}"),
-        Part(name="optimizer state", bytes=2 * shared, how=f"two moments, fp32, {sharded}"),
-        Part(name="gradients", bytes=shared, how=f"fp32 {sharded}"),
-        Part(name="gathered parameters", bytes=parameters * compute, how="the whole draft in its compute precision"),
-        Part(name="gradients before reduction", bytes=parameters * FP32, how="the whole draft, fp32"),
-        Part(name="target model", bytes=target_elements * stored, how=f"{target_elements} x {stored} bytes"),
-        Part(name="target embedding and head", bytes=ends * stored, how="the trainer's own copy"),
-        Part(
-            name="features",
-            bytes=tokens * (len(algorithm.taps) + 1) * target.hidden_size * stored,
-            how=f"{tokens} tokens x ({len(algorithm.taps)} taps + last) x {target.hidden_size}",
-        ),
-        Part(
-            name="activations",
-            bytes=int(tokens * kept * compute),
-            how=f"{tokens} tokens x {kept:g} values" + (", the rest made again" if load.memory.recompute else ""),
-        ),
-    ]
+
+def _in_use(part: Part, moment: Moment) -> bool:
+    return moment in part.moments and part.name != KEPT
+
+
+def _process(resident: int) -> Part:
+    total = resident + FIRST_USE
+    how = f"interpreter and libraries: {resident // 10**6} MB in this process now, {FIRST_USE // 10**6} MB by first use"
+    return Part(name="process", bytes=total, how=how, returned=total)
+
+
+def _heap(parts: Sequence[Part], load: Load) -> list[Part]:
+    """What the heap holds beyond what is in use, at each moment."""
+    small = {m: sum(part.bytes - part.returned for part in parts if m in part.moments) for m in MOMENTS}
+    always = sum(part.bytes - part.returned for part in parts if part.moments == MOMENTS)
+    fullest = max(small.values())
+    how = f"of {fullest // 10**6} MB in small blocks at another moment, which malloc does not give back"
+    kept = [Part(name=KEPT, bytes=min(fullest - small[m], HEAP_KEPT), how=how, moments=(m,)) for m in MOMENTS]
+    lost = HEAP_GAPS_MADE_AGAIN if load.memory.recompute else HEAP_GAPS
+    gaps, how = int(lost * (fullest - always)), f"{lost:.0%} of what a step takes in small blocks"
+    return [*kept, Part(name="gaps in the heap", bytes=gaps, how=how)]

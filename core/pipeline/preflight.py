@@ -32,6 +32,8 @@ from torchspec.core.pipeline.assembly import create_algorithm, initial_path
 from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
 from torchspec.core.pipeline.identity import known_facts
 from torchspec.core.pipeline.parallel_fit import parallel_problems
+from torchspec.core.pipeline.plan_advice import memory_problems
+from torchspec.core.pipeline.plan_load import Lengths, Subject, cached_lengths, lengths_of, subject_of
 from torchspec.core.pipeline.rebuild import initial_problems
 from torchspec.core.training.checkpoint import DRAFT, refuse_other_run
 from torchspec.core.training.checkpoint_files import MANIFEST, directory_of, read_json, steps_on_disk
@@ -55,6 +57,10 @@ class Checked:
     tokenizer: PreTrainedTokenizerBase
     reader: RowReader
 
+    def subject(self, lengths: Lengths | None) -> Subject:
+        """For planning the memory of this run and of others like it."""
+        return subject_of(self.config, self.device, self.target, self.weights, self.algorithm, lengths)
+
 
 class _Problems(list[Problem]):
     """Collects what is wrong, so that everything is reported at once."""
@@ -70,9 +76,10 @@ class _Problems(list[Problem]):
         return None
 
 
-def check(config: RunConfig, ranks: Ranks) -> Checked:
+def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     """Raises ConfigError with every problem found. Reads headers, configuration and the first rows of data.
 
+    A run whose plan exceeds a given `train.memory_gb` is refused; a plan of it (`to_run` false) says so itself.
     Needs no other rank: asked before any process waits for another.
     """
     problems = _Problems(environment.problems(config.model_dump()))
@@ -120,10 +127,16 @@ def check(config: RunConfig, ranks: Ranks) -> Checked:
     assert algorithm is not None
     assert tokenizer is not None
     assert reader is not None
-    return Checked(
+    checked = Checked(
         config=config, sources=sources, device=device, target=target, weights=weights, algorithm=algorithm,
         tokenizer=tokenizer, reader=reader,
     )  # fmt: skip
+    if to_run and config.train.memory_gb is not None:
+        lengths = lengths_of(cached_lengths(config, reader, tokenizer))
+        too_large = memory_problems(config, ranks, checked.subject(lengths))
+        if too_large:
+            raise ConfigError(too_large)
+    return checked
 
 
 def _device(config: RunConfig) -> DeviceSpec:

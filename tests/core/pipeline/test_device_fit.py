@@ -11,6 +11,7 @@ import pytest
 
 from torchspec.core import registry
 from torchspec.core.errors import ConfigError
+from torchspec.core.interfaces.device import FusedOps, MemoryStats
 from torchspec.core.pipeline import inprocess
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.plan import make_plan
@@ -21,7 +22,9 @@ from torchspec.core.pipeline.preflight import check
 def plain_device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The only device there is: `count` of it, each for one rank, without bfloat16."""
     shown = SimpleNamespace(count=2)
-    loaded: Any = SimpleNamespace(runtime=SimpleNamespace(device_count=lambda: shown.count))
+    memory = MemoryStats(allocated=0, peak=0, total=0)
+    runtime = SimpleNamespace(device_count=lambda: shown.count, memory=lambda: memory)
+    loaded: Any = SimpleNamespace(runtime=runtime, ops=FusedOps())
     cpu = registry.devices().spec("cpu")
     spec = replace(cpu, capabilities=cpu.capabilities - {"bf16", "ranks_share_device"}, load=lambda: loaded)
     monkeypatch.setattr(registry, "devices", lambda: SimpleNamespace(spec=lambda name: spec, names=lambda: ("cpu",)))
