@@ -37,6 +37,8 @@ from torchspec.core.interfaces.algorithm import StepMemory
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.sequence import Exchange
 from torchspec.core.parallel.shards import Balance, Layout
+from torchspec.core.pipeline.plan_parts import draft_parts, loss_parts, micro_batch_parts
+from torchspec.core.pipeline.plan_terms import Load, Models
 from torchspec.core.settings import Launch
 
 SMALL = Problem(tokens=0, vocabulary=4096, draft_vocabulary=2048, unroll=3)
@@ -265,9 +267,7 @@ def long_step(tokens: int, ranks: int) -> dict[str, Any]:
     exchange, why = choose(said, activations)
     job = replace(job, exchange=exchange)
     (found,) = run(job)
-    gradients = sum(parameter.nbytes for parameter in draft.parameters())
-    features = said.rows * (TAPS + 1) * problem.hidden * 4
-    planned = activations + features + said.held(exchange) + gradients
+    planned = plan(algorithm, draft, said, exchange)
     return {
         "settings": vars(problem) | {"ranks": ranks, "exchange": exchange, "recompute": True},
         "why": why,
@@ -278,6 +278,45 @@ def long_step(tokens: int, ranks: int) -> dict[str, Any]:
         "sent_mb": found["sent"] / 1e6,
         "formula_mb": said.sent(exchange) / 1e6,
     }
+
+
+OUTSIDE = (
+    "draft parameters",
+    "optimizer state",
+    "gathered parameters",
+    "gathering",
+    "target model",
+    "target embedding and head",
+)
+"""Parts of a run that are there before the step, or that this benchmark, which shards no parameters, does not have."""
+
+
+def plan(algorithm: Any, draft: torch.nn.Module, said: Traffic, exchange: Exchange) -> int:
+    """What the planner of --dry-run says of the step: the dearer of its forward and its backward pass."""
+    models = Models(
+        algorithm=algorithm,
+        spec=algorithm.target,
+        draft=tuple(tuple(parameter.shape) for parameter in draft.parameters()),
+        target=(),
+        mapped=False,
+        process=None,
+    )
+    load = Load(
+        ranks=1,
+        rows=said.rows,
+        captured=0,
+        several=False,
+        compute=torch.float32,
+        target_dtype=torch.float32,
+        memory=StepMemory(recompute=True, loss_bytes=registry.load_device("cpu").ops.loss_bytes),
+        exchange=exchange,
+        held=said.held(exchange),
+    )
+    parts = [part for make in (draft_parts, micro_batch_parts, loss_parts) for part in make(models, load)]
+    counted = [part for part in parts if part.name not in OUTSIDE]
+    for part in counted:
+        print(f"  {part.name:32s} {part.bytes / 1e6:8.0f} MB  {', '.join(part.moments)}")
+    return max(sum(part.bytes for part in counted if moment in part.moments) for moment in ("loss", "backward"))
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,9 @@ STAND_INS = "sum.sums/tokens"
 """Counts the short stand-ins of ranks that have nothing to do; the trainer's own count, `sum.tokens`, does not."""
 
 DEADLINE = timedelta(seconds=60)
+TOGETHER = 20
+"""Cases of the same processes: threads of gloo outlive their groups, and hundreds that poll fill a machine."""
+
 PATIENCE = 50.0
 """Seconds for a case; less than the deadline, so that the ranks still stand where they got stuck."""
 
@@ -272,7 +277,7 @@ def window(case: Case, model: Model, context: mesh.ParallelContext) -> dict[str,
 
 
 def apart(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The worst relative 2-norm difference of a tensor, and its name; infinite where zeros or tensors are missed."""
+    """The worst relative 2-norm difference of a tensor, and its name; infinite where zeros or tensors are missed, or for NaN."""
     if got.keys() != expected.keys():
         return float("inf"), f"tensors {sorted(got.keys() ^ expected.keys())}"
     size = {name: float(value.double().norm()) for name, value in expected.items()}
@@ -281,16 +286,27 @@ def apart(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, s
     for name, value in expected.items():
         difference = float((got[name].double() - value.double()).norm())
         scale = max(size[name], CANCELLED * every if name.startswith("grad.") else 0.0)
-        relative = difference / scale if scale else (0.0 if difference == 0 else float("inf"))
-        if not relative <= worst[0]:  # NaN is worse than anything
-            worst = (relative, name)
+        if math.isnan(difference) or (difference and not scale):
+            return float("inf"), name
+        relative = difference / scale if scale else 0.0
+        worst = max(worst, (relative, name))
     return worst
+
+
+Work = Callable[[Case, mesh.ParallelContext, Callable[[str], None]], None]
+"""What a rank does with a case; it says which of the `STAGES` it has come to."""
+
+
+def by_ranks(count: int, cases: Sequence[Case], work: Work) -> str:
+    """What went wrong; empty if every rank did every case."""
+    turns = (Ranks(count, cases[first : first + TOGETHER], work).run() for first in range(0, len(cases), TOGETHER))
+    return next((problem for problem in turns if problem), "")
 
 
 class Ranks:
     """Forks of this process, one thread each, whose progress it watches."""
 
-    def __init__(self, count: int, cases: Sequence[Case], work: Callable[[Case, mesh.ParallelContext], None]) -> None:
+    def __init__(self, count: int, cases: Sequence[Case], work: Work) -> None:
         fork = multiprocessing.get_context("fork")
         self.cases, self.work, self.count = cases, work, count
         self.place = fork.RawArray("i", count)  # which of the cases a rank is at
@@ -355,7 +371,7 @@ class Ranks:
             # A mesh for each: every group has threads of its own, which would fill the machine.
             sizes = {"ulysses": case.ulysses, "ring": case.ring, "tensor": case.together}
             context = mesh.start(registry.load_device("cpu"), launch, DEADLINE, **sizes)
-            self.work(case, context)
+            self.work(case, context, partial(self.report, rank))
             mesh.shutdown(context)
         self.report(rank, "done")
         dist.destroy_process_group()
@@ -364,24 +380,24 @@ class Ranks:
 def references(cases: Sequence[Case], directory: Path) -> str:
     """Each case's result on one rank, into the directory."""
 
-    def work(case: Case, context: mesh.ParallelContext) -> None:
+    def work(case: Case, context: mesh.ParallelContext, report: Callable[[str], None]) -> None:
         found = window(case, make_model(case, context), context)
         save_file(found, directory / f"{case.number}.safetensors")
 
-    return Ranks(1, [Case(problem=case.problem) for case in cases], work).run()
+    return by_ranks(1, [Case(problem=case.problem) for case in cases], work)
 
 
-def compared(cases: Sequence[Case], ranks: int, directory: Path) -> str:
+def compared(cases: Sequence[Case], args: argparse.Namespace, directory: Path) -> str:
     """Each case on all ranks; rank 0 writes a line of outcomes.jsonl for each."""
-    again = shlex.join(["python", *sys.argv, "--only"])
+    again = f"python benchmarks/usp_stress.py --ranks {args.ranks} --seed {args.seed} --only"
     lines = directory / "outcomes.jsonl"
 
-    def work(case: Case, context: mesh.ParallelContext) -> None:
+    def work(case: Case, context: mesh.ParallelContext, report: Callable[[str], None]) -> None:
         begun = time.monotonic()
         model = make_model(case, context)
-        watched.report(context.rank, "in the window")
+        report("in the window")
         got = window(case, model, context)
-        watched.report(context.rank, "comparing")
+        report("comparing")
         if not context.is_main:
             return
         difference, name = apart(got, load_file(directory / f"{case.number}.safetensors"))
@@ -394,8 +410,7 @@ def compared(cases: Sequence[Case], ranks: int, directory: Path) -> str:
         if bad:
             print(f"      DIFFERS in {name}. Alone: {again} {case.number}", flush=True)
 
-    watched = Ranks(ranks, cases, work)
-    problem = watched.run()
+    problem = by_ranks(args.ranks, cases, work)
     return f"{problem}. Alone: {again} {problem.split('case ')[1].split()[0]}" if problem else ""
 
 
@@ -442,7 +457,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         problem = references(cases, directory)
-        problem = f"on one rank: {problem}" if problem else compared(cases, args.ranks, directory)
+        problem = f"on one rank: {problem}" if problem else compared(cases, args, directory)
         lines = directory / "outcomes.jsonl"
         outcomes = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     body = summary(cases, outcomes, args) | {"seconds": time.monotonic() - begun, "problem": problem}
