@@ -12,6 +12,10 @@ from torch.distributed import P2POp, ProcessGroup
 
 from torchspec.devices.api import TorchspecError, launch
 
+# Renamed in torch 2.13, which warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class TorchCommunication:
     """Collectives of one backend name, e.g. "gloo" or "cpu:gloo,cuda:nccl". Groups are always explicit."""
@@ -76,14 +80,15 @@ class TorchCommunication:
 
     def all_gather(self, tensor: Tensor, group: ProcessGroup) -> list[Tensor]:
         """Every group rank's tensor, in rank order. Shapes and dtypes are equal on all ranks."""
-        received = [torch.empty_like(tensor) for _ in range(group.size())]
-        dist.all_gather(received, tensor.contiguous(), group=group)
-        return received
+        received = tensor.new_empty(group.size(), *tensor.shape)
+        # Flat, into one buffer: lists are copied once more by some backends, and others take no shapes here.
+        _all_gather(received.view(-1), tensor.contiguous().view(-1), group=group)
+        return list(received.unbind(0))
 
     def reduce_scatter(self, parts: Sequence[Tensor], group: ProcessGroup) -> Tensor:
         """The sum over the group's ranks of their parts[r], where r is this rank. One shape and dtype."""
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, [part.contiguous() for part in parts], op=dist.ReduceOp.SUM, group=group)
+        mine = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+        _reduce_scatter(mine.view(-1), torch.cat([part.reshape(-1) for part in parts]), group=group)
         return mine
 
     def all_reduce(self, tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -97,7 +97,7 @@ def choose(traffic: Traffic, activations: int) -> tuple[Exchange, str]:
     best = min(small, key=traffic.sent) if small else min(allowed, key=traffic.held)
     others = [f"{name} {_size(traffic.sent(name))}" for name in allowed if name in small and name != best]
     against = f" (against {', '.join(others)})" if others else ""
-    large = [f"{name} {_size(traffic.held(name))}" for name in allowed if name not in small]
+    large = [f"{name} {_size(traffic.held(name))}" for name in allowed if name not in small and name != best]
     kept_out = f"; too much to hold: {', '.join(large)}" if large else ""
     reason = (
         f"a rank sends {_size(traffic.sent(best))} per micro-batch{against} and holds {_size(traffic.held(best))} of "

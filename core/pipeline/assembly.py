@@ -134,9 +134,12 @@ def find_start(config: RunConfig, algorithm: Algorithm, target: TargetSpec, data
 
 
 def build_model(
-    config: RunConfig, algorithm: Algorithm, target: Target, start: Start, context: ParallelContext
+    config: RunConfig, algorithm: Algorithm, target: Target, start: Start, context: ParallelContext, longest: int
 ) -> Model:
-    """The sharded draft; every rank builds the same one from the seed, then draws from a random state of its own."""
+    """The sharded draft; every rank builds the same one from the seed, then draws from a random state of its own.
+
+    `longest` is the length of the longest sample, on which the exchange of keys may depend.
+    """
     torch.manual_seed(config.seed)
     draft = algorithm.build_draft(start.vocabulary, target.head)
     if start.state is not None:
@@ -144,7 +147,7 @@ def build_model(
     on_host = config.train.offload
     sharded = shard_draft(draft, context, config.precision.compute, states_on_host=on_host in ("states", "all"))
     seed_rank(context.device.runtime, config.seed, 0, context.rank)
-    exchange, why = choose_exchange(config, algorithm, context.world_size)
+    exchange, why = choose_exchange(config, algorithm, context.world_size, longest)
     if why:
         logger.info("parallel.exchange is %s: %s", exchange, why)
     return Model(

@@ -105,7 +105,8 @@ def _train_in(
     data = assembly.load_data(config, checked.tokenizer, context, progress)
     with _loaded(config, context, progress) as target:
         start = context.agree(lambda: assembly.find_start(config, algorithm, target.spec, data, resumed))
-        model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context))
+        longest = max(map(int, data.train.lengths))
+        model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context, longest))
         setup = assembly.build_setup(config, model, target, data, start, context, progress)
         trainer = Trainer(model, data.train, setup, context)
         if resumed is not None:
@@ -125,7 +126,7 @@ def _train_in(
 def _tell_changes(resumed: Path, facts: dict[str, Any]) -> None:
     """Settings that may change between sessions, such as a longer run, are used and named."""
     saved = checkpoint_files.read_json(resumed / checkpoint.DRAFT)["config"]
-    for section in ("train", "eval", "precision", "target"):
+    for section in ("train", "parallel", "eval", "precision", "target"):
         for line in checkpoint.differences(saved.get(section), facts["config"].get(section), section):
             logger.warning("changed since the checkpoint and used from here on: %s", line)
 

@@ -87,10 +87,20 @@ def _packing_problems(config: RunConfig) -> list[Problem]:
 
 def _exchange_problems(config: RunConfig, algorithm: Algorithm, ranks: int) -> list[Problem]:
     parallel, shape = config.parallel, algorithm.attention_shape
+    if _sequence_ranks(config) == 1 and parallel.exchange != "auto":
+        return [
+            Problem(
+                field="parallel.exchange",
+                value=parallel.exchange,
+                message="no ranks share a sequence: parallel.ulysses and parallel.ring are 1",
+                choices=("auto",),
+            )
+        ]
     if parallel.exchange in ("auto", *possible(shape, parallel.ulysses, parallel.ring)):
         return []
     if parallel.exchange in ("ulysses", "usp") and not heads_fit(shape.query_heads, shape.key_heads, parallel.ulysses):
-        works = [str(u) for u in range(1, shape.query_heads + 1) if heads_fit(shape.query_heads, shape.key_heads, u)]
+        divisors = (u for u in _divisors(ranks) if ranks % (u * parallel.ring) == 0)
+        works = [str(u) for u in divisors if heads_fit(shape.query_heads, shape.key_heads, u)]
         return [
             Problem(
                 field="parallel.ulysses",
@@ -183,11 +193,12 @@ def choose_logits(config: RunConfig) -> tuple[LogitsForm, str]:
 def row_tokens(config: RunConfig, ranks: int, longest: int | None = None) -> int:
     """Positions of one forward pass on one rank, at most; `longest` is the longest sample's length where known."""
     train, shared = config.train, _sequence_ranks(config)
+    length = longest or config.data.max_length
     if train.tokens_per_rank is not None:
-        return train.tokens_per_rank
+        return min(train.tokens_per_rank, -(-train.batch_size * length // shared))  # no row holds more than a batch
     data = max(1, ranks // shared)
     samples = min(train.micro_batch_size, math.ceil(train.batch_size / data))
-    return samples * -(-(longest or config.data.max_length) // shared)
+    return samples * -(-length // shared)
 
 
 def choose_exchange(

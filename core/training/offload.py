@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from torchspec.core.training.sharding import local
 
 SMALLEST_BYTES = 1 << 20
 """A smaller tensor is not worth two transfers."""
@@ -33,19 +36,25 @@ class HostOffload:
 
     `torch.autograd.graph.save_on_cpu` copies a tensor once for every operator that saves it; the unroll saves each
     step's keys at every later one. Here a tensor goes out once and comes back once for those who use it together.
-    `away` copies to the host, `back` to the device.
+    `away` copies to the host, `back` to the device. `stays` are tensors that are kept in any case, asked for at the
+    first use, when a sharded model has gathered its parameters.
     """
 
     away: Callable[[Tensor], Tensor]
     back: Callable[[Tensor, torch.device], Tensor]
     smallest_bytes: int
+    stays: Callable[[], Iterable[Tensor]] = tuple
     _seen: dict[_Key, tuple[StorageWeakRef, Waiting]] = field(default_factory=dict)
 
+    @cached_property
+    def _staying(self) -> set[int]:
+        return {tensor.untyped_storage()._cdata for tensor in self.stays()}
+
     def pack(self, tensor: Tensor) -> Tensor | Waiting:
-        # Parameters are kept in any case.
-        if tensor.nbytes < self.smallest_bytes or isinstance(tensor, torch.nn.Parameter):
-            return tensor
         storage = tensor.untyped_storage()
+        # Autograd hands over another tensor object, so parameters are known by where they lie.
+        if tensor.nbytes < self.smallest_bytes or storage._cdata in self._staying:
+            return tensor
         view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         key = (storage._cdata, *view)
         known = self._seen.get(key)
@@ -69,11 +78,15 @@ class HostOffload:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
 
-def offloaded(*, activations: bool) -> AbstractContextManager[object]:
-    """What is saved for the backward pass inside this block goes to pinned host memory; nothing does if not wanted."""
+def offloaded(model: nn.Module, *, activations: bool) -> AbstractContextManager[object]:
+    """What is saved for the backward pass inside this block goes to pinned host memory, but for the model's parameters;
+    nothing does if not wanted."""
     if not activations:
         return nullcontext()
-    return HostOffload(away=_to_host, back=_to_device, smallest_bytes=SMALLEST_BYTES).hooks()
+    offload = HostOffload(
+        away=_to_host, back=_to_device, smallest_bytes=SMALLEST_BYTES, stays=lambda: map(local, model.parameters())
+    )
+    return offload.hooks()
 
 
 def _to_host(tensor: Tensor) -> Tensor:

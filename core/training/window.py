@@ -163,7 +163,7 @@ def run_window(
             loaded = {index: Documents.of(share[turn], samples, batch[0]) for index, share in shares.items()}
         with timer.phase("capture"):
             rows = captured_rows(model, loaded, context)
-        with timer.phase("forward"), offloaded(activations=model.offload_activations):
+        with timer.phase("forward"), offloaded(model.draft, activations=model.offload_activations):
             result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
         with timer.phase("backward"):
             torch.autograd.backward(result.numerator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchspec.core.training.offload import HostOffload, offloaded
 
@@ -22,12 +22,12 @@ class Traffic:
         self.home += host.nbytes
         return host.clone()
 
-    def hooks(self) -> HostOffload:
-        return HostOffload(away=self.away, back=self.back, smallest_bytes=0)
+    def hooks(self, *stays: Tensor) -> HostOffload:
+        return HostOffload(away=self.away, back=self.back, smallest_bytes=0, stays=lambda: stays)
 
 
 def test_gradients_are_the_same_and_a_tensor_goes_out_once() -> None:
-    weight = torch.nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+    weight = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
 
     def loss() -> Tensor:
         x = torch.linspace(0, 1, 64, dtype=torch.float64).view(8, 8) @ weight
@@ -76,16 +76,25 @@ def test_a_tensor_comes_back_once_for_those_who_hold_it_together() -> None:
     assert traffic.home == 80
 
 
-def test_small_tensors_and_parameters_stay() -> None:
+def test_parameters_stay_also_where_only_a_view_of_them_is_saved() -> None:
+    first, second = nn.Linear(8, 16, bias=False), nn.Linear(16, 3, bias=False)
+    traffic = Traffic()
+    x = torch.randn(4, 8, requires_grad=True)
+    with traffic.hooks(*first.parameters(), *second.parameters()).hooks():
+        loss = second(first(x).relu()).square().sum()
+    loss.backward()
+    assert traffic.out == (x.numel() + 4 * 16 + 4 * 3) * 4  # x, relu's output, the squares' input
+
+
+def test_small_tensors_stay() -> None:
     packer = HostOffload(away=torch.clone, back=lambda host, _: host, smallest_bytes=1 << 20)
-    small, parameter = torch.ones(10), torch.nn.Parameter(torch.ones(1 << 20))
+    small = torch.ones(10)
     assert packer.pack(small) is small
-    assert packer.pack(parameter) is parameter
 
 
 def test_the_hooks_of_a_run_keep_the_numbers() -> None:
     x = torch.randn(700, 700, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(x.sin().square().sum(), x)[0]
-    with offloaded(activations=True):
+    with offloaded(nn.Linear(2, 2), activations=True):
         made = x.sin().square().sum()
     assert torch.equal(torch.autograd.grad(made, x)[0], expected)
