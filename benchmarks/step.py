@@ -237,7 +237,8 @@ def main() -> int:
     parser.add_argument("--parts", action="store_true", help="measure attention and loss alone too")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments(parser)
-    for name in ("hidden", "intermediate", "heads", "kv_heads", "vocabulary", "draft_vocabulary", "unroll"):
+    names = ("hidden", "intermediate", "heads", "kv_heads", "head_size", "vocabulary", "draft_vocabulary", "unroll")
+    for name in names:
         default = Problem.__dataclass_fields__[name].default
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     args = parser.parse_args()

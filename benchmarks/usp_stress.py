@@ -277,7 +277,7 @@ def window(case: Case, model: Model, context: mesh.ParallelContext) -> dict[str,
 
 
 def apart(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The worst relative 2-norm difference of a tensor, and its name; infinite where zeros or tensors are missed, or for NaN."""
+    """The worst relative 2-norm difference of a tensor, and its name; infinite for NaN, and where zeros are missed."""
     if got.keys() != expected.keys():
         return float("inf"), f"tensors {sorted(got.keys() ^ expected.keys())}"
     size = {name: float(value.double().norm()) for name, value in expected.items()}

@@ -99,7 +99,8 @@ def _exchange_problems(config: RunConfig, algorithm: Algorithm, ranks: int) -> l
     if parallel.exchange in ("auto", *possible(shape, parallel.ulysses, parallel.ring)):
         return []
     if parallel.exchange in ("ulysses", "usp") and not heads_fit(shape.query_heads, shape.key_heads, parallel.ulysses):
-        divisors = (u for u in _divisors(ranks) if ranks % (u * parallel.ring) == 0)
+        shared = ((u, u * parallel.ring) for u in _divisors(ranks))
+        divisors = (u for u, size in shared if size > 1 and ranks % size == 0)
         works = [str(u) for u in divisors if heads_fit(shape.query_heads, shape.key_heads, u)]
         return [
             Problem(

@@ -70,11 +70,12 @@ class Sums:
     tokens: int = 0
     positions: int = 0
 
-    def add(self, result: StepResult) -> None:
+    def add(self, result: StepResult, *, counts: bool = True) -> None:
+        """`counts`: not so for a stand-in, whose tokens are nobody's."""
         parts = {"numerator": result.numerator, "denominator": result.denominator}
         parts |= {f"sums/{name}": value for name, value in result.sums.items()}
         for name, value in parts.items():
-            kept = value.detach()
+            kept = value.detach() if counts else torch.zeros_like(value)
             self.values[name] = self.values[name] + kept if name in self.values else kept.clone()
 
     def reduce(self, context: ParallelContext) -> Sums:
@@ -167,8 +168,8 @@ def run_window(
             result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
         with timer.phase("backward"):
             torch.autograd.backward(result.numerator)
-        sums.add(result)
         mine = loaded[context.data_rank]
+        sums.add(result, counts=bool(mine.indices))
         if mine.indices and context.sequence_rank == 0:
             sums.tokens += sum(sample.input_ids_T.numel() for sample in mine.samples)
             sums.positions += len(mine.packs) * rows.layout.padded

@@ -252,7 +252,7 @@ def test_every_setting_is_described_and_typed() -> None:
     assert type_text(settings(schema)["train.max_steps"]) == "a whole number >= 1 or null"
     assert type_text(settings(schema)["train.decay_fraction"]) == "a number >= 0.0 and <= 1.0"
     assert choices(settings(schema)["train.resume"]) == ("auto", "never")
-    assert set(sections(schema)) == {"target", "data", "train", "precision", "eval", "draft"}
+    assert set(sections(schema)) == {"target", "data", "train", "parallel", "precision", "eval", "draft"}
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:

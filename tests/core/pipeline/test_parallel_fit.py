@@ -53,6 +53,12 @@ WRONG = {
     "heads that three cannot share": Wrong(
         12, ("parallel.ulysses=3", "parallel.exchange=usp"), ("parallel.ulysses",), "4 query and 2 key heads"
     ),
+    "heads that three of six cannot share": Wrong(
+        6, ("parallel.ulysses=3", "parallel.exchange=usp"), ("parallel.ulysses",), "4 query and 2 key heads"
+    ),
+    "an exchange without sharing": Wrong(
+        2, ("parallel.exchange=ring",), ("parallel.exchange",), "no ranks share a sequence"
+    ),
     "heads that eight cannot share": Wrong(
         8, ("parallel.ulysses=8", "parallel.exchange=ulysses"), ("parallel.ulysses",), "4 query and 2 key heads"
     ),
@@ -229,7 +235,9 @@ def test_how_large_the_exchange_takes_a_forward_pass_to_be(make_config: Any) -> 
     assert rows(2, "parallel.ring=2", long, longest=100) == 2 * 50
     assert rows(4, "train.batch_size=4", "train.micro_batch_size=8", long) == 301
     assert rows(4, "parallel.ulysses=2", "train.batch_size=4", "train.micro_batch_size=8", long) == 2 * 151
-    assert rows(2, "parallel.ring=2", "train.tokens_per_rank=777", long, longest=100) == 777
+    packed = ("parallel.ring=2", "train.batch_size=4", long)
+    assert rows(2, *packed, "train.tokens_per_rank=177", longest=100) == 177
+    assert rows(2, *packed, "train.tokens_per_rank=777", longest=100) == 4 * 50
 
 
 @pytest.mark.parametrize(

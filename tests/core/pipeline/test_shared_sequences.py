@@ -25,17 +25,16 @@ STEPS, STOP = 8, 3
 CIRCUMSTANCES = {"padding_fraction", "tokens_per_second", "step_seconds", "time", "memory", "seconds"}
 """What a row of metrics.jsonl says of how it came about, and not of the model."""
 
-CLOSE = 1e-5
+CLOSE, CANCELLED = 1e-5, 5e-5
+"""Relative, in float32; the KL divergence is a small difference of large sums."""
 
 SHAPES = {
     "ulysses": ("train.micro_batch_size=2", "parallel.ulysses=2", "parallel.exchange=ulysses"),
-    "packed ring": (
-        "parallel.ring=2", "parallel.exchange=ring", "train.tokens_per_rank=64", "target.shard_logits=vocabulary",
-    ),
     "target held together": (
         "train.micro_batch_size=4", "parallel.ulysses=2", "target.tensor_parallel=2", "train.recompute=true",
     ),
 }  # fmt: skip
+PACKED = ("parallel.ring=2", "parallel.exchange=ring", "train.tokens_per_rank=64", "target.shard_logits=vocabulary")
 
 Row = dict[str, Any]
 Runs = Callable[..., Path]
@@ -74,7 +73,7 @@ def two_ranks(values: dict[str, Any], run: Path, *words: str) -> Path:
     file.write_text(yaml.safe_dump({**values, "output": str(run)}))
     command = [sys.executable, "-m", "torchspec", "train", "--config", str(file), "--nproc", "2", *words]
     ran = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return run
@@ -96,8 +95,9 @@ def compare(run: Path, expected: Path) -> None:
         assert row.keys() == other.keys()
         for name, value in other.items():
             where = f"{name} of the {other['kind']} at step {other['step']}"
-            exact = not isinstance(value, float | list)
-            assert row[name] == (value if exact else pytest.approx(value, rel=CLOSE, abs=1e-9)), where
+            if isinstance(value, float | list):
+                value = pytest.approx(value, rel=CANCELLED if name.startswith("kl") else CLOSE, abs=1e-9)
+            assert row[name] == value, where
     assert (run / "draft" / "model.safetensors").stat().st_size > 0
     assert (run / "draft" / "config.json").is_file()
 
@@ -121,9 +121,9 @@ def test_two_ranks_that_share_give_one_ranks_run(
 
 
 def test_a_run_goes_on_with_other_ranks(values: dict[str, Any], one_rank: Path, tmp_path: Path) -> None:
-    """One rank until it is stopped, then two that share sequences over the default exchange."""
+    """One rank until it is stopped, then two that share packed sequences and the target's head."""
     run = alone(values, tmp_path / "run", f"train.max_steps={STOP}", "eval.every=0", "data.validation=[]")
     assert [row["step"] for row in rows(run)] == list(range(1, STOP + 1))
-    compare(two_ranks(values, run, "parallel.ulysses=2", "train.tokens_per_rank=64"), one_rank)
+    compare(two_ranks(values, run, *PACKED), one_rank)
     sessions = json.loads((run / "environment.json").read_text())["sessions"]
     assert [(session["from_step"], session["ranks"]) for session in sessions] == [(0, 1), (STOP, 2)]

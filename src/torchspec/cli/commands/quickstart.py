@@ -19,7 +19,7 @@ from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.cli.options import Parser, add_options, all_flags, collect_options
 from torchspec.cli.schemas import JsonOption, TargetOptions
 from torchspec.cli.training import train
-from torchspec.core.config.schema import Positive, RunConfig
+from torchspec.core.config.schema import Positive, RunConfig, TargetReading
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _train(
 
 
 def _target_options(config: RunConfig) -> TargetOptions:
-    reading = config.target.model_dump(exclude={"path"})
+    reading = config.target.model_dump(include=set(TargetReading.model_fields))
     return TargetOptions(target=config.target.path, device=config.device, backend=config.backend, **reading)
 
 
