@@ -48,3 +48,27 @@ def test_the_steps_figures_keep_their_limits_and_stand_in_its_page() -> None:
     assert sparse["cpu_seconds"] <= 0.45 * dense["cpu_seconds"]
     assert dense["attention"]["ratio"] <= 1.10
     assert f"{dense['loss']['ratio']:.2f} times its own" in page
+
+
+def test_shared_sequences_keep_their_limits_and_stand_in_their_page() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "usp.json").read_text())
+    page = (ROOT / "docs" / "long-sequences.md").read_text()
+    shapes = {(row["ulysses"] * row["ring"], row["exchange"]): row for row in figures["shapes"]}
+    assert {(2, "ring"), (4, "ring"), (4, "usp"), (4, "ulysses"), (4, "gather")} <= shapes.keys()
+    for (ranks, exchange), row in shapes.items():
+        name = exchange if ranks > 1 else "-"
+        told = f"| {row['ulysses']} x {row['ring']} | {name} | {row['sequence_part_mb']:.0f} | "
+        assert told + f"{row['times_ranks_over_one']:.2f} | {row['sent_mb']:.1f} |" in page
+        assert row["times_ranks_over_one"] <= 1.10
+        assert row["sent_mb"] == row["formula_mb"]
+    balance = figures["balance"]
+    for ranks in ("2", "4", "8", "16"):
+        packed = balance["zigzag, packed"][ranks]
+        shares = (balance["contiguous"][ranks]["ring"], balance["zigzag"][ranks]["ring"], *packed.values())
+        assert f"| {ranks} | " + " | ".join(f"{share:.0%}".replace("%", " %") for share in shares) + " |" in page
+
+
+def test_no_random_configuration_of_shared_sequences_hung_or_differed() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "usp_stress.json").read_text())
+    assert (figures["ranks"], figures["configurations"], figures["equal"]) == (8, 200, 200)
+    assert figures["worst_relative_difference"] <= figures["limit"] <= 1e-11
