@@ -72,3 +72,13 @@ def test_no_random_configuration_of_shared_sequences_hung_or_differed() -> None:
     figures = json.loads((ROOT / "benchmarks" / "results" / "usp_stress.json").read_text())
     assert (figures["ranks"], figures["configurations"], figures["equal"]) == (8, 200, 200)
     assert figures["worst_relative_difference"] <= figures["limit"] <= 1e-11
+
+
+def test_a_long_step_took_what_was_planned() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "usp_long.json").read_text())
+    page = " ".join((ROOT / "docs" / "long-sequences.md").read_text().split())
+    assert "--long 131072" in figures["command"]
+    assert figures["sent_mb"] == figures["formula_mb"]
+    assert figures["measured_over_planned"] == pytest.approx(1, abs=0.15)
+    measured, planned = figures["peak_mb_over_base"] / 1e3, figures["planned_mb"] / 1e3
+    assert f"{measured:.1f} GB per rank over its base; the planner says {planned:.1f} GB" in page

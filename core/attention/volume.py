@@ -107,4 +107,5 @@ def choose(traffic: Traffic, activations: int) -> tuple[Exchange, str]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+    """Decimal, as in the rest of a plan."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

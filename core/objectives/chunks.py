@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from torchspec.core.interfaces.target import VocabularyShards
 from torchspec.core.parallel.vocabulary import gather_counts
 
 ShardLogits = Literal["tokens", "vocabulary"]
@@ -143,20 +143,21 @@ def plan_chunks(row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int) 
 
 
 def plan_shared_chunks(
-    row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int, group: ProcessGroup
+    row_M: Tensor, sizes: Sequence[int], rows: int, most_rows: int, shards: VocabularyShards
 ) -> tuple[SharedChunk, ...]:
     """As `plan_chunks`, each rank's own, as many on every rank as the one with most rows needs; on the host.
 
-    A collective over the group, which must take CPU tensors. A rank without rows or pairs takes part with empty chunks.
+    A collective over those who share the head, whose group must take CPU tensors. A rank without rows or pairs takes
+    part with empty chunks.
     """
-    count = max(needed for (needed,) in gather_counts([-(-rows // most_rows)], group))
+    count = max(needed for (needed,) in gather_counts([-(-rows // most_rows)], shards))
     own = _cut(row_M, sizes, rows, count)
-    shared = gather_counts([number for chunk in own for number in (chunk.stop - chunk.start, chunk.count)], group)
+    shared = gather_counts([number for chunk in own for number in (chunk.stop - chunk.start, chunk.count)], shards)
     return tuple(
         SharedChunk(
             **vars(chunk),
             place=place,
-            rank=group.rank(),
+            rank=shards.rank,
             rows_P=tuple(counts[2 * place] for counts in shared),
             pairs_P=tuple(counts[2 * place + 1] for counts in shared),
         )

@@ -12,31 +12,27 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from torchspec.core.interfaces.target import VocabularyShards
 
 
-def gather_counts(counts: Sequence[int], group: ProcessGroup) -> list[list[int]]:
+def gather_counts(counts: Sequence[int], shards: VocabularyShards) -> list[list[int]]:
     """Every rank's host integers, in rank order; equally many on all ranks."""
-    mine = torch.tensor(list(counts), dtype=torch.int64)
-    found: list[list[int]] = _gathered(mine, group).tolist()
-    return found
+    return [each.tolist() for each in _gathered(torch.tensor(list(counts), dtype=torch.int64), shards)]
 
 
 def gather_vectors(x_X: Tensor, shards: VocabularyShards) -> Tensor:
     """[P, X]: every rank's vector."""
-    return _gathered(x_X, shards.group)
+    return torch.stack(_gathered(x_X, shards))
 
 
 def gather_rows(x_CZ: Tensor, counts: Sequence[int], shards: VocabularyShards) -> Tensor:
     """[A, Z]: the `counts[r]` rows of every rank r. All ranks send the same dtype, so the values are exact."""
     if shards.size == 1:
         return x_CZ
-    gathered_PCZ = _gathered(_padded(x_CZ, max(counts)), shards.group)
-    return torch.cat([rows_CZ[:count] for rows_CZ, count in zip(gathered_PCZ, counts, strict=True)])
+    gathered = _gathered(_padded(x_CZ, max(counts)), shards)
+    return torch.cat([rows_CZ[:count] for rows_CZ, count in zip(gathered, counts, strict=True)])
 
 
 def to_owners(x_AZ: Tensor, counts: Sequence[int], shards: VocabularyShards) -> Tensor:
@@ -49,15 +45,12 @@ def to_owners(x_AZ: Tensor, counts: Sequence[int], shards: VocabularyShards) -> 
 
 
 def summed(x: Tensor, shards: VocabularyShards) -> Tensor:
-    """The sum over the ranks, in place."""
-    dist.all_reduce(x, op=dist.ReduceOp.SUM, group=shards.group)
-    return x
+    """The sum over the ranks."""
+    return shards.communication.all_reduce(x, shards.group)
 
 
-def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    gathered = x.new_empty(group.size(), *x.shape)
-    dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=group)
-    return gathered
+def _gathered(x: Tensor, shards: VocabularyShards) -> list[Tensor]:
+    return shards.communication.all_gather(x, shards.group)
 
 
 def _padded(x_CZ: Tensor, rows: int) -> Tensor:

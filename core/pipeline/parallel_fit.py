@@ -98,7 +98,8 @@ def _exchange_problems(config: RunConfig, algorithm: Algorithm, ranks: int) -> l
         ]
     if parallel.exchange in ("auto", *possible(shape, parallel.ulysses, parallel.ring)):
         return []
-    if parallel.exchange in ("ulysses", "usp") and not heads_fit(shape.query_heads, shape.key_heads, parallel.ulysses):
+    other = {"ulysses": "ring", "ring": "ulysses"}.get(parallel.exchange, "")
+    if getattr(parallel, other, 1) == 1:  # then it is the heads
         shared = ((u, u * parallel.ring) for u in _divisors(ranks))
         divisors = (u for u, size in shared if size > 1 and ranks % size == 0)
         works = [str(u) for u in divisors if heads_fit(shape.query_heads, shape.key_heads, u)]
@@ -112,7 +113,6 @@ def _exchange_problems(config: RunConfig, algorithm: Algorithm, ranks: int) -> l
                 remedy="or parallel.exchange=gather, which leaves heads together",
             )
         ]
-    other = "ring" if parallel.exchange == "ulysses" else "ulysses"
     return [
         Problem(
             field="parallel.exchange",

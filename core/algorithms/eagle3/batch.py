@@ -244,7 +244,7 @@ class Plan:
     def chunks(self, pairs: Pairs) -> tuple[Chunk, ...]:
         """Of pairs on the host; a collective over those who share the head."""
         cut = (pairs.row_M, pairs.sizes, pairs.place_R.numel(), self.chunk_rows)
-        return plan_chunks(*cut) if self.shards is None else plan_shared_chunks(*cut, self.shards.group)
+        return plan_chunks(*cut) if self.shards is None else plan_shared_chunks(*cut, self.shards)
 
 
 def build_batch(rows: FeatureRows, plan: Plan) -> Batch:

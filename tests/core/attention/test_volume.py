@@ -93,13 +93,13 @@ def test_the_reason_gives_the_bytes() -> None:
     moved = traffic(shape(8, 8, steps=1), 1, 8)
     values = 1024 * 8 * 64  # of the keys of a rank
     gathered, round_trip = 2 * 7 * values * (2 + 4), 2 * values * (2 * 7 * 2 + 8 * 4)
-    best, reason = choose(moved, 1 << 40)
+    best, reason = choose(moved, 10**12)
     assert best == "gather"
-    assert f"a rank sends {gathered / 2**20:.2f} MiB" in reason
-    assert f"against ring {round_trip / 2**20:.2f} MiB" in reason
+    assert f"a rank sends {gathered / 1e6:.2f} MB" in reason
+    assert f"against ring {round_trip / 1e6:.2f} MB" in reason
     held = 2 * 8 * values * (2 * 2 + 4)
-    assert f"holds {held / 2**20:.2f} MiB of keys and values beside 1024.00 GiB" in reason
+    assert f"holds {held / 1e6:.2f} MB of keys and values beside 1000.00 GB" in reason
     assert choose(moved, held)[0] == "gather"
     best, reason = choose(moved, held - 1)
     assert best == "ring"
-    assert f"too much to hold: gather {held / 2**20:.2f} MiB" in reason
+    assert f"too much to hold: gather {held / 1e6:.2f} MB" in reason

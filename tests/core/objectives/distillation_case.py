@@ -110,7 +110,7 @@ class Case:
             shard_logits=self.shard_logits,
         )  # fmt: skip
         cut, shards = (self.row_M, self.sizes, len(self.normed_RH), most_rows), self.target.shards
-        planned = plan_chunks(*cut) if shards is None else plan_shared_chunks(*cut, shards.group)
+        planned = plan_chunks(*cut) if shards is None else plan_shared_chunks(*cut, shards)
         base_M = self.base_M
         if survey:
             coverage_R = teacher.survey(planned)

@@ -52,7 +52,7 @@ class Watching(TorchDispatchMode):
                 self.largest = max(self.largest, out.numel())
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "c10d":
-            given = args[1] if name in ("allgather_", "alltoall_base_") else args[0]
+            given = args[1] if name in ("_allgather_base_", "alltoall_base_") else args[0]
             tensors = given if isinstance(given, list | tuple) else [given]
             self.sent[name] = self.sent.get(name, 0) + sum(x.numel() * x.element_size() for x in tensors)
         return found

@@ -119,26 +119,26 @@ def test_no_tensor_holds_all_tokens_and_the_vocabulary(sharded: ModuleType, resu
 
 
 def sent(cell: Any, case: Any, edges: tuple[int, ...]) -> dict[str, int]:
-    """Bytes that a rank hands to each kind of collective, by the formulas of docs/step.md, for the mix of all terms."""
+    """Bytes that a rank hands to each kind of collective, for the mix of all terms (docs/long-sequences.md)."""
     ranks, size, target = len(edges) - 1, cell.hidden, case.vocabulary.target_size
     item, wide = cell.dtype.itemsize, max(4, cell.dtype.itemsize)
     cuts = torch.tensor([target * rank // ranks for rank in range(ranks + 1)])
     columns = int(torch.searchsorted(case.vocabulary.ids_N, cuts).diff().max())
     pruned = case.vocabulary.size < target
     chunks = max(-(-(last - first) // cell.most_rows) for first, last in pairwise(edges))
-    given = {"allgather_": 8 + 16 * chunks, "alltoall_base_": 0, "allreduce_": 0}
+    given = {"_allgather_base_": 8 + 16 * chunks, "alltoall_base_": 0, "allreduce_": 0}
     for place in range(chunks):
         starts = [first + (last - first) * place // chunks for first, last in pairwise(edges)]
         stops = [first + (last - first) * (place + 1) // chunks for first, last in pairwise(edges)]
         rows = [stop - start for start, stop in zip(starts, stops, strict=True)]
         pairs = [int(((case.row_M >= i) & (case.row_M < j)).sum()) for i, j in zip(starts, stops, strict=True)]
-        given["allgather_"] += (1 + cell.survey) * max(rows) * size * item
+        given["_allgather_base_"] += (1 + cell.survey) * max(rows) * size * item
         if cell.form == "tokens":
             given["alltoall_base_"] += ranks * max(rows) * ((1 + cell.survey) * columns * item + 3 * wide * pruned)
             continue
         kinds = 1 + pruned + cell.survey  # of the draft's tokens, of all; of the draft's once more after a survey
         statistics = 3 * sum(pairs) + 3 * max(pairs) + 3 * kinds * sum(rows)
-        given["allgather_"] += max(pairs) * size * item + statistics * wide
+        given["_allgather_base_"] += max(pairs) * size * item + statistics * wide
         given["allreduce_"] += (SUMS * sum(pairs) + sum(rows)) * wide
         given["alltoall_base_"] += ranks * max(pairs) * size * item
     return {kind: count for kind, count in given.items() if count}

@@ -217,7 +217,7 @@ def test_the_exchange_is_what_is_asked_for_or_chosen_by_bytes(make_config: Any, 
     chosen, why = exchange(make_config, target, 2, "parallel.ulysses=2")
     for name in ("gather", "ulysses", "usp"):
         assert name == chosen or f"{name} " in why
-    assert re.search(r"a rank sends [\d.]+ MiB per micro-batch .*and holds [\d.]+ MiB of keys and values", why)
+    assert re.search(r"a rank sends [\d.]+ MB per micro-batch .*and holds [\d.]+ MB of keys and values", why)
     # Three ranks cannot share four heads: nothing but gathering is left.
     chosen, why = exchange(make_config, target, 3, "parallel.ulysses=3")
     assert (chosen, "against" in why) == ("gather", False)
