@@ -15,22 +15,33 @@ from torchspec.core.interfaces.engine import (
     TargetEngine,
     TargetSpec,
 )
-from torchspec.core.interfaces.features import Features, FeatureSink, NormState, RecordRef
+from torchspec.core.interfaces.features import (
+    Captured,
+    Features,
+    FeatureSink,
+    FeatureStore,
+    NormState,
+    Quarantined,
+    RecordRef,
+)
 
 __all__ = [
     "API_VERSION",
     "Availability",
     "CaptureRequest",
+    "Captured",
     "ConfigError",
     "DecodeSession",
     "Device",
     "EngineOptions",
     "EngineSpec",
     "FeatureSink",
+    "FeatureStore",
     "Features",
     "NormState",
     "Prefill",
     "Problem",
+    "Quarantined",
     "RecordRef",
     "StepOutput",
     "TargetEngine",

@@ -44,27 +44,25 @@ from torchspec.core import registry
 from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.attention.volume import possible
-from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.memory import MemoryStore
 from torchspec.core.interfaces.algorithm import StepMemory, TrainingSample
 from torchspec.core.interfaces.engine import CaptureRequest, TargetSpec
-from torchspec.core.interfaces.features import Features, RecordRef
+from torchspec.core.interfaces.features import Captured, Features
 from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.sequence import Exchange
 from torchspec.core.settings import Launch
+from torchspec.core.training.capturing import Model
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, Model, run_window
+from torchspec.core.training.window import Cut, run_window
 
 H, V, HEADS, HEAD_SIZE, DRAFT_V = 32, 90, 8, 8, 60
 LONGEST, MOST_DOCUMENTS = 80, 10
 LIMIT = 1e-11
 CANCELLED = 1e-4
 """A gradient smaller than this share of all of them may be what rounding left of larger ones: it is held against it."""
-
-STAND_INS = "sum.sums/tokens"
-"""Counts the short stand-ins of ranks that have nothing to do; the trainer's own count, `sum.tokens`, does not."""
 
 DEADLINE = timedelta(seconds=60)
 TOGETHER = 20
@@ -212,7 +210,7 @@ class Documents:
 class MadeUpTarget:
     """Features that depend on the document's tokens alone."""
 
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: MemoryFeatureSink) -> list[RecordRef]:
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: MemoryStore) -> list[Captured]:
         references = []
         for request in batch:
             ids_T = torch.tensor(request.input_ids)
@@ -268,7 +266,6 @@ def window(case: Case, model: Model, context: mesh.ParallelContext) -> dict[str,
     cut = Cut(micro_batch_size=case.micro_batch_size, row_tokens=case.row_tokens, equal_length=50.0)
     result = run_window(model, documents, range(len(documents)), cut, context, StepTimer(context.torch_device))
     found = {f"sum.{name}": value for name, value in result.sums.values.items()}
-    del found[STAND_INS]
     found["sum.tokens"] = torch.tensor(result.sums.tokens)
     for name, parameter in model.draft.named_parameters():
         assert isinstance(parameter.grad, DTensor)

@@ -24,6 +24,22 @@ class CheckpointError(TorchspecError):
     """A checkpoint or exported draft is missing, truncated, or belongs to something else."""
 
 
+class FeatureStoreError(TorchspecError):
+    """A record of features cannot be stored or given out."""
+
+
+class MissingRecordError(FeatureStoreError):
+    """There is no record of this id: never stored, already removed, or stored elsewhere."""
+
+
+class DamagedRecordError(FeatureStoreError):
+    """A record is not what was stored, or not what its reference promises."""
+
+
+class StoreFullError(FeatureStoreError):
+    """A record does not fit into what the store may hold."""
+
+
 class UnavailableError(TorchspecError):
     """A device or engine was named explicitly and is not available here; says why and what to install."""
 

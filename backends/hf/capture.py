@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchspec.backends.api import CaptureRequest, Features, FeatureSink, NormState, RecordRef, TargetError
+from torchspec.backends.api import Captured, CaptureRequest, Features, FeatureSink, NormState, Quarantined
 from torchspec.backends.hf.taps import TapRecorder
 from torchspec.backends.hf.target import HfTarget
 from torchspec.core.features.checks import check_features
@@ -19,12 +19,12 @@ from torchspec.core.features.checks import check_features
 @torch.no_grad()
 def capture(
     target: HfTarget, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink, norm_state: NormState
-) -> list[RecordRef]:
+) -> list[Captured]:
     """Run the target once over the batch and put one record per request; the output head never runs.
 
     Sequences are padded on the right. A causal target cannot see what stands to the right, so no padding mask is
     needed, the unmasked attention kernel applies (no [T, T] mask), and what is padded does not reach a record.
-    Either every record is put or none: TargetError names the samples whose states are not finite.
+    A sample whose states are not finite is quarantined.
     """
     target.check_taps(taps)
     for request in batch:
@@ -50,8 +50,13 @@ def capture(
         )
         check_features(request.record_id, features)
         records.append(features)
-    _check_finite(target, batch, records)
-    return [sink.put(request.record_id, features) for request, features in zip(batch, records, strict=True)]
+    found: list[Captured] = []
+    for request, features, finite in zip(batch, records, _finite(records), strict=True):
+        if finite:
+            found.append(sink.put(request.record_id, features))
+        else:
+            found.append(Quarantined(record_id=request.record_id, reason=_not_finite(target)))
+    return found
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -60,11 +65,13 @@ def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _check_finite(target: HfTarget, batch: Sequence[CaptureRequest], records: Sequence[Features]) -> None:
+def _finite(records: Sequence[Features]) -> list[bool]:
     finite_B = torch.stack([record.taps_TNH.isfinite().all() & record.last_TH.isfinite().all() for record in records])
-    bad = [request.record_id for request, finite in zip(batch, finite_B.tolist(), strict=True) if not finite]
-    if bad:
-        raise TargetError(
-            f"{target.spec.path} gives hidden states that are not finite for {len(bad)} of {len(batch)} samples "
-            f"({', '.join(bad[:5])}) in {target.model.dtype}: try target.dtype=bfloat16 or float32"
-        )
+    return list(finite_B.tolist())
+
+
+def _not_finite(target: HfTarget) -> str:
+    return (
+        f"{target.spec.path} gives hidden states that are not finite in {target.model.dtype}: "
+        "try target.dtype=bfloat16 or float32"
+    )

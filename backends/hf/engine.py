@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchspec.backends.api import (
+    Captured,
     CaptureRequest,
     DecodeSession,
     EngineOptions,
     FeatureSink,
     NormState,
-    RecordRef,
     TargetSpec,
 )
 from torchspec.backends.hf.capture import capture
@@ -44,7 +44,7 @@ class HfEngine:
     def describe(self) -> TargetSpec:
         return self._spec
 
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[Captured]:
         """See `backends.hf.capture.capture`."""
         return capture(self._target, batch, taps, sink, self.norm_state)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device
-from torchspec.core.interfaces.features import FeatureSink, RecordRef
+from torchspec.core.interfaces.features import Captured, FeatureSink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,11 @@ class TextGenerator(Protocol):
 
 
 class TargetEngine(TextGenerator, Protocol):
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
-        """Run the target over each token sequence, write `Features` into the sink, return references in order."""
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[Captured]:
+        """Run the target over each token sequence, write `Features` into the sink, return references in order.
+
+        A sample that cannot be captured is quarantined: the others are there all the same.
+        """
         ...
 
     def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:

@@ -27,11 +27,11 @@ from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.parallel_fit import LogitsForm, choose_exchange, choose_logits
 from torchspec.core.pipeline.rebuild import load_state, read_initial
 from torchspec.core.training import checkpoint
+from torchspec.core.training.capturing import Model
 from torchspec.core.training.random_state import seed_rank
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.trainer import Setup
 from torchspec.core.training.validation import Validator
-from torchspec.core.training.window import Model
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.export.layout import ExportContext, write_draft
 from torchspec.core.export.selfcheck import Probe
+from torchspec.core.interfaces.features import Quarantined
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import assembly, run_dir
@@ -23,11 +24,11 @@ from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
+from torchspec.core.training.capturing import Model, capture
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.trackers import TensorBoard, check_tensorboard
 from torchspec.core.training.trainer import Outcome, Trainer
-from torchspec.core.training.window import Model, capture
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ def _probe(model: Model, data: Data, context: ParallelContext) -> Probe | None:
     sample = data.train[0]
     if context.target_index or sample.input_ids_T.numel() < 2:
         return None
-    return Probe.record(capture(model, [sample])[0])
+    (features,) = capture(model, [sample])
+    return None if isinstance(features, Quarantined) else Probe.record(features)
 
 
 def _run(run: RunDirectory | None, config: RunConfig, trainer: Trainer, progress: ProgressSink | None) -> Outcome:

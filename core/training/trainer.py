@@ -19,10 +19,11 @@ from torch import Tensor
 
 from torchspec.core.config.schema import TrainConfig
 from torchspec.core.data.batches import global_batches
-from torchspec.core.errors import TorchspecError
+from torchspec.core.errors import TargetError, TorchspecError
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training import checkpoint
+from torchspec.core.training.capturing import Model, Samples
 from torchspec.core.training.checkpoint_files import directory_of, steps_on_disk
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
@@ -30,12 +31,14 @@ from torchspec.core.training.random_state import untouched
 from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, Model, Samples, Sums, WindowResult, run_window
+from torchspec.core.training.window import Cut, Sums, WindowResult, run_window
 
 logger = logging.getLogger(__name__)
 
 ProgressSink = Callable[[str, int, int], None]
 NAMED_SAMPLES = 16
+LEAST_QUARANTINED = 4
+"""From so many on, a run in which more samples cannot be captured than can is stopped."""
 
 
 class NonFiniteError(TorchspecError):
@@ -68,6 +71,7 @@ class Counters:
     updates: int = 0
     empty_windows: int = 0
     samples: int = 0
+    quarantined: int = 0
     tokens: int = 0
     validated_step: int = -1
     score: float | None = None
@@ -150,10 +154,12 @@ class Trainer:
         self.context.device.runtime.reset_peak_memory()
         timer = StepTimer(self.context.torch_device)
         result = run_window(self.model, self.samples, batch, self._cut, self.context, timer)
+        quarantined = self._quarantine(result)
         with timer.phase("optimizer"):
             rate, norm = self._update(result, batch)
         counters.step += 1
-        counters.samples += len(batch)
+        counters.samples += len(batch) - len(quarantined)
+        counters.quarantined += len(quarantined)
         counters.tokens += result.sums.tokens
         counters.score = None
         phases, seconds = timer.finish()
@@ -164,6 +170,7 @@ class Trainer:
             "samples": counters.samples,
             "tokens": counters.tokens,
             "empty_windows": counters.empty_windows,
+            **({"quarantined": quarantined} if quarantined else {}),
             **self._loss(result.sums),
             "lr": rate,
             "grad_norm": norm,
@@ -173,6 +180,21 @@ class Trainer:
             "time": phases,
             "memory": self._memory(),
         }
+
+    def _quarantine(self, result: WindowResult) -> dict[str, str]:
+        """Sample -> why it could not be captured, for the step's row; TargetError when that happens to most of them."""
+        found = {self.samples[index].sample_id: reason for index, reason in sorted(result.quarantined.items())}
+        for sample_id, reason in found.items():
+            logger.warning("sample %s could not be captured and is left out of its step: %s", sample_id, reason)
+        counters = self.counters
+        lost = counters.quarantined + len(found)
+        trained = counters.samples + result.samples - len(found)
+        if found and lost >= LEAST_QUARANTINED and lost > trained:
+            raise TargetError(
+                f"step {counters.step + 1}: {lost} samples could not be captured so far and {trained} could, so "
+                f"something is wrong with the engine or the target rather than with samples. The last reason: {reason}"
+            )
+        return found
 
     def _loss(self, sums: Sums) -> dict[str, Any]:
         if sums.denominator == 0:

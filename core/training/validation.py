@@ -14,8 +14,8 @@ from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, evaluate
 from torchspec.core.decoding.measure import Progress, PromptLike
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training.capturing import Model
 from torchspec.core.training.sharding import COMPUTE, unsharded_state
-from torchspec.core.training.window import Model
 
 MICROSECONDS = 1_000_000
 REHEARSED_TOKENS = 8

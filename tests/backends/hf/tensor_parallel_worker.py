@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchspec.backends.api import CaptureRequest, EngineOptions, TargetError
 from torchspec.backends.hf import target as target_module
 from torchspec.backends.hf.engine import HfEngine
-from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.registry import load_device
 
 RANKS = 4
@@ -51,10 +51,10 @@ def ask(engine: HfEngine) -> Answers:
     tensors: dict[str, Tensor] = {}
     for state in ("post_norm", "pre_norm"):
         engine.norm_state = state  # type: ignore[assignment]
-        sink = MemoryFeatureSink()
+        sink = MemoryStore()
         batch = [CaptureRequest(record_id=f"s{n}", input_ids=ids) for n, ids in enumerate(questions(0, 11, 3, 1, 8))]
         for ref in engine.capture(batch, layers, sink):
-            features = sink.take(ref)
+            features = take(sink, ref)
             tensors[f"{state}.{ref.record_id}.taps"] = features.taps_TNH
             tensors[f"{state}.{ref.record_id}.last"] = features.last_TH
     asked = questions(1, 9, 2, 1, 14)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from torchspec.backends.api import CaptureRequest, Features, TargetError
+from torchspec.backends.api import CaptureRequest, Features
 from torchspec.backends.hf.engine import HfEngine
 from torchspec.core.errors import ConfigError
-from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.models.target_head import load_target_head
 
 ATOL = 2e-5
@@ -30,12 +30,12 @@ def sequences(seed: int = 0) -> list[list[int]]:
 
 
 def captured(engine: HfEngine, batch: list[list[int]], taps: tuple[int, ...]) -> list[Features]:
-    sink = MemoryFeatureSink()
+    sink = MemoryStore()
     requests = [CaptureRequest(record_id=f"s{i}", input_ids=ids) for i, ids in enumerate(batch)]
     refs = engine.capture(requests, taps, sink)
     assert [ref.record_id for ref in refs] == [request.record_id for request in requests]
     assert [ref.length for ref in refs] == [len(ids) for ids in batch]
-    return [sink.take(ref) for ref in refs]
+    return [take(sink, ref) for ref in refs]
 
 
 def reference(path: Path, ids: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -155,17 +155,20 @@ def test_tokens_of_another_tokenizer(qwen3: HfEngine) -> None:
         captured(qwen3, [[]], (1,))
 
 
-def test_states_that_are_not_finite_are_refused_and_nothing_is_put(
+def test_a_sample_whose_states_are_not_finite_is_quarantined_and_the_others_are_put(
     tiny_target: Path, load_hf: Callable[..., HfEngine]
 ) -> None:
     engine = load_hf(tiny_target)
     engine._target.base.embed_tokens.weight.data[7] = float("nan")
-    sink = MemoryFeatureSink()
+    sink = MemoryStore()
     batch = [CaptureRequest(record_id="good", input_ids=[1, 2]), CaptureRequest(record_id="bad", input_ids=[1, 7])]
-    with pytest.raises(TargetError, match=r"1 of 2 samples \(bad\)"):
-        engine.capture(batch, (1,), sink)
-    assert len(sink) == 0
+    good, bad = engine.capture(batch, (1,), sink)
+    assert isinstance(good, RecordRef)
+    assert isinstance(bad, Quarantined)
+    assert (good.record_id, bad.record_id) == ("good", "bad")
+    assert "not finite in torch.float32: try target.dtype=bfloat16" in bad.reason
+    assert len(sink) == 1
 
 
 def test_empty_batch(qwen3: HfEngine) -> None:
-    assert qwen3.capture([], (1,), MemoryFeatureSink()) == []
+    assert qwen3.capture([], (1,), MemoryStore()) == []

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
-from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import Algorithm, Drafter, Proposal, StepResult
 from torchspec.core.interfaces.device import Device
@@ -32,7 +32,7 @@ from torchspec.core.interfaces.engine import (
     TargetEngine,
     TargetSpec,
 )
-from torchspec.core.interfaces.features import Features, FeatureSink, RecordRef
+from torchspec.core.interfaces.features import Captured, Features, FeatureSink
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec
@@ -82,7 +82,7 @@ class HashTarget:
     def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> HashSession:
         return HashSession(self, prompts, tuple(taps))
 
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[Captured]:
         raise NotImplementedError("not part of these tests")
 
     def generate(
@@ -261,9 +261,9 @@ class RealParts:
         return self.algorithm.drafter(self.draft, self.head, self.device)
 
     def features(self, sequences: Sequence[Sequence[int]]) -> list[Features]:
-        sink = MemoryFeatureSink()
+        sink = MemoryStore()
         requests = [CaptureRequest(record_id=str(at), input_ids=ids) for at, ids in enumerate(sequences)]
-        return [sink.take(ref) for ref in self.engine.capture(requests, self.algorithm.taps, sink)]
+        return [take(sink, ref) for ref in self.engine.capture(requests, self.algorithm.taps, sink)]
 
     def step(self, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> StepResult:
         return self.algorithm.step(self.draft, self.head, FeatureRows.of(self.features(sequences), masks), self.device)

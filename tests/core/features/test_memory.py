@@ -1,4 +1,4 @@
-"""The in-memory sink and the checks of every record."""
+"""The in-memory store and the checks of every record."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from torchspec.core.errors import DamagedRecordError, MissingRecordError
 from torchspec.core.features.checks import check_features
-from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.interfaces.features import Features, RecordRef
 
 
@@ -23,30 +24,30 @@ def features(length: int = 3) -> Features:
 
 
 def test_take_returns_what_was_put_and_removes_it() -> None:
-    sink, stored = MemoryFeatureSink(), features()
+    sink, stored = MemoryStore(), features()
     ref = sink.put("a", stored)
     assert ref == RecordRef(record_id="a", length=3)
     assert len(sink) == 1
-    assert sink.take(ref) is stored
+    assert take(sink, ref) is stored
     assert len(sink) == 0
-    with pytest.raises(LookupError, match="'a' is not stored"):
-        sink.take(ref)
+    with pytest.raises(MissingRecordError, match="'a' is not stored"):
+        take(sink, ref)
     sink.put("a", stored)  # once taken, an id is free again
 
 
 def test_duplicate_put_names_the_record_and_keeps_the_first() -> None:
-    sink, first = MemoryFeatureSink(), features()
+    sink, first = MemoryStore(), features()
     ref = sink.put("a", first)
     with pytest.raises(ValueError, match="'a' is already stored"):
         sink.put("a", features())
-    assert sink.take(ref) is first
+    assert take(sink, ref) is first
 
 
 def test_reference_of_another_length() -> None:
-    sink = MemoryFeatureSink()
+    sink = MemoryStore()
     sink.put("a", features())
-    with pytest.raises(LookupError, match="'a' has 3 tokens, its reference promises 4"):
-        sink.take(RecordRef(record_id="a", length=4))
+    with pytest.raises(DamagedRecordError, match="'a' has 3 tokens, its reference promises 4"):
+        take(sink, RecordRef(record_id="a", length=4))
     assert len(sink) == 1
 
 
@@ -66,7 +67,7 @@ def test_reference_of_another_length() -> None:
 )
 def test_inconsistent_records_are_refused(change: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint) as caught:
-        MemoryFeatureSink().put("sample-7", replace(features(), **change))  # type: ignore[arg-type]
+        MemoryStore().put("sample-7", replace(features(), **change))  # type: ignore[arg-type]
     assert "sample-7" in str(caught.value)
 
 

@@ -28,21 +28,22 @@ from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.attention.volume import Traffic
 from torchspec.core.data.batches import MicroBatch
-from torchspec.core.features.memory import MemoryFeatureSink
+from torchspec.core.features.memory import MemoryStore
 from torchspec.core.interfaces.algorithm import StepMemory, TrainingSample
 from torchspec.core.interfaces.device import Communication
 from torchspec.core.interfaces.engine import CaptureRequest, TargetSpec
-from torchspec.core.interfaces.features import Features, RecordRef
+from torchspec.core.interfaces.features import Captured, Features, Quarantined
 from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.sequence import gather_sequence
 from torchspec.core.settings import Launch
 from torchspec.core.training import offload
+from torchspec.core.training.capturing import Documents as FullDocuments
+from torchspec.core.training.capturing import Model, captured_rows
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, Model, captured_rows, run_window
-from torchspec.core.training.window import Documents as FullDocuments
+from torchspec.core.training.window import Cut, run_window
 
 Cell = dict[str, Any]
 H, V, HEADS, TAPS = 32, 90, 8, (1, 3, 4)
@@ -56,6 +57,7 @@ class Documents:
     and end teach nothing, so that some ranks have no supervised token; `none`: nothing is."""
 
     supervision: str
+    unsupervised: Sequence[int] = ()
     lengths: Sequence[int] = LENGTHS
 
     def __len__(self) -> int:
@@ -68,21 +70,25 @@ class Documents:
         mask_T = torch.ones(length, dtype=torch.bool)
         if self.supervision == "sparse":
             mask_T = (place_T % 9 > 5) & (place_T < 20)
-        elif self.supervision == "none":
-            mask_T = ~mask_T
+        if self.supervision == "none" or index in self.unsupervised:
+            mask_T = torch.zeros_like(mask_T)
         return TrainingSample(sample_id=f"row-{index}", input_ids_T=ids_T, loss_mask_T=mask_T)
 
 
 @dataclass(frozen=True)
 class MadeUpTarget:
-    """Features that depend on the document's tokens alone."""
+    """Features that depend on the document's tokens alone; of documents of the lengths `fails` there are none."""
 
     dtype: torch.dtype
+    fails: Sequence[int] = ()
 
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: MemoryFeatureSink) -> list[RecordRef]:
-        references = []
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: MemoryStore) -> list[Captured]:
+        references: list[Captured] = []
         for request in batch:
             ids_T = torch.tensor(request.input_ids)
+            if len(ids_T) in self.fails:
+                references.append(Quarantined(record_id=request.record_id, reason=f"length {len(ids_T)}"))
+                continue
             generator = torch.Generator().manual_seed(int((ids_T * torch.arange(1, len(ids_T) + 1)).sum()))
             taps_TNH = torch.randn(len(ids_T), len(taps), H, generator=generator, dtype=torch.float64)
             last_TH = torch.randn(len(ids_T), H, generator=generator, dtype=torch.float64)
@@ -152,7 +158,7 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
             states_on_host=cell.get("offload", False),
         ),
         head=head,
-        engine=MadeUpTarget(dtype),  # type: ignore[arg-type]
+        engine=MadeUpTarget(dtype, [LENGTHS[index] for index in cell.get("fails", ())]),  # type: ignore[arg-type]
         memory=StepMemory(recompute=cell.get("recompute", False), shard_logits=cell.get("shard_logits", "tokens")),
         exchange=cell.get("exchange", "gather"),
         offload_activations=cell.get("offload", False),
@@ -161,12 +167,14 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
 
 def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
     model = make_model(cell, context)
-    documents = Documents(cell.get("supervision", "dense"))
+    documents = Documents(cell.get("supervision", "dense"), cell.get("unsupervised", ()))
     tokens = cell.get("row_tokens")
     cut = Cut(micro_batch_size=cell.get("micro_batch_size", 3), row_tokens=tokens, equal_length=50.0)
     window = run_window(model, documents, list(range(len(documents))), cut, context, StepTimer(context.torch_device))
     tensors = {f"sum.{name}": value for name, value in window.sums.values.items()}
-    tensors["tokens"] = torch.tensor(window.sums.tokens)
+    tensors["tokens"] = torch.tensor(window.sums.tokens - sum(LENGTHS[index] for index in documents.unsupervised))
+    reasons = {index: f"length {LENGTHS[index]}" for index in cell.get("fails", ())}
+    assert window.quarantined == reasons, window.quarantined
     for name, parameter in model.draft.named_parameters():
         assert isinstance(parameter.grad, DTensor)
         tensors[f"grad.{name}"] = parameter.grad.full_tensor()
@@ -204,7 +212,7 @@ def count_bytes(cell: Cell, results: Path, context: mesh.ParallelContext) -> Non
     """Sent in one dense micro-batch, and what `Traffic` says of it."""
     model = make_model(cell, context)
     documents = FullDocuments.of(MicroBatch.rows([2, 4]), Documents("dense"), 0)
-    rows = captured_rows(model, {context.data_rank: documents}, context)
+    rows, _ = captured_rows(model, {context.data_rank: documents}, context)
     assert rows.sequence is not None
     counting = Counting(context.device.communication)
     rows = replace(rows, sequence=replace(rows.sequence, communication=counting))  # type: ignore[arg-type]

@@ -21,13 +21,13 @@ from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import DraftFiles, Proposal, StepMemory, StepResult, TrainingSample
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import CaptureRequest, Prefill, StepOutput, TargetSpec
-from torchspec.core.interfaces.features import Features, FeatureSink, RecordRef
+from torchspec.core.interfaces.features import Captured, Features, FeatureSink
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training import trainer
+from torchspec.core.training.capturing import Model
 from torchspec.core.training.random_state import seed_rank
 from torchspec.core.training.sharding import shard_draft
-from torchspec.core.training.window import Model
 
 V, H, K = 23, 10, 2
 STEP_WEIGHTS = (1.0, 0.8)
@@ -63,7 +63,7 @@ class RecurrentTarget:
     def zero(self) -> Tensor:
         return torch.zeros(H, dtype=self.a_HH.dtype)
 
-    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[RecordRef]:
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[Captured]:
         references = []
         for request in batch:
             taps_TNH, hidden_TH = self.states(request.input_ids, self.zero())

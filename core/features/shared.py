@@ -1,0 +1,78 @@
+"""Features in this machine's shared memory: a directory of records on a file system that lives in memory.
+
+Written once by the engine's process, mapped by the trainer's: one copy in all. The directory belongs to one run, is
+readable by its user alone, and goes with its owner; what a killed owner left behind, the next one removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from torchspec.core.errors import FeatureStoreError
+from torchspec.core.features.directory import DirectoryStore
+
+_NAME = re.compile(r"torchspec-features-(\d+)-(\d+)-\w+")
+
+
+class SharedMemoryStore(DirectoryStore):
+    """A `FeatureStore` that every process of this machine can open under its `root`.
+
+    `SharedMemoryStore(capacity=...)` makes one, and closing it removes the directory; `SharedMemoryStore(root=...)`
+    opens one that another process owns.
+    """
+
+    def __init__(self, *, root: Path | None = None, capacity: int | None = None) -> None:
+        """FeatureStoreError when there is no shared memory, or none at `root`."""
+        self._owner = root is None
+        if root is None:
+            base = memory_directory()
+            _remove_orphans(base)
+            _check_size(base, capacity)
+            root = Path(tempfile.mkdtemp(prefix=f"torchspec-features-{os.getuid()}-{os.getpid()}-", dir=base))
+        elif not root.is_dir():
+            raise FeatureStoreError(
+                f"there is no feature store at {root}: the process that owns it has ended, or runs on another machine"
+            )
+        super().__init__(root, capacity=capacity)
+
+    def close(self) -> None:
+        super().close()
+        if self._owner:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+def memory_directory() -> Path:
+    """Where Linux keeps shared memory (shm_overview(7)); elsewhere the directory of temporary files."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _check_size(base: Path, capacity: int | None) -> None:
+    free = shutil.disk_usage(base).free
+    if capacity is not None and capacity > free:
+        raise FeatureStoreError(
+            f"{base} has {free / 1e6:.0f} MB free and the feature store may take {capacity / 1e6:.0f} MB: give less "
+            "to engine.store_mb, or more to the machine's shared memory (in a container: --shm-size)"
+        )
+
+
+def _remove_orphans(base: Path) -> None:
+    """Stores of this user whose process is gone."""
+    for path in base.glob("torchspec-features-*"):
+        found = _NAME.fullmatch(path.name)
+        if found and int(found[1]) == os.getuid() and not _alive(int(found[2])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True
