@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from torchspec.core.errors import ConfigError, Problem, UnavailableError
 from torchspec.core.interfaces.algorithm import AlgorithmSpec
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device, DeviceSpec
-from torchspec.core.interfaces.engine import EngineOptions, EngineSpec, TargetEngine
+from torchspec.core.interfaces.engine import EngineOptions, EngineProcess, EngineSpec, ServingEngine, TargetEngine
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,17 @@ def probe(spec: DeviceSpec | EngineSpec) -> Availability:
         return Availability(ok=False, reason=f"its probe failed with {type(error).__name__}: {error}")
 
 
-def _require(kind: str, spec: DeviceSpec | EngineSpec) -> None:
-    availability = probe(spec)
+def available(spec: EngineSpec, device: str, process: EngineProcess) -> Availability:
+    """Whether the engine can be had on this device in this way: its probe's answer, unless it knows a better one."""
+    if spec.available is None:
+        return probe(spec)
+    try:
+        return spec.available(device, process)
+    except (Exception, SystemExit) as error:  # a plug-in may fail in any way; the cause becomes the reason  # noqa: BLE001
+        return Availability(ok=False, reason=f"asking it failed with {type(error).__name__}: {error}")
+
+
+def _require(kind: str, spec: DeviceSpec | EngineSpec, availability: Availability) -> None:
     if not availability.ok:
         hint = f"\n    remedy: {availability.hint}" if availability.hint else ""
         raise UnavailableError(f"{kind} {spec.name!r} is not available here: {availability.reason}{hint}")
@@ -126,15 +136,24 @@ def _require(kind: str, spec: DeviceSpec | EngineSpec) -> None:
 def load_device(name: str) -> Device:
     """The device of this name, or UnavailableError with its probe's reason and hint."""
     spec = devices().spec(name)
-    _require("device", spec)
+    _require("device", spec, probe(spec))
     return spec.load()
 
 
 def load_engine(name: str, options: EngineOptions) -> TargetEngine:
-    """The engine of this name with the target loaded, or UnavailableError with its probe's reason and hint."""
+    """The engine of this name with the target loaded, or UnavailableError with the reason and a hint."""
     spec = backends().spec(name)
-    _require("backend", spec)
+    _require("backend", spec, available(spec, options.device.name, options.process))
     return spec.load(options)
+
+
+def load_serving(name: str, options: EngineOptions, draft: Path | None, draft_length: int) -> ServingEngine:
+    """The target served by the engine of this name, with a draft or without; errors as of `load_engine`."""
+    spec = backends().spec(name)
+    _require("engine", spec, available(spec, options.device.name, options.process))
+    if spec.serve is None:
+        raise UnavailableError(f"engine {name!r} does not serve drafts")
+    return spec.serve(options, draft, draft_length)
 
 
 def choose_device(configured: str | None, environment: str | None) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchspec"
 
 
+def engines_dir() -> Path:
+    """`TORCHSPEC_ENGINES`, else `$XDG_DATA_HOME/torchspec/engines`, else `~/.local/share/torchspec/engines`."""
+    named = os.environ.get("TORCHSPEC_ENGINES")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "torchspec" / "engines"
+
+
 def malloc_is_tuned() -> bool:
     """Whether the user gave glibc's malloc thresholds of their own (mallopt(3))."""
     return any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"))
@@ -85,3 +95,38 @@ def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> 
         "TORCHSPEC_COMMAND": json.dumps(sys.argv),
         "TORCHSPEC_LAUNCHER": str(os.getpid()),
     }
+
+
+def host_name() -> str:
+    """This machine's."""
+    return os.uname().nodename
+
+
+def engine_token() -> str:
+    """`TORCHSPEC_ENGINE_TOKEN`, by which an engine's worker knows its clients; "" if there is none."""
+    return os.environ.get("TORCHSPEC_ENGINE_TOKEN", "")
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """For this process and those it starts, in which the user's own values go before."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def engine_environment(*, folders: Sequence[Path]) -> dict[str, str]:
+    """This process's environment for an engine's worker: `folders` go first on PYTHONPATH.
+
+    What a launcher told this rank is left out: an engine with ranks of its own would take it for its own.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(path)}
+
+
+_OF_A_RANK = frozenset(
+    {
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
+        "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS", "TORCHSPEC_ENGINE_TOKEN",
+    }
+)  # fmt: skip

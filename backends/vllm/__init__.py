@@ -1,22 +1,8 @@
-"""vllm as target engine: the name is taken, the adapter is not part of this release."""
+"""vLLM as target engine: it runs in a worker, in an environment of its own."""
 
 from __future__ import annotations
 
-from torchspec.backends.api import Availability, EngineOptions, EngineSpec, TargetEngine, UnavailableError
+from torchspec.backends.remote.spec import Engine
 
-_REASON = "this release of torchspec has no adapter for vllm yet"
-_HINT = (
-    "--backend hf captures, generates and evaluates with the same target in this process. "
-    "The adapter will run vllm in a Python environment of its own, so installing it here changes nothing"
-)
-
-
-def _probe() -> Availability:
-    return Availability(ok=False, reason=_REASON, hint=_HINT)
-
-
-def _load(options: EngineOptions) -> TargetEngine:
-    raise UnavailableError(f"backend 'vllm' cannot load {options.target}: {_REASON}\n    remedy: {_HINT}")
-
-
-SPEC = EngineSpec(name="vllm", probe=_probe, load=_load, capabilities=frozenset())
+ENGINE = Engine(name="vllm", module="vllm", runner="torchspec.backends.vllm.worker")
+SPEC = ENGINE.spec()

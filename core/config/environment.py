@@ -11,6 +11,8 @@ from typing import Any
 from torchspec.core import registry
 from torchspec.core import settings as variables
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.interfaces.device import Availability
+from torchspec.core.interfaces.engine import EngineProcess
 from torchspec.core.registry import Registry
 
 EMBEDDED = "embedded"
@@ -35,7 +37,7 @@ def problems(tree: Mapping[str, Any]) -> list[Problem]:
         found += target_problems("target.path", Path(target))
     backend = tree.get("backend", "hf")
     if isinstance(backend, str):
-        found += adapter_problems("backend", backend, registry.backends())
+        found += engine_problems("backend", backend, device, tree.get("engine"))
     for field in _INPUT_FILES:
         section, _, key = field.partition(".")
         value = tree.get(section, {}).get(key)
@@ -55,6 +57,31 @@ def adapter_problems(field: str, name: str, known: Registry[Any]) -> list[Proble
         return [replace(problem, field=field) for problem in error.problems]
     except TorchspecError as error:
         return [Problem(field=field, value=name, message=str(error))]
+    return _unavailable(field, name, availability)
+
+
+def engine_problems(field: str, name: str, device: object, section: object = None) -> list[Problem]:
+    """Why the target engine of this name cannot be had on a device (None: the default one) in the way that the
+    `engine` section of a configuration says; [] if it can."""
+    values = dict(section) if isinstance(section, Mapping) else {}
+    python, url = values.get("python"), values.get("url")
+    process = EngineProcess(
+        python=Path(python) if isinstance(python, str | Path) else None, url=url if isinstance(url, str) else None
+    )
+    try:
+        chosen, _ = registry.choose_device(device if isinstance(device, str) else None, variables.default_device())
+    except ConfigError:
+        chosen = "cpu"  # several accelerators and none named, which is reported for itself
+    try:
+        availability = registry.available(registry.backends().spec(name), chosen, process)
+    except ConfigError as error:
+        return [replace(problem, field=field) for problem in error.problems]
+    except TorchspecError as error:
+        return [Problem(field=field, value=name, message=str(error))]
+    return _unavailable(field, name, availability)
+
+
+def _unavailable(field: str, name: str, availability: Availability) -> list[Problem]:
     if availability.ok:
         return []
     message = f"not available here: {availability.reason}"

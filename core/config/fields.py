@@ -16,6 +16,8 @@ FLAGS = {
     "output": "--output",
     "device": "--device",
     "backend": "--backend",
+    "engine.python": "--engine-python",
+    "engine.url": "--engine-url",
     "algorithm": "--algorithm",
     "target.path": "--target",
     "data.train": "--data",
@@ -111,6 +113,8 @@ def _describe(annotation: Any, metadata: tuple[object, ...], *, many: bool) -> s
     if get_origin(annotation) is dict:
         keys, values = get_args(annotation)
         least = max((part.min_length for part in metadata if isinstance(part, MinLen | Len)), default=0)
+        if keys is str:
+            return f"{_describe(values, (), many=True)} by name"
         allowed = ", ".join(str(key) for key in _literal_values(keys)) or _describe(keys, (), many=True)
         return f"{_describe(values, (), many=True)} by name (at least {least} of {allowed})"
     single, plural = _WORDS.get(annotation, ("a value", "values"))

@@ -7,9 +7,12 @@ reference), and is used. The `draft` section belongs to the algorithm and is put
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+
+if TYPE_CHECKING:
+    from torchspec.core.interfaces.engine import EngineProcess
 
 LEAST_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature leave float32; there is nothing left to sample either."""
@@ -117,6 +120,31 @@ class PrecisionConfig(Section):
     )
 
 
+class EngineConfig(Section):
+    """The process of a target engine that runs in an environment of its own."""
+
+    python: Path | None = Field(
+        None, description="interpreter of an environment with the engine; default: what `torchspec engine install` made"
+    )
+    url: str | None = Field(None, description="address of a worker that is running already (docs/engines.md)")
+    tensor_parallel: Positive = Field(1, description="devices over which the engine splits the target")
+    memory_fraction: float | None = Field(
+        None, gt=0, le=1, description="of each device's memory, for the engine; default: the engine's own"
+    )
+    store_mb: Positive | None = Field(
+        None, description="features that may wait to be taken, in 1e6 bytes; default: 2000, or what shared memory has"
+    )
+    start_timeout: float = Field(600, gt=0, description="seconds to start, and to come back after the engine died")
+    call_timeout: float = Field(600, gt=0, description="seconds one call to the engine may take")
+    options: dict[str, Any] = Field({}, description="arguments of the engine's own constructor, as {name: value}")
+
+    def process(self) -> EngineProcess:
+        """As engines take it."""
+        from torchspec.core.interfaces.engine import EngineProcess  # brings torch, which this module does without
+
+        return EngineProcess(**dict(self))
+
+
 class DecodingConfig(Section):
     """How a draft is measured by decoding with it."""
 
@@ -142,6 +170,7 @@ class RunConfig(Section):
     target: TargetConfig
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
     precision: PrecisionConfig = Field(default_factory=lambda: PrecisionConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())

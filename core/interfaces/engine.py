@@ -5,10 +5,10 @@ Shape letters: B sequences, T tokens of a sequence, n new tokens, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,11 +120,38 @@ class TargetEngine(TextGenerator, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineProcess:
+    """How to have an engine that runs in a process of its own, in an environment of its own.
+
+    python           its interpreter; None: that of the environment which `torchspec engine install` made
+    url              a worker that is running already; None: one is started, watched, and stopped at the end
+    tensor_parallel  devices over which the engine splits the target
+    memory_fraction  of each device's memory, for the engine; None: the engine's own default
+    store_mb         1e6 bytes of features that may wait to be taken; None: 2000, or what shared memory has room for
+    start_timeout    seconds the engine may take to start, and to come back after it died
+    call_timeout     seconds one call may take
+    options          arguments of the engine's own constructor
+    """
+
+    python: Path | None = None
+    url: str | None = None
+    tensor_parallel: int = 1
+    memory_fraction: float | None = None
+    store_mb: int | None = None
+    start_timeout: float = 600.0
+    call_timeout: float = 600.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """What an engine is loaded with.
 
     `tensor_mesh`: one-dimensional mesh of the ranks that hold the target together; None: this rank alone. They call the
     same methods with the same arguments, in the same order, and each gets the whole result.
+    `taps`: the layers that will be captured; an engine that has to be told when it starts captures no others.
+    `process`: only for engines of that kind. The ranks of a machine share one process: rank `local_rank` 0 starts it,
+    and the others find it through files in `directory`, where its log is too (None: this rank is alone).
     """
 
     target: Path
@@ -133,12 +160,60 @@ class EngineOptions:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     trust_remote_code: bool = False
     tensor_mesh: DeviceMesh | None = None
+    taps: tuple[int, ...] = ()
+    process: EngineProcess = EngineProcess()
+    directory: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedText:
+    """New tokens of a prompt, and how its drafting went: accepted tokens per round, None where an engine keeps silent.
+
+    `rounds` and `accepted_tokens` are of this text; None where the engine counts them only in all.
+    """
+
+    tokens: tuple[int, ...]
+    accepted: tuple[int, ...] | None = None
+    rounds: int | None = None
+    accepted_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingCounters:
+    """A serving engine's own counters: drafting rounds, drafted and accepted tokens, and rounds per position that
+    accepted at least so many (None where it does not count them)."""
+
+    rounds: int
+    drafted: int
+    accepted: int
+    per_position: tuple[int, ...] | None
+
+
+class ServingEngine(Protocol):
+    """A target as it is served, with a draft or without. `name` and `version` are the engine's."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[ServedText]:
+        """Each prompt continued to its first end-of-turn token, which is part of the text, or to the limit."""
+        ...
+
+    def counters(self) -> ServingCounters: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """Light description found through the entry-point group `torchspec.backends`.
 
+    `probe`: whether the engine can be used with nothing said but its name.
+    `available`: the same on a device (by name) with this `EngineProcess`; None: it runs in the caller's process.
+    `serve`: the target served with an exported draft (None: without) that drafts so many tokens a round.
     `tensor_parallel_sizes`: over how many of the trainer's ranks a target can be split, ascending from 1; TargetError
     names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
     """
@@ -147,5 +222,7 @@ class EngineSpec:
     probe: Callable[[], Availability]
     load: Callable[[EngineOptions], TargetEngine]
     capabilities: frozenset[str] = frozenset({"capture", "generate"})
+    available: Callable[[str, EngineProcess], Availability] | None = None
+    serve: Callable[[EngineOptions, Path | None, int], ServingEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
     api_version: int = API_VERSION

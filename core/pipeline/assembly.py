@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from torchspec.core import registry
+from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig, TrainConfig
 from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, load_dataset, load_prompts
 from torchspec.core.data.vocabulary import build_vocabulary, coverage
@@ -34,6 +34,9 @@ from torchspec.core.training.trainer import Setup
 from torchspec.core.training.validation import Validator
 
 logger = logging.getLogger(__name__)
+
+ENGINE = "engine"
+"""Folder of a run with its engines' logs, by machine."""
 
 ProgressSink = Callable[[str, int, int], None]
 
@@ -90,6 +93,9 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         dtype=config.target.dtype,
         trust_remote_code=trusted,
         tensor_mesh=context.tensor if context.tensor.size() > 1 else None,
+        taps=create_algorithm(config, spec).taps,
+        process=config.engine.process(),
+        directory=config.output / ENGINE / settings.host_name(),
     )
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
     form, why = choose_logits(config)

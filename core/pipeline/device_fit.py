@@ -59,13 +59,24 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list
 
 
 def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
-    """Validation decodes, which not every engine can."""
+    """Validation decodes, which not every engine can; and settings of an engine's process need one that has it."""
+    found = []
+    if backend.available is None:
+        found = [
+            Problem(
+                field=f"engine.{name}",
+                message=f"backend {config.backend} runs inside the trainer and has no such setting",
+                remedy="leave it out, or use a backend that runs in a process of its own",
+            )
+            for name in sorted(config.engine.model_fields_set)
+        ]
     if not config.data.validation or "decode" in backend.capabilities:
-        return []
+        return found
     return [
+        *found,
         Problem(
             field="data.validation",
             message=f"backend {config.backend} cannot decode with a draft, which validation needs",
             remedy="leave data.validation out, or use a backend with the capability `decode`, such as hf",
-        )
+        ),
     ]

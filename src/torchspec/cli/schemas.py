@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from torchspec.core.config.schema import Section, TargetReading
+from torchspec.core.config.schema import EngineConfig, Positive, Section, TargetReading
 
 
 class TargetOptions(TargetReading):
     target: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
     device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
     backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
+
+    def engine(self) -> EngineConfig:
+        """What was said of the engine's process; nothing where a command has no flags for it."""
+        return EngineConfig()
+
+
+def _json_object(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class EngineFlags(TargetOptions):
+    """The `engine` section of a training, for commands that have flags alone."""
+
+    engine_python: Path | None = Field(
+        None, description="interpreter of an environment with the engine; default: what `torchspec engine install` made"
+    )
+    engine_url: str | None = Field(None, description="address of a worker that is running already (docs/engines.md)")
+    engine_tensor_parallel: Positive = Field(1, description="devices over which the engine splits the target")
+    engine_memory_fraction: float | None = Field(
+        None, gt=0, le=1, description="of each device's memory, for the engine; default: the engine's own"
+    )
+    engine_start_timeout: float = Field(600, gt=0, description="seconds the engine may take to start")
+    engine_call_timeout: float = Field(600, gt=0, description="seconds one call to the engine may take")
+    engine_options: Annotated[dict[str, Any], BeforeValidator(_json_object)] = Field(
+        {}, description="arguments of the engine's own constructor, as a JSON object"
+    )
+
+    def engine(self) -> EngineConfig:
+        """Only with what was given, so that an engine without a process of its own can refuse it by name."""
+        given = {
+            f"engine_{name}": name for name in EngineConfig.model_fields if f"engine_{name}" in self.model_fields_set
+        }
+        return EngineConfig(**{name: getattr(self, flag) for flag, name in given.items()})
 
 
 class PromptOptions(TargetOptions):

@@ -47,11 +47,19 @@ def check(
     """
     problems: list[Problem] = []
     backend = registry.backends()
-    faults = environment.adapter_problems("--backend", options.backend, backend)
+    engine = options.engine()
+    section = engine.model_dump() if capability != "decode" else {}
+    faults = environment.engine_problems("--backend", options.backend, options.device, section)
     if not faults and capability not in backend.spec(options.backend).capabilities:
         able = tuple(name for name in backend.names() if _has(name, capability))
         message = f"cannot {capability}"
         faults = [Problem(field="--backend", value=options.backend, message=message, choices=able)]
+    if not faults and capability == "generate" and backend.spec(options.backend).available is None:
+        message = f"backend {options.backend} runs inside this process and has no such setting"
+        faults += [
+            Problem(field=f"--engine-{name.replace('_', '-')}", message=message, remedy="leave it out")
+            for name in sorted(engine.model_fields_set)
+        ]
     problems += faults
     try:
         name, _ = registry.choose_device(options.device, settings.default_device())
@@ -93,7 +101,13 @@ def load_target(options: TargetOptions) -> Target:
     torch_device = device.runtime.bind(0)
     engine = registry.load_engine(
         options.backend,
-        EngineOptions(target=path, device=device, dtype=options.dtype, trust_remote_code=options.trust_remote_code),
+        EngineOptions(
+            target=path,
+            device=device,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            process=options.engine().process(),
+        ),
     )
     return Target(
         path=path,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from torchspec.backends.api import CaptureRequest, Features
+from torchspec.backends.api import CaptureRequest, Features, Quarantined, RecordRef
 from torchspec.backends.hf.engine import HfEngine
 from torchspec.core.errors import ConfigError
 from torchspec.core.features.memory import MemoryStore, take

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
-from torchspec.cli.schemas import JsonOption, TargetOptions
+from torchspec.cli.schemas import EngineFlags, JsonOption
 from torchspec.core.config.schema import Positive, Seed, Temperature
 
 
-class GenerateOptions(JsonOption, TargetOptions):
+class GenerateOptions(JsonOption, EngineFlags):
     data: list[Path] = Field(description="JSON, JSONL or Parquet files of conversations", min_length=1)
     output: Path = Field(description="the JSONL file to write; a run that was stopped continues it")
     max_new_tokens: Positive = Field(512, description="tokens of one assistant turn at most")

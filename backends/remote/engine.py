@@ -1,0 +1,332 @@
+"""A `TargetEngine` whose engine runs in a worker: the same for every engine there.
+
+Nothing is lost when the engine dies: what it was asked for is asked for again of the next one, each sample for itself,
+so that one that kills the engine takes no other with it. After three failures a sample is quarantined with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchspec.backends.api import (
+    Captured,
+    CaptureRequest,
+    DecodeSession,
+    EngineOptions,
+    Features,
+    FeatureSink,
+    Quarantined,
+    RecordRef,
+    ServedText,
+    ServingCounters,
+    TargetError,
+    TargetSpec,
+)
+from torchspec.backends.remote.client import EngineLostError, WorkerClient
+from torchspec.backends.remote.place import Place
+from torchspec.backends.worker import protocol
+from torchspec.core.errors import FeatureStoreError
+from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.models.target_spec import read_target_spec, running_dtype
+
+log = logging.getLogger(__name__)
+
+MOST_FAILURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A worker that was found to be the right one, and the store it writes into."""
+
+    client: WorkerClient
+    store: SharedMemoryStore | None
+    facts: dict[str, Any]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a captured token."""
+        facts = self.facts
+        return 16 + (len(facts["taps"]) + 1) * int(facts["hidden_size"]) * int(facts["itemsize"])
+
+
+class RemoteEngine:
+    """Implements `interfaces.engine.TargetEngine`. `stop` is called once, when it is closed."""
+
+    def __init__(
+        self, name: str, options: EngineOptions, place: Place, stop: Callable[[], None], *, draft: Path | None = None
+    ) -> None:
+        """Waits for the worker; TargetError when it is not there in time or is not one for this target."""
+        self._name, self._options, self._place, self._stop = name, options, place, stop
+        self._spec = read_target_spec(options.target, options.trust_remote_code)
+        self._draft = draft
+        self._device = options.device.runtime.bind(options.local_rank)
+        self._dtype = running_dtype(options.dtype, self._spec.dtype, self._device)
+        self._numbers = itertools.count()
+        self._prefix = hashlib.blake2b(f"{id(self)}{options.local_rank}".encode(), digest_size=4).hexdigest()
+        self._session: Session | None = None
+        self._closed = False
+        try:
+            self._session = self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """The engine's."""
+        return self._name
+
+    @property
+    def version(self) -> str:
+        """The engine's."""
+        assert self._session is not None
+        return str(self._session.facts["engine_version"])
+
+    def describe(self) -> TargetSpec:
+        return self._spec
+
+    def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[Captured]:
+        """See `TargetEngine`; records come to the trainer's device on their way into the sink."""
+        if tuple(taps) != tuple(self._options.taps):
+            raise ValueError(f"this {self.name} was started for the taps {self._options.taps}, not {tuple(taps)}")
+        for request in batch:
+            self._check_tokens(request)
+        found: dict[str, Captured] = {}
+        reasons: dict[str, list[str]] = {request.record_id: [] for request in batch}
+        waiting = deque(self._waves(batch))
+        while waiting:
+            group = waiting.popleft()
+            failed = self._capture_group(group, sink, found)
+            for request in group:
+                if request.record_id not in failed:
+                    continue
+                before = reasons[request.record_id]
+                before.append(failed[request.record_id])
+                if len(before) < MOST_FAILURES:
+                    waiting.append([request])
+                else:
+                    reason = f"failed {len(before)} times, the last time: {before[-1]}"
+                    found[request.record_id] = Quarantined(record_id=request.record_id, reason=reason)
+        return [found[request.record_id] for request in batch]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        """See `TextGenerator`."""
+        texts = self.decode(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return [list(text.tokens) for text in texts]
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[ServedText]:
+        """See `ServingEngine`. Asked again of the next engine when one dies; TargetError the third time."""
+        if not prompts:
+            return []
+        message = {
+            "prompts": [{"input_ids": list(ids), "seed": prompt_seed(seed, ids)} for ids in prompts],
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stop": list(self._spec.eos_token_ids),
+        }
+        for attempt in range(1, MOST_FAILURES + 1):
+            try:
+                answer = self._call(protocol.WRITE, message, f"text for {len(prompts)} prompts")
+                return [_text(each) for each in answer["results"]]
+            except EngineLostError as error:
+                self._lose(error)
+                if attempt == MOST_FAILURES:
+                    raise TargetError(f"{self.name} failed {attempt} times on the same prompts: {error}") from error
+        raise AssertionError
+
+    def counters(self) -> ServingCounters:
+        """Since the engine started, which may have been after it died."""
+        answer = self._call(protocol.COUNTERS, {}, "its counters")
+        positions = answer["per_position"]
+        return ServingCounters(
+            rounds=answer["rounds"],
+            drafted=answer["drafted"],
+            accepted=answer["accepted"],
+            per_position=None if positions is None else tuple(positions),
+        )
+
+    def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:
+        raise TargetError(f"{self.name} cannot be stepped token by token: only backends with `decode` can, such as hf")
+
+    def close(self) -> None:
+        """Closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        self._forget()
+        self._stop()
+
+    def _call(self, path: str, message: dict[str, Any], what: str) -> dict[str, Any]:
+        session = self._connected()
+        return session.client.call(path, message, seconds=self._options.process.call_timeout, what=what)
+
+    def _connected(self) -> Session:
+        if self._closed:
+            raise RuntimeError(f"the engine of {self._spec.path} is closed")
+        if self._session is None:
+            self._session = self._connect()
+        return self._session
+
+    def _connect(self) -> Session:
+        """A worker that answers. One that dies before it does is waited for again."""
+        for attempt in itertools.count(1):
+            client = self._place.client()
+            try:
+                facts = client.call(protocol.HELLO, {}, seconds=30, what="who it is")
+            except EngineLostError as error:
+                if attempt == MOST_FAILURES:
+                    raise TargetError(str(error)) from error
+                self._place.lost(client)
+                continue
+            self._check_facts(client, facts)
+            store = SharedMemoryStore(root=Path(facts["store"])) if facts["store"] else None
+            return Session(client=client, store=store, facts=facts)
+        raise AssertionError
+
+    def _lose(self, error: EngineLostError) -> None:
+        log.warning("%s", error)
+        if self._session is not None:
+            self._place.lost(self._session.client)
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._session is not None and self._session.store is not None:
+            self._session.store.close()
+        self._session = None
+
+    def _check_facts(self, client: WorkerClient, facts: dict[str, Any]) -> None:
+        """TargetError with everything about a worker that is not what this run needs."""
+        spec, options = self._spec, self._options
+        wanted: dict[str, Any] = {
+            "engine": self.name,
+            "layers": spec.num_layers,
+            "hidden_size": spec.hidden_size,
+            "taps": list(options.taps),
+            "draft": None if self._draft is None else str(self._draft),
+        }
+        wrong = [f"{name} is {facts.get(name)!r}, needed {value!r}" for name, value in wanted.items()
+                 if facts.get(name) != value]  # fmt: skip
+        if wrong:
+            raise TargetError(
+                f"the worker at {client.url} (target {facts.get('target')}) is not the one for this run:\n    "
+                + "\n    ".join(wrong)
+            )
+        if options.taps and not (facts["store"] and Path(facts["store"]).is_dir()):
+            raise TargetError(
+                f"the worker at {client.url} writes features to {facts['store']}, which is not there: this process and "
+                "the worker must run on one machine and share its memory"
+            )
+
+    def _check_tokens(self, request: CaptureRequest) -> None:
+        ids, vocabulary = request.input_ids, self._spec.vocab_size
+        if not ids:
+            raise ValueError(f"sample {request.record_id!r} has no tokens")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError(
+                f"sample {request.record_id!r} has token ids from {min(ids)} to {max(ids)}; the target at "
+                f"{self._spec.path} knows 0 to {vocabulary - 1}: it was tokenised with another tokenizer"
+            )
+
+    def _waves(self, batch: Sequence[CaptureRequest]) -> Iterator[list[CaptureRequest]]:
+        """Consecutive requests whose records fit into half of the store, so that others find room beside them."""
+        session = self._connected()
+        room = int(session.facts["store_bytes"]) // 2
+        wave: list[CaptureRequest] = []
+        for request in batch:
+            if wave and (sum(len(each.input_ids) for each in wave) + len(request.input_ids)) * session.row_bytes > room:
+                yield wave
+                wave = []
+            wave.append(request)
+        if wave:
+            yield wave
+
+    def _capture_group(
+        self, group: Sequence[CaptureRequest], sink: FeatureSink, found: dict[str, Captured]
+    ) -> dict[str, str]:
+        """Put what could be captured into the sink and `found`; -> why the others could not."""
+        names = {request.record_id: f"{self._prefix}-{next(self._numbers)}" for request in group}
+        samples = [{"id": names[request.record_id], "input_ids": list(request.input_ids)} for request in group]
+        tokens = sum(len(request.input_ids) for request in group)
+        try:
+            what = f"the features of {len(group)} samples, {tokens} tokens"
+            results = self._call(protocol.CAPTURE, {"samples": samples}, what)["results"]
+        except EngineLostError as error:
+            self._lose(error)
+            return {request.record_id: str(error) for request in group}
+        failed = {}
+        for request, result in zip(group, results, strict=True):
+            if "reason" in result:
+                failed[request.record_id] = result["reason"]
+                continue
+            ref = RecordRef(record_id=result["id"], length=result["length"], checksum=result["checksum"])
+            try:
+                features = self._take(ref)
+            except FeatureStoreError as error:
+                failed[request.record_id] = str(error)
+                continue
+            wrong = self._misfit(request, features)
+            if wrong:
+                failed[request.record_id] = wrong
+            else:
+                found[request.record_id] = sink.put(request.record_id, features)
+        return failed
+
+    def _take(self, ref: RecordRef) -> Features:
+        """From shared memory to the trainer's device: a copy on a CPU too, so that the record's memory is free."""
+        assert self._session is not None
+        store = self._session.store
+        assert store is not None
+        try:
+            features = store.get(ref)
+            return Features(
+                input_ids_T=features.input_ids_T.clone(),
+                taps_TNH=features.taps_TNH.to(self._device, copy=True),
+                last_TH=features.last_TH.to(self._device, copy=True),
+                tap_layers=features.tap_layers,
+                norm_state=features.norm_state,
+            )
+        finally:
+            with suppress(FeatureStoreError):
+                store.remove(ref)
+
+    def _misfit(self, request: CaptureRequest, features: Features) -> str:
+        """What makes these features another sample's, or other ones than were asked for; "" if nothing does."""
+        if not torch.equal(features.input_ids_T, torch.as_tensor(request.input_ids, dtype=torch.int64)):
+            return f"{self.name} captured other tokens than it was given"
+        if features.tap_layers != tuple(self._options.taps):
+            return f"{self.name} captured the layers {features.tap_layers} instead of {tuple(self._options.taps)}"
+        if features.last_TH.dtype != self._dtype:
+            return f"{self.name} captured in {features.last_TH.dtype}, and the target runs in {self._dtype}"
+        if features.last_TH.shape[1] != self._spec.hidden_size:
+            return f"{self.name} captured states of size {features.last_TH.shape[1]}, not {self._spec.hidden_size}"
+        return ""
+
+
+def prompt_seed(seed: int, prompt: Sequence[int]) -> int:
+    """Of this prompt alone, so that its text is the same whatever else is asked for."""
+    digest = hashlib.sha256(f"{seed}:{','.join(map(str, prompt))}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1  # some engines take 32 bits
+
+
+def _text(result: dict[str, Any]) -> ServedText:
+    accepted = result["accepted"]
+    return ServedText(
+        tokens=tuple(result["tokens"]),
+        accepted=None if accepted is None else tuple(accepted),
+        rounds=result["rounds"],
+        accepted_tokens=result["accepted_tokens"],
+    )

@@ -1,0 +1,90 @@
+"""Where the worker is now: one that was given, or the newest of those that this run's supervisor started."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from torchspec.backends.api import TargetError
+from torchspec.backends.remote.client import EngineLostError, WorkerClient
+from torchspec.backends.remote.supervisor import read_state
+from torchspec.backends.worker import protocol
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+BETWEEN_WORDS = 15.0
+
+
+class Place(Protocol):
+    """`client` waits for a worker that is ready, with a deadline; `lost` says that this one is no more to be used."""
+
+    def client(self) -> WorkerClient: ...
+    def lost(self, client: WorkerClient) -> None: ...
+
+
+class Attached:
+    """A worker that somebody else started and looks after."""
+
+    def __init__(self, url: str, token: str, *, name: str, patience: float) -> None:
+        self._client = WorkerClient(url, token, name=name)
+        self._patience = patience
+        self._lost = False
+
+    def client(self) -> WorkerClient:
+        """After it was lost: once it answers again. TargetError when it does not in time."""
+        start = time.monotonic()
+        while self._lost:
+            try:
+                self._client.call(protocol.HELLO, {}, seconds=POLL_SECONDS, what="coming back")
+                self._lost = False
+            except EngineLostError as error:
+                if time.monotonic() - start > self._patience:
+                    waited = f"waited {self._patience:.0f} s for it (engine.start_timeout)"
+                    raise TargetError(f"{error}; {waited}") from error
+                time.sleep(1.0)
+        return self._client
+
+    def lost(self, client: WorkerClient) -> None:
+        """Whoever started it may start it again."""
+        log.warning("waiting for the worker at %s to come back, %.0f s at most", client.url, self._patience)
+        self._lost = True
+
+
+class Managed:
+    """The worker of a supervisor in this process or in the leading rank's, found through its state file."""
+
+    def __init__(self, directory: Path, *, name: str, patience: float) -> None:
+        self._directory, self._name, self._patience = directory, name, patience
+        self._used = self._generation = 0
+
+    def client(self) -> WorkerClient:
+        """TargetError when the supervisor gave up, or nothing is ready in time."""
+        start = time.monotonic()
+        word = BETWEEN_WORDS
+        while True:
+            state = read_state(self._directory)
+            if state is not None and state.state == "failed":
+                raise TargetError(state.reason)
+            if state is not None and state.state == "ready" and state.generation > self._used:
+                self._generation = state.generation
+                return WorkerClient(state.url, state.token, name=self._name)
+            passed = time.monotonic() - start
+            if passed > self._patience:
+                raise TargetError(
+                    f"{self._name} was not ready within {self._patience:.0f} s (engine.start_timeout); its log is in "
+                    f"{self._directory}"
+                )
+            if passed > word:
+                log.info("waiting for %s to be ready, %.0f s of at most %.0f s", self._name, passed, self._patience)
+                word = passed + BETWEEN_WORDS
+            time.sleep(POLL_SECONDS)
+
+    def lost(self, client: WorkerClient) -> None:
+        """Only a later one will do: one that still lives is ended, so that its supervisor starts another."""
+        self._used = self._generation
+        with suppress(EngineLostError, TargetError):
+            client.call(protocol.STOP, {"abort": True}, seconds=1.0, what="ending it")

@@ -1,0 +1,42 @@
+"""What trainer and worker say to each other: JSON over HTTP, version `PROTOCOL`. Described in docs/engines.md.
+
+No message carries a tensor or anything that would have to be unpickled. Every request bears the worker's token.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+PROTOCOL = 1
+TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
+MOST_BYTES = 256 << 20
+"""Of one message: the token ids of a batch of very long sequences."""
+
+HELLO, CAPTURE, WRITE, COUNTERS, STOP = "/v1/hello", "/v1/capture", "/v1/write", "/v1/counters", "/v1/stop"
+
+
+class ProtocolError(ValueError):
+    """A message that is not what this version of the protocol says."""
+
+
+def authorised(headers: Mapping[str, str], token: str) -> bool:
+    """Compared in constant time."""
+    return hmac.compare_digest(headers.get("Authorization", ""), f"Bearer {token}")
+
+
+def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a message that must be there and of this kind."""
+    value = message.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ProtocolError(f"{name!r} must be {kind}, got {type(value).__name__}")
+    return value
+
+
+def token_ids(message: Mapping[str, Any], name: str = "input_ids") -> list[int]:
+    """A non-empty list of whole numbers."""
+    values: list[int] = field(message, name, list)
+    if not values or not all(type(value) is int and value >= 0 for value in values):
+        raise ProtocolError(f"{name!r} must be a list of token ids, with at least one")
+    return values
