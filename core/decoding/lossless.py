@@ -46,6 +46,15 @@ class Texts:
     draftless: Sequence[int]
 
 
+def first_difference(texts: Texts) -> int | None:
+    """The place among the new tokens where the two texts part; None if they are equal."""
+    tokens, draftless = list(texts.tokens), list(texts.draftless)
+    if tokens == draftless:
+        return None
+    shared = min(len(tokens), len(draftless))
+    return next((place for place in range(shared) if tokens[place] != draftless[place]), shared)
+
+
 @torch.no_grad()
 def find_mismatch(engine: TargetEngine, texts: Texts, dtype: torch.dtype) -> Mismatch | None:
     """None if the texts are equal; else their first difference, judged by the target's logits at that place.
@@ -53,11 +62,9 @@ def find_mismatch(engine: TargetEngine, texts: Texts, dtype: torch.dtype) -> Mis
     `dtype` is the precision the target runs in.
     """
     tokens, draftless = texts.tokens, texts.draftless
-    if list(tokens) == list(draftless):
+    shared = first_difference(texts)
+    if shared is None:
         return None
-    shared = 0
-    while shared < min(len(tokens), len(draftless)) and tokens[shared] == draftless[shared]:
-        shared += 1
     token = tokens[shared] if shared < len(tokens) else None
     other = draftless[shared] if shared < len(draftless) else None
     gap, tie = None, False

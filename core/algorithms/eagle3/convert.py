@@ -26,7 +26,7 @@ from torchspec.core.algorithms.eagle3.geometry import (
 )
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
-from torchspec.core.algorithms.eagle3.serving import check_names, layer_prefix
+from torchspec.core.algorithms.eagle3.serving import VOCABULARY_TENSORS, check_names, layer_prefix
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.engine import TargetSpec
@@ -49,6 +49,9 @@ def to_files(algorithm: Eagle3, state: Mapping[str, Tensor], layout: str) -> Dra
     geometry, taps, target = algorithm.geometry, algorithm.taps, algorithm.target
     dtype = str(state["fc.weight"].dtype).removeprefix("torch.")
     layer = _layer_config(geometry, dtype)
+    if geometry.draft_vocab_size == geometry.vocab_size:
+        # Of a vocabulary that was not pruned vLLM has no map, and refuses a checkpoint that holds one.
+        state = {name: tensor for name, tensor in state.items() if name not in VOCABULARY_TENSORS}
     if layout == "plain":
         problems = _plain_problems(geometry, taps)
         if problems:

@@ -37,6 +37,9 @@ LAYER_TENSORS = (
 )
 
 
+VOCABULARY_TENSORS = ("d2t", "t2d")
+
+
 def is_speculators(config: Mapping[str, Any]) -> bool:
     return "speculators_model_type" in config
 
@@ -59,6 +62,18 @@ def check_names(files: DraftFiles) -> None:
         raise CheckpointError(f"these are not the tensors of a {layout} EAGLE-3 draft; {'; '.join(parts)}")
 
 
+def _check_map(files: DraftFiles) -> None:
+    """CheckpointError for a vocabulary map where vLLM has no place for one."""
+    config = files.config
+    whole = int((config.get("transformer_layer_config") or config)["vocab_size"])
+    held = [name for name in VOCABULARY_TENSORS if name in files.tensors]
+    if held and files.tensors["lm_head.weight"].shape[0] == whole:
+        raise CheckpointError(
+            f"{' and '.join(held)}: the draft says all {whole} tokens of the target, and vLLM refuses to load a map of "
+            "a vocabulary that is not pruned"
+        )
+
+
 def served_taps(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """The target's layers (0-based) whose outputs an engine hands to a draft with this config.
 
@@ -77,6 +92,7 @@ def served_taps(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
 def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor) -> Tensor:
     """Probabilities [L, V], float64, of each drafted token given those before it; see `Algorithm.serve`."""
     check_names(files)
+    _check_map(files)
     reader = _Reader(files, head.embedding_VH)
     tokens, feature_TH = next_tokens_T, taps_TNH.flatten(1).double() @ reader.weight["fc.weight"].T
     start, rows = 0, []

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "measure a draft by lossless speculative decoding",
     "export": "write a checkpoint as a draft that an engine serves",
     "report": "write the HTML report of a run",
+    "engine": "install engines, each into an environment of its own, and look after them",
     "doctor": "say which devices and engines can be used here, and what the others lack",
 }
 

@@ -6,6 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -20,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from torchspec.core.errors import TorchspecError
 
 _SECONDS_BETWEEN_LINES = 5.0
 _TRAINING = "train"  # the trainer's name for its stage
@@ -111,3 +115,17 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 100).print(table, highlight=False)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file of results, whole or not at all; TorchspecError when it cannot be written."""
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

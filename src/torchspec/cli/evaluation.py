@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchspec.cli.console import ProgressDisplay, print_table
+from torchspec.cli.console import ProgressDisplay, print_table, write_whole
 from torchspec.cli.target import Target
 from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, Variant, best_length, compare
 from torchspec.core.decoding.measure import PromptLike
 from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
-from torchspec.core.errors import TorchspecError
 from torchspec.core.export.layout import read_draft
 from torchspec.core.models.target_head import load_target_head
 
@@ -49,16 +47,7 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """eval.json, whole or not at all."""
-        aside = path.with_name(f".{path.name}.new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-            aside.replace(path)
-        except OSError as error:
-            raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.to_json(), indent=2) + "\n")
 
 
 def _figures(result: EvalResult) -> dict[str, Any]:

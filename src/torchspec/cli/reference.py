@@ -32,11 +32,21 @@ def render() -> str:
     """The whole page."""
     parts = [_HEAD]
     for name, what in COMMANDS.items():
-        parser: Parser = importlib.import_module(f"torchspec.cli.commands.{name}").parser()
-        parts.append(f"## torchspec {name}\n\n{_paragraph(parser.description or what)}\n\n{_options(parser)}")
+        command = importlib.import_module(f"torchspec.cli.commands.{name}")
+        if hasattr(command, "parsers"):
+            parts.append(f"## torchspec {name}\n\n{_paragraph(command.parser().description)}\n")
+            parts += [
+                _command(f"### torchspec {name} {word}", parser, "") for word, parser in command.parsers().items()
+            ]
+        else:
+            parts.append(_command(f"## torchspec {name}", command.parser(), what))
         if name == "train":
             parts.append(_settings_pages())
     return "\n".join(parts)
+
+
+def _command(head: str, parser: Parser, what: str) -> str:
+    return f"{head}\n\n{_paragraph(parser.description or what)}\n\n{_options(parser)}"
 
 
 def _paragraph(text: str) -> str:

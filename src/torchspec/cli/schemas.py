@@ -16,7 +16,7 @@ class TargetOptions(TargetReading):
     device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
     backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
 
-    def engine(self) -> EngineConfig:
+    def engine_config(self) -> EngineConfig:
         """What was said of the engine's process; nothing where a command has no flags for it."""
         return EngineConfig()
 
@@ -42,7 +42,7 @@ class EngineFlags(TargetOptions):
         {}, description="arguments of the engine's own constructor, as a JSON object"
     )
 
-    def engine(self) -> EngineConfig:
+    def engine_config(self) -> EngineConfig:
         """Only with what was given, so that an engine without a process of its own can refuse it by name."""
         given = {
             f"engine_{name}": name for name in EngineConfig.model_fields if f"engine_{name}" in self.model_fields_set

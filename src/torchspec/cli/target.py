@@ -47,7 +47,7 @@ def check(
     """
     problems: list[Problem] = []
     backend = registry.backends()
-    engine = options.engine()
+    engine = options.engine_config()
     section = engine.model_dump() if capability != "decode" else {}
     faults = environment.engine_problems("--backend", options.backend, options.device, section)
     if not faults and capability not in backend.spec(options.backend).capabilities:
@@ -61,6 +61,9 @@ def check(
             for name in sorted(engine.model_fields_set)
         ]
     problems += faults
+    serving = getattr(options, "engine", None)
+    if serving is not None:
+        problems += _serving_problems(serving, options)
     try:
         name, _ = registry.choose_device(options.device, settings.default_device())
         problems += environment.adapter_problems("--device", name, registry.devices())
@@ -71,6 +74,21 @@ def check(
     problems += environment.target_problems("--target", options.target)
     if problems:
         raise ConfigError(problems)
+
+
+def _serving_problems(name: str, options: TargetOptions) -> list[Problem]:
+    """Why the serving engine of this name cannot be used."""
+    section = options.engine_config().model_dump()
+    faults = environment.engine_problems("--engine", name, options.device, section)
+    if faults:
+        return faults
+    if "serve" not in registry.backends().spec(name).capabilities:
+        able = tuple(each for each in registry.backends().names() if _has(each, "serve"))
+        return [Problem(field="--engine", value=name, message="does not serve drafts", choices=able)]
+    if options.engine_config().url is not None:
+        message = "a draft is decoded in an engine that is started with it, not in one that runs already"
+        return [Problem(field="--engine-url", message=message, remedy="leave it out")]
+    return []
 
 
 def _output_problems(output: Path, reads: Sequence[Path]) -> list[Problem]:
@@ -106,7 +124,7 @@ def load_target(options: TargetOptions) -> Target:
             device=device,
             dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
-            process=options.engine().process(),
+            process=options.engine_config().process(),
         ),
     )
     return Target(

@@ -28,14 +28,16 @@ from torchspec.core.models.target_spec import read_target_spec
 DRAFT_VOCABULARY = 64
 
 
-def make(target: Path, **options: object) -> tuple[Algorithm, nn.Module, ExportContext]:
+def make(
+    target: Path, vocab_size: int | None = DRAFT_VOCABULARY, **options: object
+) -> tuple[Algorithm, nn.Module, ExportContext]:
     """A draft with every weight random, norms included, so that no tensor could be left out unnoticed."""
     torch.manual_seed(0)
     device = registry.load_device("cpu")
     head = load_target_head(target, dtype=torch.float32, device=torch.device("cpu"))
     spec = registry.algorithms().spec("eagle3")
-    algorithm = spec.create(Eagle3Options(vocab_size=DRAFT_VOCABULARY, **options), read_target_spec(target))
-    ids_N = torch.randperm(300)[:DRAFT_VOCABULARY].sort().values
+    algorithm = spec.create(Eagle3Options(vocab_size=vocab_size, **options), read_target_spec(target))
+    ids_N = torch.randperm(300)[: algorithm.vocabulary_size].sort().values
     draft = algorithm.build_draft(VocabularyMap(ids_N=ids_N, target_size=300), head)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
@@ -89,6 +91,22 @@ def test_names_and_fields_engines_read(tiny_target: Path, tmp_path: Path) -> Non
     assert "layers.0.self_attn.q_proj.weight" in names
     offsets = load_file(tmp_path / "plain/model.safetensors")["d2t"]
     assert torch.equal(torch.arange(DRAFT_VOCABULARY) + offsets, draft.vocabulary.ids_N)
+
+
+@pytest.mark.parametrize("layout", ["plain", "speculators"])
+def test_a_vocabulary_that_is_not_pruned_has_no_map(tiny_target: Path, tmp_path: Path, layout: str) -> None:
+    """vLLM makes no parameter for one, and refuses a checkpoint with a tensor that it does not know."""
+    algorithm, draft, context = make(tiny_target, vocab_size=None)
+    write_draft(algorithm, draft, layout, tmp_path / "draft", context)
+    tensors = load_file(tmp_path / "draft/model.safetensors")
+    assert tensors["lm_head.weight"].shape[0] == 300
+    assert not {"d2t", "t2d"} & tensors.keys()
+    _, again = read_draft(tmp_path / "draft", algorithm.target)
+    assert torch.equal(again.vocabulary.ids_N, torch.arange(300))
+    save_file({**tensors, "d2t": torch.zeros(300, dtype=torch.int64)}, tmp_path / "draft/model.safetensors")
+    files = read_files(tmp_path / "draft")
+    with pytest.raises(CheckpointError, match="d2t: the draft says all 300 tokens"):
+        algorithm.serve(files, context.head, torch.zeros(2, 3, 64), torch.tensor([1, 2]), torch.tensor([3]))
 
 
 def test_tap_ids_that_are_not_the_default(tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,14 +8,25 @@ from pathlib import Path
 
 from pydantic import Field
 
-from torchspec.cli.console import ProgressDisplay, announce
+from torchspec.cli.console import ProgressDisplay, announce, write_whole
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
-from torchspec.cli.schemas import JsonOption, PromptOptions
-from torchspec.core.config.schema import DecodingConfig, Positive, Seed
+from torchspec.cli.schemas import EngineFlags, JsonOption, PromptOptions
+from torchspec.core.config.schema import DecodingConfig, Fraction, Positive, Seed
+from torchspec.core.errors import ConfigError, Problem
 
 
-class EvalOptions(DecodingConfig, JsonOption, PromptOptions):
-    draft: Path = Field(description="an exported draft: `draft/` of a run, or written by `torchspec export`")
+class EvalOptions(DecodingConfig, JsonOption, PromptOptions, EngineFlags):
+    draft: Path = Field(
+        description="an exported draft: `draft/` of a run, or written by `torchspec export`; with --engine a run or "
+        "checkpoint too"
+    )
+    engine: str | None = Field(
+        None, description="measure the draft in this serving engine, vllm or sglang, and compare it with our decoder"
+    )
+    engine_only: bool = Field(False, description="with --engine: without the engine's draftless run and our decoder")
+    tolerance: Fraction = Field(
+        0.05, description="with --engine: how far its acceptance length may be from our decoder's, relative"
+    )
     sweep: list[Positive] = Field([], description="also measure these draft lengths, side by side")
     prompt_lookup: bool = Field(False, description="also measure n-gram drafting, for comparison")
     seed: Seed = Field(0, description="of sampling, at temperature > 0")
@@ -26,17 +37,22 @@ def parser() -> Parser:
     made = Parser(
         "eval",
         "Measure a draft by lossless speculative decoding: every prompt is decoded with the draft and without it, and\n"
-        "the texts are compared. The prompts are the conversations up to their last assistant turn.",
+        "the texts are compared. The prompts are the conversations up to their last assistant turn.\n"
+        "With --engine the draft is decoded in a real serving engine, which an environment of its own holds\n"
+        "(`torchspec engine install`): the figures are its counters', held against our own decoder's.",
     )
     flags = all_flags(EvalOptions)
-    first = ("target", "draft", "data", "device", "backend", "draft_length", "sweep")
+    first = ("target", "draft", "data", "device", "backend", "draft_length", "sweep", "engine")
     add_options(made, EvalOptions, {path: flags[path] for path in dict.fromkeys((*first, *flags))})
     return made
 
 
 def run(words: Sequence[str]) -> int:
     options = read_options(parser(), EvalOptions, words)
+    _refuse_what_does_not_apply(options)
     announce("torchspec eval: loading")
+    if options.engine is not None:
+        return _in_engine(options)
 
     from torchspec.cli.evaluation import evaluate_draft, show
     from torchspec.cli.target import check, load_target
@@ -74,4 +90,46 @@ def run(words: Sequence[str]) -> int:
         show(evaluation)
     if options.output is not None:  # last: a full disk must not cost the figures
         evaluation.write(options.output)
+    return 0
+
+
+def _refuse_what_does_not_apply(options: EvalOptions) -> None:
+    """No option is taken and then ignored."""
+    if options.engine is None:
+        chosen = [name for name in options.model_fields_set if name.startswith("engine_") or name == "tolerance"]
+        message, remedy = "means nothing without --engine", "give --engine too, or leave it out"
+    else:
+        chosen = [name for name in ("sweep", "prompt_lookup") if getattr(options, name)]
+        message, remedy = "cannot be measured in a serving engine", "leave it out, or leave out --engine"
+    if chosen:
+        flags = [f"--{name.replace('_', '-')}" for name in sorted(chosen)]
+        raise ConfigError([Problem(field=flag, message=message, remedy=remedy) for flag in flags])
+
+
+def _in_engine(options: EvalOptions) -> int:
+    from torchspec.cli.served import evaluate_served, show
+    from torchspec.cli.target import check
+    from torchspec.core.data.dataset import DatasetSettings, load_prompts
+    from torchspec.core.data.tokenizer import load_tokenizer
+    from torchspec.core.decoding.served import check_agreement
+    from torchspec.core.models.target_spec import resolve_target
+
+    reads = [path for path in (options.chat_template, *options.draft.glob("*")) if path is not None]
+    check(options, "decode", options.data, output=options.output, reads=reads)
+    with ProgressDisplay() as progress:
+        tokenizer = load_tokenizer(
+            resolve_target(options.target),
+            chat_template=options.chat_template,
+            trust_remote_code=options.trust_remote_code,
+        )
+        data = DatasetSettings(max_length=options.max_length)
+        prompts = load_prompts(options.data, tokenizer, data, progress, count=options.samples)
+        result = evaluate_served(options, prompts, progress)
+    if options.json_output:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        show(result)
+    if options.output is not None:
+        write_whole(options.output, json.dumps(result.to_json(), indent=2) + "\n")
+    check_agreement(result, options.tolerance)  # last: what was measured is shown and kept
     return 0
