@@ -1,12 +1,15 @@
-"""`eval --engine`: the draft in a real serving engine, the engine without it, and our own decoder on the same prompts."""
+"""`eval --engine`: the draft in a real serving engine, the engine without it, and our decoder on the same prompts."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from torchspec.cli.console import ProgressDisplay, print_table
 from torchspec.cli.target import Target, load_target
@@ -24,8 +27,9 @@ from torchspec.core.decoding.served import (
     with_space,
 )
 from torchspec.core.decoding.speculative import decode
-from torchspec.core.export.layout import CONFIG, FORMATS, read_draft, write_draft
-from torchspec.core.interfaces.engine import EngineOptions
+from torchspec.core.export.layout import CONFIG, FORMATS, ExportContext, read_draft, write_draft
+from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.engine import EngineOptions, TargetSpec
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 
@@ -54,14 +58,14 @@ def evaluate_served(options: EvalOptions, prompts: Sequence[PromptLike], progres
         trust_remote_code=options.trust_remote_code,
         process=options.engine_config().process(),
     )
-    with exported(options.draft, path, options.engine, options.trust_remote_code) as draft:
-        read_draft(draft, spec)  # what is wrong with it is said before an engine is started
-        run = _in_engine(options.engine, engine, draft.resolve(), kept, asked, "with the draft", progress)
+    with _draft(options.draft, spec, options.engine) as draft:
+        run = _in_engine(options.engine, engine, draft.path, kept, asked, "with the draft", progress)
         plain = None
         if not options.engine_only:
             plain = _in_engine(options.engine, engine, None, kept, asked, "without it", progress)
         dtype = running_dtype(options.dtype, spec.dtype, device.runtime.bind(0))
-        own, mismatches = None, ()
+        own: OwnRun | None = None
+        mismatches: tuple[Mismatch, ...] = ()
         if not options.engine_only:
             target = load_target(options)
             try:
@@ -87,7 +91,7 @@ def evaluate_served(options: EvalOptions, prompts: Sequence[PromptLike], progres
         tokens_per_second_draftless=slow,
         speedup=None if slow is None else speed / slow,
         lossless=None if plain is None or asked.temperature > 0 else not mismatches,
-        mismatches=tuple(mismatches),
+        mismatches=mismatches,
         own_acceptance_length=expected,
         difference=None if expected is None else acceptance.length / expected - 1.0,
         same_rounds=None if same is None else same[0],
@@ -103,24 +107,34 @@ def evaluate_served(options: EvalOptions, prompts: Sequence[PromptLike], progres
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """`path` is what an engine loads, `module` what our decoder runs: the trained one where there is a checkpoint, so
+    that a mistake of the export shows."""
+
+    path: Path
+    algorithm: Algorithm
+    module: nn.Module
+
+
 @contextlib.contextmanager
-def exported(draft: Path, target: Path, engine: str, trust_remote_code: bool) -> Iterator[Path]:
+def _draft(given: Path, target: TargetSpec, engine: str) -> Iterator[Draft]:
     """An exported draft as it is; of a run or a checkpoint, its draft in the layout that the engine reads."""
-    if (draft / CONFIG).is_file():
-        yield draft
+    if (given / CONFIG).is_file():
+        algorithm, module = read_draft(given, target)
+        yield Draft(path=given.resolve(), algorithm=algorithm, module=module)
         return
-    from torchspec.core.export.layout import ExportContext
     from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
 
     with tempfile.TemporaryDirectory(prefix="torchspec-draft-") as place:
-        checkpoint = find_checkpoint(draft)
-        rebuilt = rebuild(checkpoint, target=target, trust_remote_code=trust_remote_code)
+        checkpoint = find_checkpoint(given)
+        rebuilt = rebuild(checkpoint, target=target.path, trust_remote_code=target.trust_remote_code)
         written = Path(place) / "draft"
         probe = recorded_probe(checkpoint.parent.parent)
         context = ExportContext(head=rebuilt.head, device=registry.load_device("cpu"), probe=probe)
         layout = FORMATS.get(engine, rebuilt.algorithm.layouts[0])
         write_draft(rebuilt.algorithm, rebuilt.draft, layout, written, context)
-        yield written
+        yield Draft(path=written, algorithm=rebuilt.algorithm, module=rebuilt.draft)
 
 
 def _in_engine(
@@ -140,15 +154,14 @@ def _in_engine(
 
 
 def _own(
-    target: Target, draft: Path, prompts: Sequence[PromptLike], asked: ServeSettings, progress: ProgressDisplay
+    target: Target, draft: Draft, prompts: Sequence[PromptLike], asked: ServeSettings, progress: ProgressDisplay
 ) -> OwnRun:
     spec = target.engine.describe()
-    algorithm, module = read_draft(draft, spec)
     head = load_target_head(
         target.path, dtype=target.dtype, device=target.torch_device, trust_remote_code=spec.trust_remote_code
     )
-    module = module.to(device=target.torch_device, dtype=target.dtype).eval()
-    drafter = algorithm.drafter(module, head, target.device)
+    module = draft.module.to(device=target.torch_device, dtype=target.dtype).eval()
+    drafter = draft.algorithm.drafter(module, head, target.device)
     request = DecodeSettings(
         max_new_tokens=asked.max_new_tokens, draft_length=asked.draft_length, temperature=asked.temperature
     )
