@@ -157,6 +157,19 @@ class DecodingConfig(Section):
 
 class EvalConfig(DecodingConfig):
     every: Annotated[int, Field(ge=0)] = Field(0, description="steps between validations by decoding; 0: at the end")
+    engine: str | None = Field(
+        None, description="validate in this serving engine, beside the training; default: our own decoder if it can"
+    )
+    devices: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="accelerators that the serving engine sees; empty: those of the training"
+    )
+    timeout: float = Field(3600, gt=0, description="seconds one validation in a serving engine may take")
+    tolerance: Fraction = Field(
+        0.05, description="how far the engine's acceptance length may be from our decoder's, relative"
+    )
+    serving: EngineConfig = Field(
+        default_factory=lambda: EngineConfig(), description="the serving engine's process, as in `engine`"
+    )
 
 
 class RunConfig(Section):

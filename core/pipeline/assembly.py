@@ -26,6 +26,7 @@ from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.parallel_fit import LogitsForm, choose_exchange, choose_logits
 from torchspec.core.pipeline.rebuild import load_state, read_initial
+from torchspec.core.pipeline.served_checks import served_checks, serving_engine
 from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.random_state import seed_rank
@@ -180,7 +181,9 @@ def build_setup(
     config: RunConfig, model: Model, target: Target, data: Data, start: Start, context: ParallelContext,
     progress: ProgressSink | None,
 ) -> Setup:  # fmt: skip
-    usable = with_room(target.spec.max_position_embeddings, data.prompts) if data.prompts else []
+    engine = serving_engine(config, registry.backends().spec(config.backend))
+    own = engine is None and data.prompts
+    usable = with_room(target.spec.max_position_embeddings, data.prompts) if own else []
     validator = Validator(
         model=model,
         vocabulary=start.vocabulary,
@@ -192,7 +195,12 @@ def build_setup(
         context=context,
         progress=_named("validate", progress),
     )
-    context.agree(validator.rehearse)
+    if usable:
+        context.agree(validator.rehearse)
+    served = None
+    if engine is not None and context.is_main:
+        visible = context.device.runtime.visible_devices_variable
+        served = served_checks(config, engine, context.device.name, visible)
     facts = draft_facts(config, model.algorithm, target.spec, start.vocabulary, data.train.ingredients)
     return Setup(
         config=config.train,
@@ -203,6 +211,8 @@ def build_setup(
         vocabulary=start.vocabulary,
         validate=validator if usable else None,
         validate_every=config.eval.every,
+        serve=engine is not None,
+        served=served,
     )
 
 

@@ -9,6 +9,7 @@ from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import Problem
 from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import EngineSpec
+from torchspec.core.pipeline.served_checks import serving_engine, serving_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
             )
             for name in sorted(config.engine.model_fields_set)
         ]
-    if not config.data.validation or "decode" in backend.capabilities:
+    found += serving_problems(config, backend)
+    if not config.data.validation or serving_engine(config, backend) or "decode" in backend.capabilities:
         return found
     return [
         *found,

@@ -26,6 +26,7 @@ from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.capturing import Model, capture
 from torchspec.core.training.metrics import MetricsLog
+from torchspec.core.training.served import ServedCheckError
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.trackers import TensorBoard, check_tensorboard
 from torchspec.core.training.trainer import Outcome, Trainer
@@ -116,11 +117,18 @@ def _train_in(
             _tell_changes(resumed, setup.facts)
         probe = context.agree(lambda: _probe(model, data, context))
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start, probe))
-        outcome = _run(run, config, trainer, progress)
+        try:
+            outcome = _run(run, config, trainer, progress)
+        finally:
+            if setup.served is not None:
+                setup.served.close()
         if outcome.signal:
             logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
             return _outcome(config, outcome, finished=False)
         context.main_only(lambda: _finish(config, target, progress))
+    if setup.served is not None and setup.served.failures:
+        listed = "\n  - ".join(setup.served.failures)
+        raise ServedCheckError(f"trained, and the draft is in {config.output / run_dir.DRAFT}, but:\n  - {listed}")
     return _outcome(config, outcome, finished=True)
 
 

@@ -29,6 +29,7 @@ from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from torchspec.core.training.random_state import untouched
 from torchspec.core.training.schedule import Schedule
+from torchspec.core.training.served import ServedChecks
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
 from torchspec.core.training.window import Cut, Sums, WindowResult, run_window
@@ -49,8 +50,9 @@ class NonFiniteError(TorchspecError):
 class Setup:
     """What is trained, on what, and where it is kept.
 
-    `validate` decodes with the draft as it is and returns a metrics row holding `acceptance_length`; None: no
-    validation data. `validate_every` 0: only at the end.
+    `validate` decodes with the draft as it is and returns a metrics row holding `acceptance_length`; None: not here.
+    `serve`: checkpoints are validated in a serving engine instead, by `served`, which the main rank has.
+    `validate_every` 0: only at the end.
     """
 
     config: TrainConfig
@@ -61,6 +63,8 @@ class Setup:
     vocabulary: VocabularyMap
     validate: Callable[[], dict[str, Any]] | None = None
     validate_every: int = 0
+    serve: bool = False
+    served: ServedChecks | None = None
 
 
 @dataclass(kw_only=True)
@@ -123,11 +127,17 @@ class Trainer:
                 progress("train", counters.step, self.total_steps)
             received = self._agreed_signal(stop)
             due = self._validation_due() and not received
+            serve = self._serving_due() and not received
             last = counters.step == self.total_steps
-            if received or due or last or counters.step % config.checkpoint_every == 0:
+            if received or due or serve or last or counters.step % config.checkpoint_every == 0:
                 self._save()  # before the validation, which may fail or outlast the time after a signal
             if due:
                 received = self._validate(log, stop)
+            if serve:
+                self.context.main_only(self._serve)
+            self._collect(log)
+        if self.setup.serve and not received:
+            received = self._await_served(log, stop)
         return Outcome(
             step=counters.step,
             total_steps=self.total_steps,
@@ -280,6 +290,36 @@ class Trainer:
         if self.setup.validate is None or step == 0 or self.counters.validated_step == step:
             return False
         return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _serving_due(self) -> bool:
+        step, every = self.counters.step, self.setup.validate_every
+        return self.setup.serve and step > 0 and (step == self.total_steps or (every > 0 and step % every == 0))
+
+    def _serve(self) -> None:
+        assert self.setup.served is not None
+        self.setup.served.start(self.counters.step)
+
+    def _collect(self, log: MetricsLog) -> None:
+        """What the serving engine has found meanwhile; only the main rank knows."""
+        if self.setup.served is not None:
+            for row in self.setup.served.collect():
+                log.write(self._served_row(row))
+
+    def _await_served(self, log: MetricsLog, stop: StopRequest) -> int:
+        """Until every checkpoint that is queued has been measured; -> a signal that arrived meanwhile."""
+
+        def wait() -> None:
+            assert self.setup.served is not None
+            if self._serving_due():  # a run that ended before its last measurement did
+                self._serve()
+            for row in self.setup.served.wait(lambda: bool(stop.received)):
+                log.write(self._served_row(row))
+
+        self.context.main_only(wait)
+        return self._agreed_signal(stop)
+
+    def _served_row(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "epoch": (row["step"] - 1) // self.steps_per_epoch}
 
     def _validate(self, log: MetricsLog, stop: StopRequest) -> int:
         """Decode and log; -> a signal that arrived meanwhile.
