@@ -86,3 +86,7 @@ def peak_bytes() -> Callable[[Callable[[], object]], int]:
         return most
 
     return measure
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engines", help="engines whose environments must be here (vllm,sglang): absence is a failure")

@@ -37,6 +37,9 @@ def engine_arguments(settings: WorkerSettings, layers: int, context: int) -> dic
     }
     if settings.device == "cpu":
         arguments["enforce_eager"] = True  # compiling takes longer than it saves
+        if not settings.taps:
+            # vLLM 0.32 sets a request's random generator back after a piece of its prompt, which the CPU's cannot do.
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, 8192)}
     elif settings.memory_fraction is not None:
         arguments["gpu_memory_utilization"] = settings.memory_fraction
     if settings.taps:
