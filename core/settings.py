@@ -113,6 +113,16 @@ def set_defaults(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def give_orders(text: str) -> None:
+    """`TORCHSPEC_ORDERS`: for our plug-in in processes that an engine starts from here."""
+    os.environ["TORCHSPEC_ORDERS"] = text
+
+
+def orders() -> str | None:
+    """What `give_orders` said in the process that started this one."""
+    return os.environ.get("TORCHSPEC_ORDERS")
+
+
 def engine_environment(*, folders: Sequence[Path]) -> dict[str, str]:
     """This process's environment for an engine's worker: `folders` go first on PYTHONPATH.
 

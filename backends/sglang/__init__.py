@@ -1,22 +1,8 @@
-"""sglang as target engine: the name is taken, the adapter is not part of this release."""
+"""SGLang as target engine: it runs in a worker, in an environment of its own."""
 
 from __future__ import annotations
 
-from torchspec.backends.api import Availability, EngineOptions, EngineSpec, TargetEngine, UnavailableError
+from torchspec.backends.remote.spec import Engine
 
-_REASON = "this release of torchspec has no adapter for sglang yet"
-_HINT = (
-    "--backend hf captures, generates and evaluates with the same target in this process. "
-    "The adapter will run sglang in a Python environment of its own, so installing it here changes nothing"
-)
-
-
-def _probe() -> Availability:
-    return Availability(ok=False, reason=_REASON, hint=_HINT)
-
-
-def _load(options: EngineOptions) -> TargetEngine:
-    raise UnavailableError(f"backend 'sglang' cannot load {options.target}: {_REASON}\n    remedy: {_HINT}")
-
-
-SPEC = EngineSpec(name="sglang", probe=_probe, load=_load, capabilities=frozenset())
+ENGINE = Engine(name="sglang", module="sglang", runner="torchspec.backends.sglang.worker")
+SPEC = ENGINE.spec()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,14 @@ def embedded() -> Path:
 
 
 @pytest.fixture(scope="session")
-def conversations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A few of each split of the embedded target's own, as files."""
     place = tmp_path_factory.mktemp("conversations")
     files = {}
-    for split, count in (("train", 320), ("validation", 40)):
+    for split, count in (("train", 480), ("validation", 40)):
         everything = list(iter_conversations(split))
         step = max(1, len(everything) // count)
         files[split] = place / f"{split}.jsonl"
         rows = [json.dumps({"id": c.id, "messages": c.messages}) for c in everything[::step][:count]]
         files[split].write_text("\n".join(rows) + "\n")
-    yield files
+    return files

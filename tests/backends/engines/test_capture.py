@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchspec.backends.api import CaptureRequest, EngineOptions, Features, RecordRef, TargetEngine
+from torchspec.backends.api import CaptureRequest, EngineOptions, Features, RecordRef, TargetEngine, TargetError
 from torchspec.backends.remote.engine import RemoteEngine
 from torchspec.core import registry
 from torchspec.core.features.memory import MemoryStore, take
@@ -129,3 +129,25 @@ def test_other_architectures(
         truth_of(targets[kind], options).check(capture(engine, samples()))
     finally:
         engine.close()
+
+
+def test_a_target_on_two_devices(
+    engine_name: str, targets: dict[str, Path], options: Callable[..., EngineOptions]
+) -> None:
+    """Tensor parallel: each record is written once, whole."""
+    target = targets["llama"]
+    engine = registry.load_engine(engine_name, options(target, taps=TAPS, tensor_parallel=2))
+    try:
+        truth_of(target, options).check(capture(engine, samples()))
+    finally:
+        engine.close()
+
+
+def test_a_plug_in_that_sglang_does_not_load_is_noticed(
+    engine_name: str, targets: dict[str, Path], options: Callable[..., EngineOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine_name != "sglang":
+        pytest.skip("vLLM is given its connector by name and fails without it")
+    monkeypatch.setenv("SGLANG_PLUGINS", "somebody-elses")
+    with pytest.raises(TargetError, match="plug-in did not load"):
+        registry.load_engine(engine_name, options(targets["llama"], taps=TAPS))

@@ -13,9 +13,7 @@ from torchspec.core import registry
 
 
 @pytest.fixture(scope="module")
-def writer(
-    engine_name: str, targets: dict[str, Path], options: Callable[..., EngineOptions]
-) -> Iterator[TargetEngine]:
+def writer(engine_name: str, targets: dict[str, Path], options: Callable[..., EngineOptions]) -> Iterator[TargetEngine]:
     engine = registry.load_engine(engine_name, options(targets["qwen3"]))
     yield engine
     engine.close()

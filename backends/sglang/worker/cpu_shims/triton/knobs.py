@@ -1,0 +1,3 @@
+"""SGLang watches when kernels are loaded, where triton can tell."""
+
+runtime = compilation = None

@@ -1,0 +1,125 @@
+"""From an engine's features to a draft, and back into the engine: what it accepts is what our decoder accepts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import torchspec
+from torchspec.cli import main
+
+STEPS = 40
+
+
+def run_config(conversations: dict[str, Path], output: Path, **more: Any) -> dict[str, Any]:
+    """A short run on the embedded target. Its rate is constant: a shorter one begins in the same way."""
+    train = {"max_steps": STEPS, "batch_size": 8, "lr": 2e-3, "warmup_steps": 5, "schedule": "constant"}
+    return {
+        "output": output,
+        "device": "cpu",
+        "target": {"path": "embedded", "dtype": "float32"},
+        "data": {"train": [conversations["train"]], "max_length": 128},
+        "train": train,
+        **more,
+    }
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def trained(engine_name: str, conversations: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose features came from the engine."""
+    output = tmp_path_factory.mktemp(engine_name) / "run"
+    outcome = torchspec.train(run_config(conversations, output, backend=engine_name))
+    assert outcome.step == STEPS
+    return output
+
+
+def test_the_loss_curve_is_that_of_transformers_features(
+    trained: Path, conversations: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every step within 1e-4, relative: rounding of 1e-6 in the first features grows with the steps."""
+    config = run_config(conversations, tmp_path / "hf")
+    config["train"]["max_steps"] = 12
+    torchspec.train(config)
+    expected = losses(tmp_path / "hf")
+    assert len(expected) == 12
+    assert losses(trained)[:12] == pytest.approx(expected, rel=1e-4)
+
+
+def evaluate(draft: Path, engine: str, conversations: dict[str, Path], output: Path, *more: str) -> int:
+    words = ["eval", "--target", "embedded", "--draft", str(draft), "--data", str(conversations["validation"])]
+    words += ["--engine", engine, "--device", "cpu", "--dtype", "float32", "--samples", "8", "--max-new-tokens", "40"]
+    return main([*words, "--max-length", "400", "--draft-length", "4", "--output", str(output), *more])
+
+
+def test_the_engine_accepts_what_our_decoder_accepts(
+    trained: Path, engine_name: str, conversations: dict[str, Path], tmp_path: Path
+) -> None:
+    """Round by round, and the text is the engine's own without the draft."""
+    assert evaluate(trained, engine_name, conversations, tmp_path / "eval.json") == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["engine"] == engine_name
+    assert found["lossless"] is True
+    assert found["prompts"] == 8
+    assert found["compared_rounds"] == found["same_rounds"] == 8
+    assert found["acceptance_length"] == pytest.approx(found["own_acceptance_length"], abs=1e-12)
+    assert found["acceptance_length"] > 1.05, "a draft that is never accepted shows nothing"
+    assert sum(found["acceptance_per_position"]) + 1 == pytest.approx(found["acceptance_length"])
+
+
+def test_an_exported_plain_draft_loads_unchanged(
+    trained: Path, engine_name: str, conversations: dict[str, Path], tmp_path: Path
+) -> None:
+    """The directory that training leaves, in either engine."""
+    assert evaluate(trained / "draft", engine_name, conversations, tmp_path / "eval.json", "--engine-only") == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["acceptance_length"] > 1.05
+
+
+def test_a_draft_that_is_served_otherwise_is_an_error(
+    trained: Path,
+    engine_name: str,
+    conversations: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Engines number the layers of an explicit list differently, so one of them taps other layers than we do."""
+    draft = tmp_path / "draft"
+    shutil.copytree(trained / "draft", draft)
+    config = json.loads((draft / "config.json").read_text())
+    shift = {"vllm": 0, "sglang": 1}[engine_name]  # as the other engine counts
+    listed = [layer + shift for layer in config["torchspec"]["tap_layers"]]
+    config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = listed
+    (draft / "config.json").write_text(json.dumps(config))
+    assert evaluate(draft, engine_name, conversations, tmp_path / "eval.json") == 1
+    said = capsys.readouterr().err
+    assert "tokens per round where our decoder accepts" in said
+    assert "tap ids: engines number layers differently" in said
+    assert json.loads((tmp_path / "eval.json").read_text())["lossless"] is True, "its text is right all the same"
+
+
+def test_training_picks_the_checkpoint_that_serves_best(
+    engine_name: str, conversations: dict[str, Path], tmp_path: Path
+) -> None:
+    """Measured beside the training by processes of their own; a run that resumes measures what is missing."""
+    evaluation = {"every": 10, "samples": 2, "max_new_tokens": 16, "engine": engine_name}
+    config = run_config(conversations, tmp_path / "run", eval=evaluation)
+    config["data"]["validation"] = [conversations["validation"]]
+    config["train"] |= {"max_steps": 20, "keep_last": 1}
+    outcome = torchspec.train(config)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    served = {row["step"]: row for row in rows if row["kind"] == "served"}
+    assert sorted(served) == [10, 20]
+    assert all(row["engine"] == engine_name and row["lossless"] for row in served.values())
+    best = max(row["acceptance_length"] for row in served.values())
+    assert outcome.acceptance_length == best
+    assert json.loads((tmp_path / "run/checkpoints/best.json").read_text())["acceptance_length"] == best
+    (tmp_path / "run/served/step_00000020/eval.json").unlink()
