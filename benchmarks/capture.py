@@ -143,7 +143,8 @@ def main() -> int:
         f"{body['prefill_tokens_per_second']:.0f}; ratio {body['capture_over_prefill']:.2f} "
         f"({body['lowest']:.2f} to {body['highest']:.2f}), {body['feature_mb_per_second']:.0f} MB/s of features"
     )
-    write(args.json, {"command": join(["python", "benchmarks/capture.py", *sys.argv[1:]]), "machine": machine(), **body})
+    body = {"command": join(["python", "benchmarks/capture.py", *sys.argv[1:]]), "machine": machine(), **body}
+    write(args.json, body)
     return 0
 
 

@@ -51,6 +51,7 @@ class Engine:
             load=self.load,
             capabilities=frozenset({"capture", "generate", "serve"}),
             available=self.available,
+            command=self.attach_command,
             serve=self.serve,
         )
 
@@ -143,8 +144,8 @@ class Engine:
             words.append("--trust-remote-code")
         return words
 
-    def attach_command(self, options: EngineOptions, *, port: int = 8123) -> str:
-        """What a user types to start a worker that runs can be attached to with engine.url."""
+    def attach_command(self, options: EngineOptions, port: int) -> str:
+        """As `EngineSpec.command`: with a fresh token, which the training must be given too."""
         import shlex
 
         python, environment = self._place(options)

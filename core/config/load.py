@@ -137,7 +137,7 @@ def _unknown(setting: Setting, paths: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(setting.path, paths, n=3, cutoff=0.75)
     last = setting.path.rpartition(".")[2]
     by_name = {path.rpartition(".")[2]: path for path in paths}
-    near += [by_name[name] for name in difflib.get_close_matches(last, by_name, n=2, cutoff=0.75)]
+    near += [by_name[name] for name in difflib.get_close_matches(last, by_name, n=2, cutoff=0.8)]
     section = setting.path.partition(".")[0]
     siblings = tuple(path for path in paths if path.startswith(f"{section}."))
     remedy = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`torchspec train --help` lists them all"

@@ -25,6 +25,10 @@ TOLERANCE = 0.05
 """Of the acceptance length, relative: bfloat16 engines tip some near-ties otherwise."""
 
 
+LEAST_ALIKE = 0.5
+"""Share of texts in whose rounds a float32 engine must accept exactly what our decoder accepts (greedily)."""
+
+
 class ServingMismatchError(TorchspecError):
     """The engine accepts other tokens than our decoder does: the draft is not served as it was trained."""
 
@@ -212,6 +216,12 @@ def check_agreement(result: ServedResult, tolerance: float = TOLERANCE) -> None:
         complaints.append(
             f"{result.engine} {result.engine_version} accepts {result.acceptance_length:.3f} tokens per round where "
             f"our decoder accepts {result.own_acceptance_length:.3f} (limit: {tolerance:.0%} apart)"
+        )
+    alike, compared = result.same_rounds, result.compared_rounds
+    if alike is not None and compared and result.dtype == "float32" and alike < LEAST_ALIKE * compared:
+        complaints.append(
+            f"{result.engine} accepts the tokens that our decoder accepts, round by round, in only {alike} of "
+            f"{compared} texts, and in float32 there is little that rounding could tip"
         )
     if complaints:
         raise ServingMismatchError("; ".join(complaints) + _CAUSES)

@@ -213,6 +213,7 @@ class EngineSpec:
 
     `probe`: whether the engine can be used with nothing said but its name.
     `available`: the same on a device (by name) with this `EngineProcess`; None: it runs in the caller's process.
+    `command`: what to type to start a worker, at this port, that a training can attach to.
     `serve`: the target served with an exported draft (None: without) that drafts so many tokens a round.
     `tensor_parallel_sizes`: over how many of the trainer's ranks a target can be split, ascending from 1; TargetError
     names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
@@ -223,6 +224,7 @@ class EngineSpec:
     load: Callable[[EngineOptions], TargetEngine]
     capabilities: frozenset[str] = frozenset({"capture", "generate"})
     available: Callable[[str, EngineProcess], Availability] | None = None
+    command: Callable[[EngineOptions, int], str] | None = None
     serve: Callable[[EngineOptions, Path | None, int], ServingEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
     api_version: int = API_VERSION

@@ -97,6 +97,8 @@ def engine_arguments(settings: WorkerSettings, shape: Shape) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "random_seed": 0,
         "log_level": "warning",
+        # Else its scheduler polls without a pause, and takes a core from the trainer while it has nothing to do.
+        "sleep_on_idle": True,
         **DEVICES[settings.device],
     }
     if settings.device == "cpu":

@@ -33,6 +33,7 @@ RECORD_SECONDS = 60.0
 """From the end of a request to its record, of which nothing but writing is left to do."""
 
 IDLE_SECONDS = 0.5
+POLL_SECONDS = 0.01
 
 
 @dataclass(kw_only=True)
@@ -163,7 +164,7 @@ class VllmRunner:
             os._exit(70)  # its state is unknown: whoever watches this process starts another
 
     def _build(self) -> None:
-        from vllm import EngineArgs, LLMEngine
+        from vllm import EngineArgs, LLMEngine, envs
         from vllm.transformers_utils.config import get_config
 
         settings = self._settings
@@ -171,6 +172,7 @@ class VllmRunner:
         layers, context = config.num_hidden_layers, config.max_position_embeddings
         arguments = engine_arguments(settings, layers, context)
         self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._inside = not envs.VLLM_ENABLE_V1_MULTIPROCESSING
         model = self._engine.model_config
         self.facts = Facts(
             engine="vllm",
@@ -190,9 +192,12 @@ class VllmRunner:
                 return
             if not (self._captures or self._writings):
                 continue
-            for output in self._engine.step():
-                if output.finished:
-                    self._finish(output)
+            if self._inside or self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.finished:
+                        self._finish(output)
+            else:  # an engine core of its own process writes records by itself, and a step would wait for a request
+                time.sleep(POLL_SECONDS)
             self._collect_records()
 
     def _take_in(self, *, wait: bool) -> bool:

@@ -143,11 +143,10 @@ def test_a_target_on_two_devices(
         engine.close()
 
 
-def test_a_plug_in_that_sglang_does_not_load_is_noticed(
+@pytest.mark.parametrize("engine_name", ["sglang"], indirect=True)  # vLLM is given its connector by name
+def test_a_plug_in_that_does_not_load_is_noticed(
     engine_name: str, targets: dict[str, Path], options: Callable[..., EngineOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if engine_name != "sglang":
-        pytest.skip("vLLM is given its connector by name and fails without it")
     monkeypatch.setenv("SGLANG_PLUGINS", "somebody-elses")
     with pytest.raises(TargetError, match="plug-in did not load"):
         registry.load_engine(engine_name, options(targets["llama"], taps=TAPS))

@@ -280,7 +280,7 @@ def test_attaching_to_a_running_worker(
     engine: Engine, options: Callable[..., EngineOptions], fake: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the printed command, word for word in a shell."""
-    command = engine.attach_command(options(), port=0)
+    command = engine.attach_command(options(), 0)
     shell = subprocess.Popen(["bash", "-c", f"exec env {command}"], stdout=subprocess.PIPE, text=True)
     try:
         assert shell.stdout is not None

@@ -23,6 +23,7 @@ _WORDS = {
     "list": "say which environments there are",
     "check": "see whether the engines there can still be used",
     "remove": "delete the environment of an engine",
+    "command": "print the command that starts a worker to attach to",
 }
 _DEVICE = "cpu, cuda or npu"
 
@@ -63,7 +64,24 @@ def parsers() -> dict[str, Parser]:
     remove = Parser("engine remove", "Delete the environment of an engine.")
     _add_engine(remove)
     _add_device(remove, f"{_DEVICE}; default: the only one there is")
-    return {"install": install, "list": listing, "check": check, "remove": remove}
+    command = Parser(
+        "engine command",
+        "Print the command that starts an engine by itself, for trainings that attach to it (engine.url). It holds a\n"
+        "fresh token: give the same to the training in TORCHSPEC_ENGINE_TOKEN. Both must run on one machine.",
+    )
+    _add_engine(command)
+    _add_device(command, f"{_DEVICE}; default: what is here")
+    command.add_argument(
+        "--target", metavar="PATH", type=Path, required=True, help="directory of the target [required]"
+    )
+    command.add_argument(
+        "--algorithm", metavar="NAME", default="eagle3", help="whose taps are captured [default: eagle3]"
+    )
+    command.add_argument("--taps", metavar="L,L,L", help="layers to capture instead, counted from 0")
+    command.add_argument("--dtype", metavar="DTYPE", default="auto", help="precision of the target [default: auto]")
+    command.add_argument("--port", metavar="N", type=int, default=8123, help="where it listens [default: 8123]")
+    command.add_argument("--python", metavar="PATH", type=Path, help="the engine's Python; default: the installed one")
+    return {"install": install, "list": listing, "check": check, "remove": remove, "command": command}
 
 
 def _add_engine(parser: Parser, **shape: Any) -> None:
@@ -204,9 +222,45 @@ def _remove(values: dict[str, Any]) -> int:
     return 0
 
 
+def _command(values: dict[str, Any]) -> int:
+    announce(f"looking at {values['target']}")
+    from torchspec.core import registry, settings
+    from torchspec.core.interfaces.engine import EngineOptions, EngineProcess
+    from torchspec.core.models.target_spec import read_target_spec, resolve_target
+
+    spec = registry.backends().spec(values["engine"])
+    if spec.command is None:
+        raise TorchspecError(f"{spec.name} runs inside the trainer: there is nothing to attach to")
+    target = read_target_spec(resolve_target(values["target"]))
+    if values["taps"] is None:
+        algorithm = registry.algorithms().spec(values["algorithm"])
+        taps = algorithm.create(algorithm.options(), target).taps
+    else:
+        taps = _layers(values["taps"], target.num_layers)
+    name, _ = registry.choose_device(values["device"], settings.default_device())
+    options = EngineOptions(
+        target=target.path,
+        device=registry.load_device(name),
+        dtype=values["dtype"],
+        taps=taps,
+        process=EngineProcess(python=values["python"]),
+    )
+    print(spec.command(options, values["port"]))
+    return 0
+
+
+def _layers(text: str, count: int) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < count for part in parts):
+        message = f"must be layers of the target, 0 to {count - 1}, with commas between them"
+        raise ConfigError([Problem(field="--taps", value=text, message=message)])
+    return tuple(int(part) for part in parts)
+
+
 _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "install": _install,
     "list": _list,
     "check": _check,
     "remove": _remove,
+    "command": _command,
 }
