@@ -44,6 +44,10 @@ class TargetReading(Section):
         "auto", description="precision the target runs in; auto: as stored, float32 on a CPU"
     )
     chat_template: Path | None = Field(None, description="a Jinja file used instead of the tokenizer's own template")
+    thinking: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="have the target reason before it answers, or not; auto: as its chat template does by itself",
+    )
     trust_remote_code: bool = Field(False, description="run Python code found in the target's directory")
 
 

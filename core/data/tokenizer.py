@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jinja2.exceptions import TemplateSyntaxError
 from tokenizers import Tokenizer
@@ -17,16 +19,24 @@ from torchspec.core.errors import TargetError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+Thinking = Literal["auto", "on", "off"]
+
+_THINKING = ("enable_thinking", "thinking")
+"""Variables by which chat templates are told whether the target is to reason before it answers."""
+
+
 def load_tokenizer(
-    target: Path, *, chat_template: Path | None = None, trust_remote_code: bool = False
+    target: Path, *, chat_template: Path | None = None, trust_remote_code: bool = False, thinking: Thinking = "auto"
 ) -> PreTrainedTokenizerBase:
     """The tokenizer stored in a target's directory, nothing else being consulted.
 
     `chat_template` is a Jinja file that replaces the tokenizer's own template. A tokenizer without any template
-    is accepted here; rendering a conversation with it is the error.
+    is accepted here; rendering a conversation with it is the error. `thinking` switches a target's reasoning on or
+    off through its template, and is part of the template from here on: whatever depends on the one does on the other.
 
-    Raises TargetError when the directory holds no tokenizer, holds a damaged one, or one that cannot say which
-    characters a token covers (the loss mask is made from those), and when the template is missing or malformed.
+    Raises TargetError for a template that knows of no such switch; when the directory holds no tokenizer, holds a
+    damaged one, or one that cannot say which characters a token covers (the loss mask is made from those); and when the
+    template is missing or malformed.
     """
     if not target.is_dir():
         raise TargetError(
@@ -46,7 +56,22 @@ def load_tokenizer(
         )
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
+    if thinking != "auto":
+        tokenizer.chat_template = _with_thinking(tokenizer.chat_template, target, on=thinking == "on")
     return tokenizer
+
+
+def _with_thinking(template: str | dict[str, str] | None, target: Path, *, on: bool) -> str | dict[str, str]:
+    """The template, or each of several, that sets its switch itself."""
+    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
+    names = [name for name in _THINKING if any(re.search(rf"\b{name}\b", text) for text in texts)]
+    if not names or template is None:
+        raise TargetError(
+            f"the chat template of {target} has no thinking mode (neither {' nor '.join(_THINKING)} occurs in it)\n"
+            "    remedy: leave target.thinking at auto, or give a template that has one (target.chat_template)"
+        )
+    switch = "".join(f"{{%- set {name} = {str(on).lower()} -%}}" for name in names)
+    return {name: switch + text for name, text in template.items()} if isinstance(template, dict) else switch + template
 
 
 def read_chat_template(path: Path) -> str:

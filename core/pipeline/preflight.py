@@ -146,7 +146,10 @@ def _device(config: RunConfig) -> DeviceSpec:
 
 def _tokenizer(config: RunConfig, target: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(
-        target, chat_template=config.target.chat_template, trust_remote_code=config.target.trust_remote_code
+        target,
+        chat_template=config.target.chat_template,
+        trust_remote_code=config.target.trust_remote_code,
+        thinking=config.target.thinking,
     )
 
 

@@ -89,6 +89,7 @@ def served_checks(config: RunConfig, engine: str, device: str, visible: str | No
             ("--chat-template", target.chat_template),
         ):
             words += [] if value is None else [flag, str(value)]
+        words += ["--thinking", target.thinking]
         words += ["--trust-remote-code"] if target.trust_remote_code else []
         hide = visible is not None and evaluation.devices
         seen = ["env", f"{visible}={','.join(map(str, evaluation.devices))}"] if hide else []

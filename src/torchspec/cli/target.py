@@ -114,7 +114,12 @@ def load_target(options: TargetOptions) -> Target:
     from torchspec.core.data.tokenizer import load_tokenizer
 
     path = resolve_target(options.target)
-    tokenizer = load_tokenizer(path, chat_template=options.chat_template, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(
+        path,
+        chat_template=options.chat_template,
+        trust_remote_code=options.trust_remote_code,
+        thinking=options.thinking,
+    )
     device = registry.load_device(registry.choose_device(options.device, settings.default_device())[0])
     torch_device = device.runtime.bind(0)
     engine = registry.load_engine(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from torchspec.core.data.chat import RenderedText, Renderer
+from torchspec.core.data.rows import ChatRow
 from torchspec.core.data.tokenizer import (
     exact_backend,
     id_limit,
@@ -89,3 +91,30 @@ def test_digest_ignores_what_calls_leave_behind(target: Path) -> None:
     assert exact_backend(tokenizer).encode("the quick brown fox").ids == tokenizer("the quick brown fox")["input_ids"]
     tokenizer.add_tokens(["<new>"])
     assert tokenizer_digest(tokenizer) != before
+
+
+SWITCHED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_thinking_is_switched_through_the_template(target: Path, tmp_path: Path) -> None:
+    """The prompt says it, and so does everything that is identified by its template."""
+    (tmp_path / "template.jinja").write_text(SWITCHED)
+    made = {
+        mode: load_tokenizer(target, chat_template=tmp_path / "template.jinja", thinking=mode)  # type: ignore[arg-type]
+        for mode in ("auto", "on", "off")
+    }
+    row = ChatRow(sample_id="a", messages=({"role": "user", "content": "q"},), tools=None, file=tmp_path, line=1)
+    texts = {}
+    for mode, tokenizer in made.items():
+        prompt = Renderer(tokenizer).prompt(row)
+        assert isinstance(prompt, RenderedText)
+        texts[mode] = prompt.text
+    assert texts["auto"] == texts["on"] == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert texts["off"] == texts["on"] + "<think>\n\n</think>\n\n"
+    assert len({template_digest(tokenizer) for tokenizer in made.values()}) == 3
+    with pytest.raises(TargetError, match=r"has no thinking mode \(neither enable_thinking nor thinking"):
+        load_tokenizer(target, thinking="off")

@@ -121,6 +121,7 @@ def _in_engine(options: EvalOptions) -> int:
             resolve_target(options.target),
             chat_template=options.chat_template,
             trust_remote_code=options.trust_remote_code,
+            thinking=options.thinking,
         )
         data = DatasetSettings(max_length=options.max_length)
         prompts = load_prompts(options.data, tokenizer, data, progress, count=options.samples)
