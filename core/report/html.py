@@ -28,6 +28,7 @@ class RunRecord:
     directory: Path
     train: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
+    served: list[Row] = field(default_factory=list)
     evaluation: Row = field(default_factory=dict)
     config: Row = field(default_factory=dict)
     environment: Row = field(default_factory=dict)
@@ -81,6 +82,7 @@ def read_run(run_dir: Path) -> RunRecord:
         directory=run_dir,
         train=[row for row in rows if row["kind"] == "train"],
         validation=[row for row in rows if row["kind"] == "validation"],
+        served=sorted((row for row in rows if row["kind"] == "served"), key=lambda row: row["step"]),
         evaluation=_json(run_dir / "eval.json"),
         config=_object(run_dir / "config.yaml", yaml.safe_load),
         environment=_json(run_dir / "environment.json"),
@@ -154,6 +156,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
         last = record.train[-1]
         tiles.append(("steps", _number(int(last["step"]))))
         tiles.append(("tokens trained", _number(int(last.get("tokens", 0)))))
+        lost = sum(len(row.get("quarantined", {})) for row in record.train)
+        if lost:
+            tiles.append(("samples quarantined", _number(lost)))
     return tiles
 
 
@@ -197,10 +202,14 @@ def _charts(record: RunRecord) -> list[Chart]:
     add(
         "Acceptance length",
         "Simulated: the walk decoding would take over the training text. Decoded: real speculative decoding of "
-        "validation prompts.",
+        "validation prompts, by torchspec itself or in a serving engine.",
         {
             "simulated": _series(record.train, "simulated_acceptance_length"),
             "decoded": _series(record.validation, "acceptance_length"),
+            **{
+                f"in {name}": _series([row for row in record.served if row.get("engine") == name], "acceptance_length")
+                for name in sorted({str(row.get("engine")) for row in record.served})
+            },
         },
         "tokens per round",
     )
