@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torchspec.core.interfaces.engine import ServedText, ServingCounters
 from torchspec.core.interfaces.features import NormState
 
 
@@ -68,30 +69,6 @@ class Ask:
     stop: Sequence[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """New tokens. `accepted`: with a draft, the accepted tokens of each drafting round, where the engine says so.
-
-    `rounds` and `accepted_tokens` are of this text alone, None where the engine counts them only in all.
-    """
-
-    tokens: tuple[int, ...]
-    accepted: tuple[int, ...] | None = None
-    rounds: int | None = None
-    accepted_tokens: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counters:
-    """The engine's own, since it started: drafting rounds, drafted tokens, accepted tokens, rounds per position that
-    accepted at least so many (None where the engine does not count them)."""
-
-    rounds: int
-    drafted: int
-    accepted: int
-    per_position: tuple[int, ...] | None
-
-
 class Runner(Protocol):
     """An engine with its target loaded. Methods may be called from any thread and return at once."""
 
@@ -101,8 +78,8 @@ class Runner(Protocol):
         """Done when the record is in the store; fails with an error whose text is for people."""
         ...
 
-    def write(self, ask: Ask) -> Future[Written]: ...
+    def write(self, ask: Ask) -> Future[ServedText]: ...
 
-    def counters(self) -> Counters: ...
+    def counters(self) -> ServingCounters: ...
 
     def close(self) -> None: ...

@@ -118,18 +118,19 @@ def subject_of(
     loaded: Device | None = device.load() if registry.probe(device).ok else None
     host = device.device_type == "cpu"
     dtype = running_dtype(config.target.dtype, target.dtype, torch.device(device.device_type))
+    backend = registry.backends().spec(config.backend)
     models = Models(
         algorithm=algorithm,
         spec=target,
         draft=tuple(tuple(p.shape) for p in draft_of_shapes(algorithm, target).parameters() if p.requires_grad),
-        target=tuple(weights.shape(name) for name in weights.files),
+        target=tuple(weights.shape(name) for name in weights.files) if backend.available is None else (),
         mapped=host and dtype == target.dtype,
         process=loaded.runtime.memory().allocated if host and loaded is not None else None,
     )
     return Subject(
         models=models,
         device=device,
-        backend=registry.backends().spec(config.backend),
+        backend=backend,
         dtype=dtype,
         loss_bytes=loaded.ops.loss_bytes if loaded is not None else 1 << 30,
         total=loaded.runtime.memory().total if loaded is not None else 0,

@@ -51,6 +51,8 @@ def target_parts(models: Models, load: Load) -> list[Part]:
     head = 0 if spec.tie_word_embeddings else end // load.head_ranks
     own = "the trainer's own" + (f", the head{_over(load.head_ranks)}" if head else "")
     ends = part_of("target embedding and head", [end, head], own)
+    if not models.target:  # its engine runs in a process of its own
+        return [ends]
     elements = sum(map(prod, models.target))
     if not models.mapped or parallel > 1:
         tensors = [size * prod(shape) // parallel for shape in models.target]
@@ -71,14 +73,18 @@ def micro_batch_parts(models: Models, load: Load) -> list[Part]:
     hidden = spec.hidden_size * size
     heads = spec.num_attention_heads * spec.head_dim
     widest = max(3 * spec.intermediate_size, 4 * heads) * size // load.tensor_parallel
+    arriving = [load.captured * hidden * (taps + 1)]
     recorded = [load.captured * hidden] * taps
     layer = [load.captured * hidden] * 2 + [load.captured * widest // 3] * 3
     copies = [load.captured * hidden] * (taps + 1)
     passing = max(layer, copies, key=sum)
     forward = f"{load.captured:,} tokens: taps and the widest layer, or its copies"
     features = f"{load.rows:,} tokens x ({taps} taps + last) x {spec.hidden_size} x {size} bytes"
+    ran = part_of("target's forward pass", [*recorded, *passing], forward, ("capture",))
+    if not models.target:
+        ran = part_of("records of the engine", arriving, f"{load.captured:,} tokens, mapped to be copied", ("capture",))
     found = [
-        part_of("target's forward pass", [*recorded, *passing], forward, ("capture",)),
+        ran,
         part_of("features", [load.rows * hidden * taps, load.rows * hidden], features, STEP),
     ]
     for name, how, count, moments in _activations(models, load):

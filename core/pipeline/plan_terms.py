@@ -46,7 +46,7 @@ class Models:
     """Target and draft as far as memory goes.
 
     draft         shapes of the trained tensors
-    target        shapes of the stored tensors
+    target        shapes of the stored tensors; none where its engine runs in a process of its own
     mapped        the target runs in the precision of its files, so that on a CPU their pages are its memory
     process       resident bytes of a process with everything imported; None on an accelerator, whose allocator counts
     """

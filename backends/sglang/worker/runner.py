@@ -13,8 +13,9 @@ from typing import Any
 
 from torchspec.backends.sglang.worker.orders import request_id
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
-from torchspec.backends.worker.runner import Ask, Counters, Facts, WorkerSettings, Written
+from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, TorchspecError, UnavailableError
+from torchspec.core.interfaces.engine import ServedText, ServingCounters
 
 
 class SglangError(TorchspecError):
@@ -42,14 +43,14 @@ class SglangRunner:
     def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(self._capture(record_id, list(input_ids)), self._loop)
 
-    def write(self, ask: Ask) -> Future[Written]:
+    def write(self, ask: Ask) -> Future[ServedText]:
         return asyncio.run_coroutine_threadsafe(self._write(ask), self._loop)
 
-    def counters(self) -> Counters:
+    def counters(self) -> ServingCounters:
         with self._counting:
             rounds = list(self._rounds)
         length = self._settings.draft_length
-        return Counters(
+        return ServingCounters(
             rounds=sum(rounds),
             drafted=sum(rounds) * length,
             accepted=sum(accepted * count for accepted, count in enumerate(rounds)),
@@ -93,7 +94,7 @@ class SglangRunner:
                 f"(SGLang {self.facts.engine_version})"
             )
 
-    async def _write(self, ask: Ask) -> Written:
+    async def _write(self, ask: Ask) -> ServedText:
         if ask.temperature > 0 and self._settings.draft is not None and self._settings.device == "cpu":
             raise SglangError(
                 "SGLang verifies drafts greedily on a CPU, at any temperature: ask at temperature 0 there"
@@ -121,14 +122,14 @@ class SglangRunner:
             raise SglangError(f"SGLang ended a text where nobody asked it to: {reason}")
         tokens = tuple(int(token) for token in answer["output_ids"])
         if self._settings.draft is None:
-            return Written(tokens=tokens)
+            return ServedText(tokens=tokens)
         if len(tokens) > 1 and ACCEPTED not in facts:
-            return Written(tokens=tokens)
+            return ServedText(tokens=tokens)
         accepted = tuple(int(count) for count in facts.get(ACCEPTED, ()) if count is not None)
         with self._counting:
             for count in accepted:
                 self._rounds[count] += 1
-        return Written(tokens=tokens, accepted=accepted, rounds=len(accepted), accepted_tokens=sum(accepted))
+        return ServedText(tokens=tokens, accepted=accepted, rounds=len(accepted), accepted_tokens=sum(accepted))
 
     def _check(self, ids: list[int], *, at_most: int) -> None:
         if not 0 < len(ids) <= at_most:

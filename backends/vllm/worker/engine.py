@@ -18,9 +18,10 @@ from typing import Any
 
 from torchspec.backends.vllm.worker.arguments import engine_arguments, environment
 from torchspec.backends.worker.reports import failure_of
-from torchspec.backends.worker.runner import Ask, Counters, Facts, WorkerSettings, Written
+from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, MissingRecordError, TargetError, UnavailableError
 from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.interfaces.engine import ServedText, ServingCounters
 from torchspec.core.settings import set_defaults
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class _Capture:
 
 @dataclass(kw_only=True)
 class _Writing:
-    future: Future[Written]
+    future: Future[ServedText]
 
 
 class VllmRunner:
@@ -89,8 +90,8 @@ class VllmRunner:
 
         return self._submit(begin, future)
 
-    def write(self, ask: Ask) -> Future[Written]:
-        future: Future[Written] = Future()
+    def write(self, ask: Ask) -> Future[ServedText]:
+        future: Future[ServedText] = Future()
 
         def begin() -> None:
             from vllm import SamplingParams
@@ -110,13 +111,13 @@ class VllmRunner:
 
         return self._submit(begin, future)
 
-    def counters(self) -> Counters:
+    def counters(self) -> ServingCounters:
         """vLLM's `spec_decode_*` counters. Its per-position counter says how many rounds accepted that position."""
         values: dict[str, Any] = {metric.name: metric for metric in self._engine.get_metrics()}
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
         rounds, drafted, accepted = (int(getattr(values.get(f"vllm:spec_decode_{n}"), "value", 0)) for n in names)
         per_position = values.get("vllm:spec_decode_num_accepted_tokens_per_pos")
-        return Counters(
+        return ServingCounters(
             rounds=rounds,
             drafted=drafted,
             accepted=accepted,
@@ -221,7 +222,7 @@ class VllmRunner:
         (text,) = output.outputs
         metrics = text.spec_decode_metrics
         accepted = None if metrics is None else tuple(metrics.per_step_accepted)
-        written = Written(
+        written = ServedText(
             tokens=tuple(text.token_ids),
             accepted=accepted,
             rounds=None if accepted is None else len(accepted),

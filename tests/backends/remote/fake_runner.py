@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from torchspec.backends.worker.runner import Ask, Counters, Facts, WorkerSettings, Written
+from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import TargetError
 from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.interfaces.engine import ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features
 
 DIES, DIES_ONCE, HANGS, REFUSES, SHORT, OTHER = 91, 92, 93, 94, 95, 96
@@ -82,18 +83,18 @@ class FakeRunner:
         assert self.store is not None
         self.store.put(record_id, features_of(ids, self.settings.taps, self.facts.hidden_size))
 
-    def write(self, ask: Ask) -> Future[Written]:
+    def write(self, ask: Ask) -> Future[ServedText]:
         return self.pool.submit(self._write, ask)
 
-    def _write(self, ask: Ask) -> Written:
+    def _write(self, ask: Ask) -> ServedText:
         if DIES in ask.input_ids:
             os._exit(9)
         self.rounds += 1
         tokens = [(ask.input_ids[-1] + step + ask.seed % 7 * (ask.temperature > 0)) % 90 for step in range(1, 4)]
-        return Written(tokens=tuple(tokens[: ask.max_new_tokens]), accepted=(1, 0))
+        return ServedText(tokens=tuple(tokens[: ask.max_new_tokens]), accepted=(1, 0))
 
-    def counters(self) -> Counters:
-        return Counters(rounds=self.rounds, drafted=2 * self.rounds, accepted=self.rounds, per_position=(1, 0))
+    def counters(self) -> ServingCounters:
+        return ServingCounters(rounds=self.rounds, drafted=2 * self.rounds, accepted=self.rounds, per_position=(1, 0))
 
     def close(self) -> None:
         self.pool.shutdown(wait=False)

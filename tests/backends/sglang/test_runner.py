@@ -13,8 +13,9 @@ import pytest
 
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
 from torchspec.backends.sglang.worker.runner import SglangError, SglangRunner, prompt_seed
-from torchspec.backends.worker.runner import Ask, Counters, Facts, WorkerSettings, Written
+from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, UnavailableError
+from torchspec.core.interfaces.engine import ServedText, ServingCounters
 
 FACTS = Facts(
     engine="sglang",
@@ -131,7 +132,7 @@ def test_prompts_that_do_not_fit_are_never_asked(
 def test_text_goes_on_to_its_own_stop_tokens(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     engine.answer = lambda asked: finished([7, 8], {"type": "stop", "matched": 8})
     runner = start()
-    assert runner.write(ask(stop=(8, 9))).result(SECONDS) == Written(tokens=(7, 8))
+    assert runner.write(ask(stop=(8, 9))).result(SECONDS) == ServedText(tokens=(7, 8))
     with pytest.raises(SglangError, match="where nobody asked"):
         runner.write(ask(stop=(9,))).result(SECONDS)
     with pytest.raises(SglangError, match="where nobody asked"):
@@ -166,13 +167,13 @@ def test_rounds_are_counted(engine: Engine, start: Callable[..., SglangRunner]) 
     noted = iter([[None, 2, None, None, 0], [None, 3]])
     engine.answer = lambda asked: finished([1, 2, 3], **{ACCEPTED: next(noted)})
     runner = start(taps=(), draft=Path("d"), draft_length=3)
-    assert runner.write(ask()).result(SECONDS) == Written(
+    assert runner.write(ask()).result(SECONDS) == ServedText(
         tokens=(1, 2, 3), accepted=(2, 0), rounds=2, accepted_tokens=2
     )
     assert runner.write(ask()).result(SECONDS).accepted == (3,)
-    assert runner.counters() == Counters(rounds=3, drafted=9, accepted=5, per_position=(2, 2, 1))
+    assert runner.counters() == ServingCounters(rounds=3, drafted=9, accepted=5, per_position=(2, 2, 1))
     runner.forget_counters()
-    assert runner.counters() == Counters(rounds=0, drafted=0, accepted=0, per_position=(0, 0, 0))
+    assert runner.counters() == ServingCounters(rounds=0, drafted=0, accepted=0, per_position=(0, 0, 0))
 
 
 def test_one_token_needs_no_round(engine: Engine, start: Callable[..., SglangRunner]) -> None:

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from torchspec.backends.worker import protocol
-from torchspec.backends.worker.runner import Ask, Counters, Facts, WorkerSettings, Written
+from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.backends.worker.server import Worker, make_server, shut_down
 from torchspec.core.errors import TargetError
 from torchspec.core.features.conformance import sample_features
 from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.interfaces.engine import ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features, RecordRef
 
 TOKEN = "the right one"
@@ -58,15 +59,15 @@ class TinyRunner:
             self.let_go.wait(20)
         self.store.put(record_id, features(ids[:-1] if SHORT in ids else ids))
 
-    def write(self, ask: Ask) -> Future[Written]:
+    def write(self, ask: Ask) -> Future[ServedText]:
         self.asked.append(ask)
-        done: Future[Written] = Future()
+        done: Future[ServedText] = Future()
         if STUCK not in ask.input_ids:
-            done.set_result(Written(tokens=(ask.input_ids[-1] + 1,), accepted=(1, 0), rounds=2, accepted_tokens=1))
+            done.set_result(ServedText(tokens=(ask.input_ids[-1] + 1,), accepted=(1, 0), rounds=2, accepted_tokens=1))
         return done
 
-    def counters(self) -> Counters:
-        return Counters(rounds=4, drafted=8, accepted=3, per_position=(2, 1))
+    def counters(self) -> ServingCounters:
+        return ServingCounters(rounds=4, drafted=8, accepted=3, per_position=(2, 1))
 
     def close(self) -> None:
         self.let_go.set()

@@ -178,3 +178,11 @@ def test_offloading_leaves_an_accelerator_less(accelerated: Models) -> None:
     )
     assert everything < states < none
     assert everything < activations < none
+
+
+def test_a_target_in_another_process_takes_no_memory_here(accelerated: Models) -> None:
+    """What remains of it are the trainer's own ends, and records on their way."""
+    inside, outside = (parts(estimate(models, LOAD)) for models in (accelerated, replace(accelerated, target=())))
+    assert outside.keys() ^ inside.keys() == {"target model", "target's forward pass", "records of the engine"}
+    assert outside["records of the engine"] == outside["features"]
+    assert outside["target embedding and head"] == inside["target embedding and head"]
