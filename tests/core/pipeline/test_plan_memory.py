@@ -20,6 +20,7 @@ from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline.plan_load import draft_of_shapes
 from torchspec.core.pipeline.plan_memory import KEPT, Need, estimate
+from torchspec.core.pipeline.plan_parts import micro_batch_parts, target_parts
 from torchspec.core.pipeline.plan_terms import LARGE_BLOCK, MOMENTS, Load, Models
 
 LOAD = Load(
@@ -182,7 +183,11 @@ def test_offloading_leaves_an_accelerator_less(accelerated: Models) -> None:
 
 def test_a_target_in_another_process_takes_no_memory_here(accelerated: Models) -> None:
     """What remains of it are the trainer's own ends, and records on their way."""
-    inside, outside = (parts(estimate(models, LOAD)) for models in (accelerated, replace(accelerated, target=())))
+
+    def sizes(models: Models) -> dict[str, int]:
+        return {part.name: part.bytes for part in (*target_parts(models, LOAD), *micro_batch_parts(models, LOAD))}
+
+    inside, outside = sizes(accelerated), sizes(replace(accelerated, target=()))
     assert outside.keys() ^ inside.keys() == {"target model", "target's forward pass", "records of the engine"}
     assert outside["records of the engine"] == outside["features"]
     assert outside["target embedding and head"] == inside["target embedding and head"]
