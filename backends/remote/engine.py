@@ -35,6 +35,7 @@ from torchspec.backends.api import (
 from torchspec.backends.remote.client import EngineLostError, WorkerClient
 from torchspec.backends.remote.place import Place
 from torchspec.backends.worker import protocol
+from torchspec.backends.worker.server import HEADER_BYTES
 from torchspec.core.errors import FeatureStoreError
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
@@ -247,7 +248,7 @@ class RemoteEngine:
         room = int(session.facts["store_bytes"]) // 2
         wave: list[CaptureRequest] = []
         for request in batch:
-            if wave and (sum(len(each.input_ids) for each in wave) + len(request.input_ids)) * session.row_bytes > room:
+            if wave and sum(_nbytes(each, session) for each in (*wave, request)) > room:
                 yield wave
                 wave = []
             wave.append(request)
@@ -314,6 +315,10 @@ class RemoteEngine:
         if features.last_TH.shape[1] != self._spec.hidden_size:
             return f"{self.name} captured states of size {features.last_TH.shape[1]}, not {self._spec.hidden_size}"
         return ""
+
+
+def _nbytes(request: CaptureRequest, session: Session) -> int:
+    return HEADER_BYTES + len(request.input_ids) * session.row_bytes
 
 
 def prompt_seed(seed: int, prompt: Sequence[int]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +61,7 @@ class Managed:
 
     def __init__(self, directory: Path, *, name: str, patience: float) -> None:
         self._directory, self._name, self._patience = directory, name, patience
-        self._used = self._generation = 0
+        self._used = self._generation = self._pid = 0
 
     def client(self) -> WorkerClient:
         """TargetError when the supervisor gave up, or nothing is ready in time."""
@@ -70,7 +72,7 @@ class Managed:
             if state is not None and state.state == "failed":
                 raise TargetError(state.reason)
             if state is not None and state.state == "ready" and state.generation > self._used:
-                self._generation = state.generation
+                self._generation, self._pid = state.generation, state.pid
                 return WorkerClient(state.url, state.token, name=self._name)
             passed = time.monotonic() - start
             if passed > self._patience:
@@ -86,5 +88,8 @@ class Managed:
     def lost(self, client: WorkerClient) -> None:
         """Only a later one will do: one that still lives is ended, so that its supervisor starts another."""
         self._used = self._generation
-        with suppress(EngineLostError, TargetError):
+        try:
             client.call(protocol.STOP, {"abort": True}, seconds=1.0, what="ending it")
+        except (EngineLostError, TargetError):
+            with suppress(ProcessLookupError, PermissionError):  # it is gone, or does not even hear that
+                os.kill(self._pid, signal.SIGKILL)

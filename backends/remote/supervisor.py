@@ -41,6 +41,7 @@ class State:
     generation: int = 0
     url: str = ""
     token: str = ""
+    pid: int = 0
     reason: str = ""
 
 
@@ -116,7 +117,8 @@ class Supervisor:
             facts = self._announcement(announced)
         self._generation += 1
         url = f"http://{facts['host']}:{facts['port']}"
-        self._write(State(state="ready", generation=self._generation, url=url, token=token))
+        ready = State(state="ready", generation=self._generation, url=url, token=token, pid=self._process.pid)
+        self._write(ready)
         log.info("%s is ready", launch.name)
 
     def _announcement(self, path: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ No message carries a tensor or anything that would have to be unpickled. Every r
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,18 +24,29 @@ class ProtocolError(ValueError):
 
 def authorised(headers: Mapping[str, str], token: str) -> bool:
     """Compared in constant time."""
-    return hmac.compare_digest(headers.get("Authorization", ""), f"Bearer {token}")
+    given = headers.get("Authorization", "")
+    return hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode())
 
 
-def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+def field(message: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     """A field of a message that must be there and of this kind."""
+    if not isinstance(message, Mapping):
+        raise ProtocolError(f"an object with {name!r} is needed, got {type(message).__name__}")
     value = message.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ProtocolError(f"{name!r} must be {kind}, got {type(value).__name__}")
     return value
 
 
-def token_ids(message: Mapping[str, Any], name: str = "input_ids") -> list[int]:
+def record_id(message: Mapping[str, Any]) -> str:
+    """A name that is safe as a part of a file's."""
+    name: str = field(message, "id", str)
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
+        raise ProtocolError("'id' must be up to 100 letters, digits, '-', '_' and '.', and not begin with '.'")
+    return name
+
+
+def token_ids(message: Any, name: str = "input_ids") -> list[int]:
     """A non-empty list of whole numbers."""
     values: list[int] = field(message, name, list)
     if not values or not all(type(value) is int and value >= 0 for value in values):

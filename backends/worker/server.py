@@ -10,7 +10,9 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,6 +24,9 @@ from torchspec.core.errors import FeatureStoreError, TorchspecError
 from torchspec.core.features.directory import DirectoryStore
 
 log = logging.getLogger(__name__)
+
+HEADER_BYTES = 4096
+"""Of a record's file, beside its rows; more than it is."""
 
 
 class Worker:
@@ -52,18 +57,25 @@ class Worker:
         """A record in the store for each sample, or the reason why there is none."""
         if self.store is None or self.admission is None:
             raise ProtocolError("this worker was started without layers to capture")
-        samples = [(field(each, "id", str), token_ids(each)) for each in field(message, "samples", list)]
+        samples = [(protocol.record_id(each), token_ids(each)) for each in field(message, "samples", list)]
         deadline = time.monotonic() + field(message, "seconds", (int, float))
         facts, taps = self.runner.facts, len(self.settings.taps)
         row = 8 + 8 + (taps + 1) * facts.hidden_size * facts.itemsize  # id and row sum beside the hidden states
-        with self.admission.room_for(sum(len(ids) for _, ids in samples) * row, deadline):
-            work = [self.runner.capture(record_id, ids) for record_id, ids in samples]
-            return {
-                "results": [
-                    self._captured(record_id, ids, future, deadline)
-                    for (record_id, ids), future in zip(samples, work, strict=True)
-                ]
-            }
+        with self.admission.room_for(sum(HEADER_BYTES + len(ids) * row for _, ids in samples), deadline):
+            work = [(record_id, ids, self.runner.capture(record_id, ids)) for record_id, ids in samples]
+            try:
+                return {
+                    "results": [self._captured(record_id, ids, future, deadline) for record_id, ids, future in work]
+                }
+            except OutOfTimeError:
+                for record_id, _, future in work:  # nobody will come for what is written after all
+                    future.add_done_callback(partial(self._drop, record_id))
+                raise
+
+    def _drop(self, record_id: str, _: Future[None]) -> None:
+        assert self.store is not None
+        with suppress(FeatureStoreError):
+            self.store.remove(self.store.find(record_id))
 
     def _captured(self, record_id: str, ids: list[int], future: Future[None], deadline: float) -> dict[str, Any]:
         assert self.store is not None
@@ -135,10 +147,14 @@ def make_server(worker: Worker, host: str, port: int, token: str) -> ThreadingHT
             self.wfile.write(body)
 
         def _answer(self) -> tuple[int, dict[str, Any]]:
-            size = int(self.headers.get("Content-Length") or 0)
+            length = self.headers.get("Content-Length") or "0"
             if not protocol.authorised(dict(self.headers.items()), token):
                 self.close_connection = True  # whoever it is, its message is not read
                 return 401, {"error": "the token is missing or not this worker's"}
+            if not length.isdecimal():
+                self.close_connection = True
+                return 400, {"error": f"Content-Length is {length!r}"}
+            size = int(length)
             if size > protocol.MOST_BYTES:
                 self.close_connection = True
                 return 413, {"error": f"a message of {size} bytes; at most {protocol.MOST_BYTES}"}

@@ -105,9 +105,12 @@ def serve_prompts(
 
 
 def _since(before: ServingCounters, after: ServingCounters, texts: Sequence[ServedText]) -> ServingCounters:
-    """The difference; of an engine that died in between and counted anew, what its texts say."""
-    if after.rounds < before.rounds:
-        accepted = [count for text in texts for count in text.accepted or ()]
+    """The difference. An engine that died in between has counted anew: then what the texts say, where they say it."""
+    accepted = [count for text in texts for count in text.accepted or ()]
+    silent = any(text.accepted is None for text in texts)
+    if silent and after.rounds < before.rounds:
+        raise TorchspecError("the engine died while it was measured, and its counters began anew: measure again")
+    if not silent and len(accepted) != after.rounds - before.rounds:
         longest = max(accepted, default=0)
         reached = tuple(sum(count > place for count in accepted) for place in range(longest))
         return ServingCounters(rounds=len(accepted), drafted=0, accepted=sum(accepted), per_position=reached)

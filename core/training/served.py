@@ -68,6 +68,12 @@ class ServedChecks:
         (folder / f".{CHECKPOINT}").rename(folder / CHECKPOINT)
         self._next()
 
+    def forget_after(self, step: int) -> None:
+        """Measurements of steps that the run, going on from an earlier checkpoint, will take again."""
+        for later in files.steps_on_disk(self.place):
+            if later > step:
+                shutil.rmtree(self._folder(later), ignore_errors=True)
+
     def collect(self) -> list[dict[str, Any]]:
         """Rows of measurements that have ended since; starts the next one. Does not wait."""
         rows = []

@@ -112,6 +112,8 @@ class Trainer:
         """Continue from a whole checkpoint: weights, optimizer, counters and this rank's random states."""
         progress = checkpoint.load(directory, self._tensors(), self.setup.facts, self.context)
         self.counters = Counters(**progress)
+        if self.setup.served is not None:
+            self.setup.served.forget_after(self.counters.step)
 
     def run(self, log: MetricsLog, stop: StopRequest, progress: ProgressSink | None = None) -> Outcome:
         """Train to the end, or to the end of the step in which a signal arrived; both leave a checkpoint."""

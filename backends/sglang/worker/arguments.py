@@ -111,9 +111,10 @@ def engine_arguments(settings: WorkerSettings, shape: Shape) -> dict[str, Any]:
             "speculative_algorithm": "EAGLE3",  # here a convention, id l is layer l's output; no draft is loaded
             "return_aux_hidden_state_layer_ids": sorted(settings.taps),
             "disable_radix_cache": True,
-            "context_length": shape.context + MARGIN,
         }
-    if settings.draft is not None:
+    if settings.draft is None:
+        arguments["context_length"] = shape.context + MARGIN
+    else:
         arguments |= {
             "speculative_algorithm": "EAGLE3",
             "speculative_draft_model_path": str(settings.draft),

@@ -23,9 +23,12 @@ def layer_ids(taps: tuple[int, ...], layers: int) -> list[int]:
 
 def engine_arguments(settings: WorkerSettings, layers: int, context: int) -> dict[str, Any]:
     """Keyword arguments of `vllm.EngineArgs`. ConfigError for options that would take away what torchspec needs."""
-    taken = [name for name in OURS if name in settings.options]
-    if taken:
-        raise ConfigError([_taken(name) for name in taken])
+    problems = [_taken(name) for name in OURS if name in settings.options]
+    if settings.device == "cpu" and settings.memory_fraction is not None:
+        message, remedy = "vLLM's memory on a CPU is not a fraction of it", "set VLLM_CPU_KVCACHE_SPACE (GiB) instead"
+        problems.append(Problem(field="engine.memory_fraction", message=message, remedy=remedy))
+    if problems:
+        raise ConfigError(problems)
     arguments: dict[str, Any] = {
         "model": str(settings.target),
         "dtype": settings.dtype,

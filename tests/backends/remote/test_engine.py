@@ -26,6 +26,7 @@ from torchspec.backends.api import (
     TargetError,
     UnavailableError,
 )
+from torchspec.backends.remote import client
 from torchspec.backends.remote.engine import RemoteEngine
 from torchspec.backends.remote.spec import Engine
 from torchspec.backends.remote.supervisor import read_state
@@ -141,6 +142,16 @@ def test_an_engine_that_hangs_is_replaced(start: Start, fake: ModuleType) -> Non
     (bad,) = ask(engine, [[fake.HANGS]], store)
     assert isinstance(bad, Quarantined)
     assert "did not finish in the time given" in bad.reason
+    check_right(fake, [[4]], ask(engine, [[4]], store), store)
+    assert worker_pid(engine) != pid
+
+
+def test_an_engine_that_is_frozen_is_replaced(start: Start, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers nothing, the order to exit neither."""
+    monkeypatch.setattr(client, "GRACE_SECONDS", 0.2)
+    engine, store = start(call_timeout=1.0, start_timeout=20.0), MemoryStore()
+    pid = worker_pid(engine)
+    os.kill(pid, signal.SIGSTOP)
     check_right(fake, [[4]], ask(engine, [[4]], store), store)
     assert worker_pid(engine) != pid
 

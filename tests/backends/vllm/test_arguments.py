@@ -26,7 +26,8 @@ def arguments(settings: WorkerSettings, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
 def test_each_device(settings: WorkerSettings, tmp_path: Path, device: str) -> None:
-    found = arguments(settings, device=device, tensor_parallel=2, memory_fraction=0.4, trust_remote_code=True)
+    fraction = None if device == "cpu" else 0.4
+    found = arguments(settings, device=device, tensor_parallel=2, memory_fraction=fraction, trust_remote_code=True)
     assert found["model"] == str(tmp_path / "target")
     assert (found["dtype"], found["tensor_parallel_size"], found["trust_remote_code"]) == ("bfloat16", 2, True)
     assert found["skip_tokenizer_init"]
@@ -34,6 +35,11 @@ def test_each_device(settings: WorkerSettings, tmp_path: Path, device: str) -> N
     assert found.get("enforce_eager", False) == (device == "cpu")
     assert found.get("gpu_memory_utilization") == (None if device == "cpu" else 0.4)
     assert not {"speculative_config", "kv_transfer_config", "max_model_len"} & found.keys()
+
+
+def test_a_share_of_memory_means_nothing_on_a_cpu(settings: WorkerSettings) -> None:
+    with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE"):
+        arguments(settings, device="cpu", memory_fraction=0.4)
 
 
 def test_an_engine_that_is_told_nothing_of_memory_uses_its_default(settings: WorkerSettings) -> None:

@@ -28,7 +28,8 @@ from torchspec.core.interfaces.features import Features, RecordRef
 TOKEN = "the right one"
 TAPS, HIDDEN = (1, 3), 4
 ROW_BYTES = 16 + (len(TAPS) + 1) * HIDDEN * 4
-CAPACITY = 100 * ROW_BYTES
+CAPACITY = 200_000
+MOST = CAPACITY // ROW_BYTES
 REFUSED, SHORT, STUCK, BROKEN = 91, 92, 93, 94
 """Tokens that make the engine refuse a sample, cut it, never come back, or fail in a way of its own."""
 
@@ -174,6 +175,22 @@ def test_the_message_of_a_stranger_is_not_read(served: Served) -> None:
     assert response.will_close or response.read() is not None
 
 
+@pytest.mark.parametrize("length", ["-1", "many", ""])
+def test_a_length_that_is_none(served: Served, length: str) -> None:
+    connection = served.connect()
+    connection.putrequest("POST", protocol.HELLO)
+    connection.putheader("Authorization", f"Bearer {TOKEN}")
+    connection.putheader("Content-Length", length)
+    connection.endheaders()
+    assert connection.getresponse().status == (400 if length else 409)
+    connection.close()
+
+
+def test_a_token_in_another_script(served: Served) -> None:
+    response = served.announced(protocol.HELLO, 2, "t\xf6ken")
+    assert response.status == 401
+
+
 def test_a_message_that_is_too_long_is_not_read_either(served: Served) -> None:
     response = served.announced(protocol.CAPTURE, protocol.MOST_BYTES + 1, TOKEN)
     assert response.status == 413
@@ -207,6 +224,7 @@ def test_an_unknown_path(served: Served) -> None:
         (protocol.CAPTURE, {"seconds": 1}, "'samples' must be"),
         (protocol.CAPTURE, {"samples": [], "seconds": "1"}, "'seconds' must be"),
         (protocol.CAPTURE, {"samples": [], "seconds": True}, "'seconds' must be"),
+        (protocol.CAPTURE, {"samples": ["a"], "seconds": 1}, "an object with 'id' is needed"),
         (protocol.CAPTURE, {"samples": [{"id": 3, "input_ids": [1]}], "seconds": 1}, "'id' must be"),
         (protocol.CAPTURE, {"samples": [{"id": "a", "input_ids": []}], "seconds": 1}, "with at least one"),
         (protocol.CAPTURE, {"samples": [{"id": "a", "input_ids": [1.0]}], "seconds": 1}, "list of token ids"),
@@ -287,15 +305,16 @@ def test_an_engine_that_fails_in_a_way_of_its_own(served: Served) -> None:
 
 def test_a_full_store_is_said_when_the_time_is_up_and_ends_when_a_record_is_taken(served: Served) -> None:
     assert served.store is not None
-    assert served.capture([1] * 80)[0] == 200
-    status, answer = served.capture([1] * 80, seconds=0.2)
+    most = [1] * (MOST * 8 // 10)
+    assert served.capture(most)[0] == 200
+    status, answer = served.capture(most, seconds=0.2)
     assert status == 507
     assert "wait in the store to be taken" in answer["error"]
-    status, answer = served.capture([1] * 101)
+    status, answer = served.capture([1] * (MOST + 1))
     assert status == 507
     assert "raise engine.store_mb" in answer["error"]
     served.store.remove(served.store.find("s0"))
-    assert served.capture([1] * 80)[0] == 200
+    assert served.capture(most)[0] == 200
 
 
 def test_a_worker_without_layers_captures_nothing(writing: Served) -> None:

@@ -233,7 +233,8 @@ def test_empty_sections_and_anchors_are_fine(tmp_path: Path) -> None:
 
 def test_no_error_text_comes_from_the_validation_library() -> None:
     """Every setting of the schema given something absurd: the message says what it must be, in our words."""
-    absurd = {path: {"an": ["absurd", "value"]} for path in settings(full_schema())}
+    strict = {path: info for path, info in settings(full_schema()).items() if type_text(info) != "values by name"}
+    absurd = {path: {"an": ["absurd", "value"]} for path in strict}
     absurd |= {path: -1e999 for path, info in settings(full_schema()).items() if "number" in type_text(info)}
     with pytest.raises(ConfigError) as caught:
         load_config(flags={path: value for path, value in absurd.items() if path != "algorithm"}, probe=False)
@@ -246,13 +247,15 @@ def test_no_error_text_comes_from_the_validation_library() -> None:
 def test_every_setting_is_described_and_typed() -> None:
     for path, info in settings(full_schema()).items():
         assert info.description, path
-        assert "a value" not in type_text(info), path
+        assert "a value" not in type_text(info).removeprefix("values by name"), path
     schema = full_schema()
     assert type_text(settings(schema)["train.betas"]) == "a list of 2 numbers >= 0 and < 1"
     assert type_text(settings(schema)["train.max_steps"]) == "a whole number >= 1 or null"
     assert type_text(settings(schema)["train.decay_fraction"]) == "a number >= 0.0 and <= 1.0"
     assert choices(settings(schema)["train.resume"]) == ("auto", "never")
-    assert set(sections(schema)) == {"target", "data", "train", "parallel", "precision", "eval", "draft"}
+    assert set(sections(schema)) == {
+        "target", "data", "train", "engine", "parallel", "precision", "eval", "eval.serving", "draft",
+    }  # fmt: skip
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torchspec.core.decoding.served import (
     served_acceptance,
     with_space,
 )
-from torchspec.core.errors import DataError
+from torchspec.core.errors import DataError, TorchspecError
 from torchspec.core.interfaces.engine import ServedText, ServingCounters
 
 LENGTH = 3
@@ -133,6 +133,19 @@ def test_an_engine_that_died_on_the_way_counts_by_its_texts() -> None:
     run = serve_prompts(engine, prompts(1, 2, 4, 3), ServeSettings(draft_length=LENGTH))
     assert engine.counters().rounds == 2
     check(run, by_hand(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("dies_at", [2, 5, 9])
+def test_an_engine_that_died_early_has_counted_more_than_the_warm_up(dies_at: int) -> None:
+    engine = FakeEngine(dies_at=dies_at)
+    engine.counted = []
+    many = (3, 3, 3, 3, 4, 4, 4, 4, 1, 2)
+    check(serve_prompts(engine, prompts(*many), ServeSettings(draft_length=LENGTH)), by_hand(*many))
+
+
+def test_an_engine_that_died_and_says_nothing_cannot_be_measured() -> None:
+    with pytest.raises(TorchspecError, match="its counters began anew"):
+        serve_prompts(FakeEngine(silent=True, dies_at=4), prompts(1, 2, 4, 3), ServeSettings(draft_length=LENGTH))
 
 
 def test_no_round_at_all() -> None:

@@ -77,7 +77,9 @@ def parsers() -> dict[str, Parser]:
     command.add_argument(
         "--algorithm", metavar="NAME", default="eagle3", help="whose taps are captured [default: eagle3]"
     )
-    command.add_argument("--taps", metavar="L,L,L", help="layers to capture instead, counted from 0")
+    command.add_argument(
+        "--taps", metavar="L,L,L", help="layers to capture instead, counted from 0; none: for `generate`"
+    )
     command.add_argument("--dtype", metavar="DTYPE", default="auto", help="precision of the target [default: auto]")
     command.add_argument("--port", metavar="N", type=int, default=8123, help="where it listens [default: 8123]")
     command.add_argument("--python", metavar="PATH", type=Path, help="the engine's Python; default: the installed one")
@@ -232,10 +234,11 @@ def _command(values: dict[str, Any]) -> int:
     if spec.command is None:
         raise TorchspecError(f"{spec.name} runs inside the trainer: there is nothing to attach to")
     target = read_target_spec(resolve_target(values["target"]))
+    taps: tuple[int, ...] = ()
     if values["taps"] is None:
         algorithm = registry.algorithms().spec(values["algorithm"])
         taps = algorithm.create(algorithm.options(), target).taps
-    else:
+    elif values["taps"] != "none":
         taps = _layers(values["taps"], target.num_layers)
     name, _ = registry.choose_device(values["device"], settings.default_device())
     options = EngineOptions(
@@ -243,7 +246,7 @@ def _command(values: dict[str, Any]) -> int:
         device=registry.load_device(name),
         dtype=values["dtype"],
         taps=taps,
-        process=EngineProcess(python=values["python"]),
+        process=EngineProcess(python=None if values["python"] is None else values["python"].absolute()),
     )
     print(spec.command(options, values["port"]))
     return 0
