@@ -75,6 +75,11 @@ def launcher() -> int | None:
     return int(number) if number.isdecimal() else None
 
 
+def started_here() -> list[str]:
+    """`NAME=VALUE` by which a process started from here knows whose it is (`launcher`)."""
+    return [f"TORCHSPEC_LAUNCHER={os.getpid()}"]
+
+
 def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
     """This process's environment for a rank it starts on this machine: what torchrun would set.
 

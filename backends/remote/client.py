@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,10 +50,18 @@ class WorkerClient:
         `what` is said while it lasts, and in errors.
         """
         body = json.dumps({"protocol": protocol.PROTOCOL, "seconds": seconds, **message}).encode()
-        with ThreadPoolExecutor(1, thread_name_prefix="engine-call") as pool:
-            future = pool.submit(self._post, path, body, seconds + GRACE_SECONDS)
-            answer: dict[str, Any]
-            status, answer = wait_aloud(future.result, f"{self.name}: {what}", seconds + GRACE_SECONDS)
+        future: Future[tuple[int, dict[str, Any]]] = Future()
+
+        def post() -> None:
+            try:
+                future.set_result(self._post(path, body, seconds + GRACE_SECONDS))
+            except BaseException as error:  # raised where it is waited for  # noqa: BLE001
+                future.set_exception(error)
+
+        # Nobody joins it: Ctrl-C does not have to wait for the engine.
+        threading.Thread(target=post, name="engine-call", daemon=True).start()
+        answer: dict[str, Any]
+        status, answer = wait_aloud(future.result, f"{self.name}: {what}", seconds + GRACE_SECONDS)
         if status == 200:
             return answer
         error = answer.get("error", f"status {status}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ from torchspec.core.models.target_spec import read_target_spec, running_dtype
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
+BETWEEN_RANKS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,11 @@ class RemoteEngine:
 
     def counters(self) -> ServingCounters:
         """Since the engine started, which may have been after it died."""
-        answer = self._call(protocol.COUNTERS, {}, "its counters")
+        try:
+            answer = self._call(protocol.COUNTERS, {}, "its counters")
+        except EngineLostError as error:
+            self._lose(error)
+            raise TargetError(f"{self.name} died before it told its counters: measure again ({error})") from error
         positions = answer["per_position"]
         return ServingCounters(
             rounds=answer["rounds"],
@@ -203,6 +209,8 @@ class RemoteEngine:
         if self._session is not None:
             self._place.lost(self._session.client)
             self._forget()
+        # One rank after the other, so that a sample that kills the engine does not meet other ranks' every time.
+        time.sleep(BETWEEN_RANKS * self._options.local_rank)
 
     def _forget(self) -> None:
         if self._session is not None and self._session.store is not None:

@@ -91,5 +91,8 @@ class Managed:
         try:
             client.call(protocol.STOP, {"abort": True}, seconds=1.0, what="ending it")
         except (EngineLostError, TargetError):
-            with suppress(ProcessLookupError, PermissionError):  # it is gone, or does not even hear that
-                os.kill(self._pid, signal.SIGKILL)
+            # It is gone, or does not even hear that. Its number is another process's once its supervisor knows.
+            now = read_state(self._directory)
+            if self._pid and now is not None and (now.state, now.generation) == ("ready", self._generation):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(self._pid, signal.SIGKILL)

@@ -69,6 +69,7 @@ class Worker:
                 }
             except OutOfTimeError:
                 for record_id, _, future in work:  # nobody will come for what is written after all
+                    future.cancel()
                     future.add_done_callback(partial(self._drop, record_id))
                 raise
 

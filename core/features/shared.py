@@ -7,6 +7,7 @@ readable by its user alone, and goes with its owner; what a killed owner left be
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -29,11 +30,15 @@ class SharedMemoryStore(DirectoryStore):
     def __init__(self, *, root: Path | None = None, capacity: int | None = None) -> None:
         """FeatureStoreError when there is no shared memory, or none at `root`."""
         self._owner = root is None
+        self._held: int | None = None
         if root is None:
             base = memory_directory()
             _remove_orphans(base)
             _check_size(base, capacity)
             root = Path(tempfile.mkdtemp(prefix=f"torchspec-features-{os.getuid()}-{os.getpid()}-", dir=base))
+            # A process number means nothing to another container that shares this memory; a lock does.
+            self._held = os.open(root, os.O_RDONLY)
+            fcntl.flock(self._held, fcntl.LOCK_EX)
         elif not root.is_dir():
             raise FeatureStoreError(
                 f"there is no feature store at {root}: the process that owns it has ended, or runs on another machine"
@@ -42,7 +47,9 @@ class SharedMemoryStore(DirectoryStore):
 
     def close(self) -> None:
         super().close()
-        if self._owner:
+        if self._owner and self._held is not None:
+            os.close(self._held)
+            self._held = None
             shutil.rmtree(self.root, ignore_errors=True)
 
 
@@ -65,8 +72,23 @@ def _remove_orphans(base: Path) -> None:
     """Stores of this user whose process is gone."""
     for path in base.glob("torchspec-features-*"):
         found = _NAME.fullmatch(path.name)
-        if found and int(found[1]) == os.getuid() and not _alive(int(found[2])):
+        if found and int(found[1]) == os.getuid() and not _alive(int(found[2])) and not _locked(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _locked(path: Path) -> bool:
+    """By an owner, wherever it runs."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True  # gone, or not ours to look at
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(opened)
+    return False
 
 
 def _alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,12 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         )
         head = load_target_head_shard(path, shards, dtype=dtype, device=device, trust_remote_code=trusted)
     return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
+
+
+def forget_engine(config: RunConfig, context: ParallelContext) -> None:
+    """What an earlier session left must not be taken for this one's worker."""
+    if context.local_rank == 0:
+        shutil.rmtree(config.output / ENGINE / settings.host_name(), ignore_errors=True)
 
 
 def create_algorithm(config: RunConfig, target: TargetSpec) -> Algorithm:

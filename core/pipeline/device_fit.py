@@ -9,7 +9,7 @@ from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import Problem
 from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import EngineSpec
-from torchspec.core.pipeline.served_checks import serving_engine, serving_problems
+from torchspec.core.pipeline.served_checks import given, serving_engine, serving_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,10 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list
     return found
 
 
+ATTACHED = frozenset({"url", "start_timeout", "call_timeout"})
+"""What still means something of an engine that was started elsewhere."""
+
+
 def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
     """Validation decodes, which not every engine can; and settings of an engine's process need one that has it."""
     found = []
@@ -69,7 +73,17 @@ def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
                 message=f"backend {config.backend} runs inside the trainer and has no such setting",
                 remedy="leave it out, or use a backend that runs in a process of its own",
             )
-            for name in sorted(config.engine.model_fields_set)
+            for name in given(config.engine)
+        ]
+    if config.engine.url is not None:
+        found += [
+            Problem(
+                field=f"engine.{name}",
+                message="is said where the worker is started, not where one attaches to it",
+                remedy="give it to the worker's own command, or leave engine.url out",
+            )
+            for name in given(config.engine)
+            if name not in ATTACHED
         ]
     found += serving_problems(config, backend)
     if not config.data.validation or serving_engine(config, backend) or "decode" in backend.capabilities:

@@ -145,6 +145,7 @@ def _loaded(config: RunConfig, context: ParallelContext, progress: ProgressSink 
     """The target, closed at the end."""
     if progress is not None:
         progress("load target", 0, 1)
+    context.agree(lambda: assembly.forget_engine(config, context))
     target = context.agree(lambda: assembly.load_target(config, context))
     if progress is not None:
         progress("load target", 1, 1)

@@ -8,14 +8,22 @@ from pathlib import Path
 
 from torchspec.core import registry
 from torchspec.core.config import environment
-from torchspec.core.config.schema import EngineConfig, RunConfig
+from torchspec.core.config.schema import EngineConfig, RunConfig, Section
 from torchspec.core.errors import Problem
 from torchspec.core.interfaces.engine import EngineSpec
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.launch import torchspec_command
+from torchspec.core.settings import started_here
 from torchspec.core.training.served import ServedChecks
 
 SERVED = "served"
+
+
+def given(section: Section) -> list[str]:
+    """Settings with another value than their default; a run's own file repeats the defaults."""
+    fields = type(section).model_fields
+    defaults = {name: info.get_default(call_default_factory=True, validated_data={}) for name, info in fields.items()}
+    return sorted(name for name, value in section if value != defaults[name])
 
 
 def serving_engine(config: RunConfig, backend: EngineSpec | None) -> str | None:
@@ -52,10 +60,10 @@ def serving_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
         message, remedy = "validates on nothing", "give data.validation, or leave eval.engine out"
         found.append(Problem(field="eval.engine", value=config.eval.engine, message=message, remedy=remedy))
     if serving_engine(config, backend) is None:
-        given = sorted({"devices", "timeout", "tolerance"} & config.eval.model_fields_set)
-        given += [f"serving.{name}" for name in sorted(config.eval.serving.model_fields_set)]
+        idle = [name for name in given(config.eval) if name in ("devices", "timeout", "tolerance")]
+        idle += [f"serving.{name}" for name in given(config.eval.serving)]
         own = "is for validation in a serving engine"
-        found += [Problem(field=f"eval.{name}", message=own, remedy="give eval.engine too") for name in given]
+        found += [Problem(field=f"eval.{name}", message=own, remedy="give eval.engine too") for name in idle]
     return found
 
 
@@ -92,8 +100,8 @@ def served_checks(config: RunConfig, engine: str, device: str, visible: str | No
         words += ["--thinking", target.thinking]
         words += ["--trust-remote-code"] if target.trust_remote_code else []
         hide = visible is not None and evaluation.devices
-        seen = ["env", f"{visible}={','.join(map(str, evaluation.devices))}"] if hide else []
-        return [*seen, *torchspec_command(words)]
+        seen = [f"{visible}={','.join(map(str, evaluation.devices))}"] if hide else []
+        return ["env", *started_here(), *seen, *torchspec_command(words)]
 
     return ServedChecks(
         config.output / SERVED,

@@ -28,6 +28,7 @@ from torchspec.core.training import checkpoint_files as files
 
 logger = logging.getLogger(__name__)
 
+FAILURE = "failure"
 CHECKPOINT, RESULT, LOG = "checkpoint", "eval.json", "eval.log"
 POLL_SECONDS = 0.5
 BETWEEN_WORDS = 30.0
@@ -53,13 +54,13 @@ class ServedChecks:
         self.place, self.checkpoints, self.engine = place, checkpoints, engine
         self._command, self._timeout = command, timeout
         self._running: _Running | None = None
-        self.failures: list[str] = []
-        """What an engine or its acceptance was found wrong with, for the end of the run."""
+        self.failures: list[str] = [found[FAILURE] for found in self._results() if FAILURE in found]
+        """What an engine or its acceptance was found wrong with, now or in an earlier session, for the run's end."""
 
     def start(self, step: int) -> None:
         """Queue the checkpoint of this step, which is there."""
         folder = self._folder(step)
-        if (folder / RESULT).exists():
+        if (folder / RESULT).exists() or (self._running is not None and self._running.step == step):
             return
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -109,6 +110,14 @@ class ServedChecks:
             self._end(self._running)
             self._running = None
 
+    def _results(self) -> list[dict[str, Any]]:
+        """Of earlier sessions."""
+        found = []
+        for step in files.steps_on_disk(self.place):
+            with contextlib.suppress(CheckpointError):
+                found.append(files.read_json(self._folder(step) / RESULT))
+        return found
+
     def _folder(self, step: int) -> Path:
         return self.place / files.directory_of(self.place, step).name
 
@@ -151,6 +160,8 @@ class ServedChecks:
         if running.process.returncode != 0 or found is None:
             why = f"took longer than {self._timeout:.0f} s (eval.timeout)" if late else _tail(folder / LOG)
             self._complain(f"{self.engine} at step {running.step}: {why}")
+            if found is not None:
+                files.write_json(folder / RESULT, {**found, FAILURE: self.failures[-1]})
         if found is None:
             shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             return []

@@ -40,6 +40,8 @@ ProgressSink = Callable[[str, int, int], None]
 NAMED_SAMPLES = 16
 LEAST_QUARANTINED = 4
 """From so many on, a run in which more samples cannot be captured than can is stopped."""
+LOST_WINDOWS = 4
+"""So is one of which not a single sample could be captured for so many steps on end."""
 
 
 class NonFiniteError(TorchspecError):
@@ -100,6 +102,7 @@ class Trainer:
         self.setup = setup
         self.context = context
         self.counters = Counters()
+        self._lost_in_a_row = 0
         self._cut = self._cut_of(setup.config)
         self.optimizer = build_optimizer(self.model.draft, setup.config)
         self.schedule = Schedule.of(setup.config)
@@ -201,7 +204,9 @@ class Trainer:
         counters = self.counters
         lost = counters.quarantined + len(found)
         trained = counters.samples + result.samples - len(found)
-        if found and lost >= LEAST_QUARANTINED and lost > trained:
+        whole = bool(found) and len(found) == result.samples
+        self._lost_in_a_row = self._lost_in_a_row + 1 if whole else 0
+        if found and lost >= LEAST_QUARANTINED and (lost > trained or self._lost_in_a_row >= LOST_WINDOWS):
             raise TargetError(
                 f"step {counters.step + 1}: {lost} samples could not be captured so far and {trained} could, so "
                 f"something is wrong with the engine or the target rather than with samples. The last reason: {reason}"

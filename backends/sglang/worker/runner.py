@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ class SglangError(TorchspecError):
     """SGLang refused a request or ended."""
 
 
+EXIT_DEAD = 70
+"""Of a worker whose engine is in a state that nobody knows."""
+
+
 class SglangRunner:
     """`Runner`. Whatever is submitted while other work runs joins its batches."""
 
@@ -37,8 +42,9 @@ class SglangRunner:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
         if threading.current_thread() is threading.main_thread():
-            # SGLang's processes send this when they fail. Its own handler would kill this one before it can say so.
-            signal.signal(signal.SIGQUIT, lambda *_: self._end("one of SGLang's processes failed; its log says why"))
+            # SGLang's processes send this when they fail. Whoever watches this process starts another, and what waits
+            # is asked for again; an answer now would be counted as the samples' own failure.
+            signal.signal(signal.SIGQUIT, lambda *_: os._exit(EXIT_DEAD))
 
     def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(self._capture(record_id, list(input_ids)), self._loop)

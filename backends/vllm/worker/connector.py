@@ -67,10 +67,16 @@ class TorchspecConnector(ExampleHiddenStatesConnector):  # type: ignore[misc]  #
         # A copy, in the order of the device's own work: the blocks may be used again after it.
         states_TIH = extract_from_kv_cache(self._kv_cache, slots.flatten()[:length].to(self._kv_cache.device), length)
         self._req_copy_events[pending.req_id] = _Copied()
-        self._executor.submit(self._put, pending.filename, pending.token_ids, states_TIH)
+        copied = None
+        if states_TIH.device.type != "cpu":  # the writing thread has another stream than the one that copies
+            copied = torch.get_device_module(states_TIH.device).Event()
+            copied.record()
+        self._executor.submit(self._put, pending.filename, pending.token_ids, states_TIH, copied)
 
-    def _put(self, record_id: str, token_ids_T: Tensor, states_TIH: Tensor) -> None:
+    def _put(self, record_id: str, token_ids_T: Tensor, states_TIH: Tensor, copied: Any) -> None:
         try:
+            if copied is not None:
+                copied.synchronize()
             states_TIH = states_TIH.cpu()
             if not bool(states_TIH.isfinite().all()):
                 report_failure(self._store, record_id, f"hidden states that are not finite in {states_TIH.dtype}")

@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,7 +229,7 @@ class VllmRunner:
             rounds=None if accepted is None else len(accepted),
             accepted_tokens=None if accepted is None else sum(accepted),
         )
-        if not writing.future.cancelled():
+        with suppress(InvalidStateError):  # given up meanwhile
             writing.future.set_result(written)
 
     def _collect_records(self) -> None:
@@ -250,8 +251,9 @@ class VllmRunner:
             del self._captures[record_id]
             if reason is not None:
                 _fail(capture.future, TargetError(reason))
-            elif not capture.future.cancelled():
-                capture.future.set_result(None)
+            else:
+                with suppress(InvalidStateError):
+                    capture.future.set_result(None)
 
     def _fail_all(self, error: Exception) -> None:
         futures: list[Future[Any]] = [entry.future for entry in self._captures.values()]
@@ -269,7 +271,7 @@ class VllmRunner:
 
 
 def _fail(future: Future[Any], error: Exception) -> None:
-    if not future.cancelled() and not future.done():
+    with suppress(InvalidStateError):
         future.set_exception(error)
 
 

@@ -113,7 +113,9 @@ def _in_engine(options: EvalOptions) -> int:
     from torchspec.core.data.tokenizer import load_tokenizer
     from torchspec.core.decoding.served import check_agreement
     from torchspec.core.models.target_spec import resolve_target
+    from torchspec.core.pipeline.launch import follow_launcher
 
+    follow_launcher()  # a training's measurement ends with the training
     reads = [path for path in (options.chat_template, *options.draft.glob("*")) if path is not None]
     check(options, "decode", options.data, output=options.output, reads=reads)
     with ProgressDisplay() as progress:
