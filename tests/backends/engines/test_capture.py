@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -94,7 +95,7 @@ def test_chunked_prefill_and_what_was_read_before(chunked: tuple[TargetEngine, T
 
 
 def test_a_killed_engine_loses_nothing(chunked: tuple[TargetEngine, Truth]) -> None:
-    """SIGKILL to the worker and everything it started, while it captures."""
+    """SIGKILL while it captures: to vLLM's worker, and to SGLang's scheduler, which is a process of its own."""
     engine, truth = chunked
     assert isinstance(engine, RemoteEngine)
     many = truth.ids * 4
@@ -106,7 +107,11 @@ def test_a_killed_engine_loses_nothing(chunked: tuple[TargetEngine, Truth]) -> N
 
     def kill() -> None:
         time.sleep(0.3)
-        os.killpg(worker, signal.SIGKILL)
+        scheduler = [pid for pid in children(worker) if b"scheduler" in command_of(pid)]
+        if scheduler:  # of SGLang: the worker itself lives on, and has to notice
+            os.kill(scheduler[0], signal.SIGKILL)
+        else:
+            os.killpg(worker, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -117,6 +122,22 @@ def test_a_killed_engine_loses_nothing(chunked: tuple[TargetEngine, Truth]) -> N
     truth.check(capture(engine, truth.ids))
     assert engine._session is not None
     assert engine._session.client.url != before, "it was not killed in time to show anything"
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "moe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +30,9 @@ from torchspec.backends.api import (
 )
 from torchspec.backends.remote import client
 from torchspec.backends.remote.engine import RemoteEngine
+from torchspec.backends.remote.place import Managed
 from torchspec.backends.remote.spec import Engine
-from torchspec.backends.remote.supervisor import read_state
+from torchspec.backends.remote.supervisor import State, read_state
 from torchspec.core.features.memory import MemoryStore
 
 TAPS = (1, 3, 5)
@@ -250,6 +253,24 @@ def test_ranks_of_a_machine_share_one_engine(start: Start, fake: ModuleType, tmp
         check_right(fake, [[1, 2]], ask(engine, [[1, 2]], store), store)
 
 
+def test_a_worker_of_an_earlier_run_is_none_of_ours(tmp_path: Path) -> None:
+    """Its process number may be anybody's by now."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        place = Managed(tmp_path, name="fake", patience=0.3)
+        left = State(state="ready", generation=1, url="http://127.0.0.1:9", token="t", pid=stranger.pid)
+        (tmp_path / "worker.json").write_text(json.dumps(asdict(left)))
+        client = place.client()
+        (tmp_path / "worker.json").write_text(json.dumps(asdict(State(state="starting", generation=1))))
+        place.lost(client)
+        assert stranger.poll() is None
+        with pytest.raises(TargetError, match="was not ready within"):
+            place.client()
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
 _PARENT = """
 import sys, time
 from pathlib import Path
@@ -295,8 +316,6 @@ def test_attaching_to_a_running_worker(
     shell = subprocess.Popen(["bash", "-c", f"exec env {command}"], stdout=subprocess.PIPE, text=True)
     try:
         assert shell.stdout is not None
-        import json
-
         place = json.loads(shell.stdout.readline())
         url = f"http://{place['host']}:{place['port']}"
         attached = options(python=None, url=url)

@@ -276,3 +276,40 @@ def test_a_file_system_without_links_costs_a_copy(run: Place, monkeypatch: pytes
     shutil.rmtree(directory)
     assert [row["step"] for row in checks.wait(never)] == [10]
     assert run.steps() == [10]
+
+
+def test_the_step_that_is_being_measured_is_not_begun_again(run: Place) -> None:
+    """The end of a run asks once more for its last step."""
+    save(run.checkpoints, 10, 1.5, seconds=0.3, exit=1, says="torchspec: it serves otherwise")
+    checks = run.checks()
+    checks.start(10)
+    checks.start(10)
+    rows = checks.wait(lambda: False)
+    assert run.done() == [(10, "begins"), (10, "ends")]
+    assert [row["acceptance_length"] for row in rows] == [1.5]
+    assert checks.failures == ["fake at step 10: it serves otherwise"], "its log went with its folder"
+
+
+def test_a_mismatch_is_told_by_every_later_session_too(run: Place) -> None:
+    save(run.checkpoints, 10, 1.5, exit=1, says="torchspec: it serves otherwise")
+    first = run.checks()
+    first.start(10)
+    (row,) = first.wait(lambda: False)
+    assert "failure" not in row
+    first.close()
+    assert run.checks().failures == ["fake at step 10: it serves otherwise"]
+
+
+def test_what_was_measured_beyond_the_step_that_a_run_goes_on_from_is_forgotten(run: Place) -> None:
+    for step in (10, 20):
+        save(run.checkpoints, step, 1.5)
+    checks = run.checks()
+    for step in (10, 20):
+        checks.start(step)
+    checks.wait(lambda: False)
+    again = run.checks()
+    again.forget_after(10)
+    again.start(10)
+    again.start(20)
+    again.wait(lambda: False)
+    assert [step for step, what in run.done() if what == "begins"] == [10, 20, 20]
