@@ -128,7 +128,7 @@ def engine_arguments(settings: WorkerSettings, shape: Shape) -> dict[str, Any]:
 def environment(settings: WorkerSettings, cores: Sequence[int]) -> Mapping[str, str]:
     """Variables that SGLang's processes need. `cores`: the processor's that this process may use."""
     wanted = dict(ENVIRONMENT[settings.device])
-    if settings.taps:
+    if settings.draft is None:  # as for `context_length`
         wanted["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if settings.device == "cpu" and settings.tensor_parallel > 1:
         # Left alone, SGLang wants a memory node for each rank.

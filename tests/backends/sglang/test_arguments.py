@@ -44,7 +44,8 @@ def test_each_device(settings: WorkerSettings, device: str) -> None:
 def test_environment_of_the_cpu_alone_is_special(settings: WorkerSettings) -> None:
     assert environment(settings, [0, 1])["SGLANG_USE_CPU_ENGINE"] == "1"
     for device in ("cuda", "npu"):
-        assert environment(replace(settings, device=device, tensor_parallel=2), [0, 1]) == {}
+        found = environment(replace(settings, device=device, tensor_parallel=2), [0, 1])
+        assert found == {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,15 @@ def test_capture(settings: WorkerSettings) -> None:
     assert found["disable_radix_cache"]
     assert found["context_length"] == 512 + MARGIN
     assert "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN" in environment(replace(settings, taps=(4, 0)), [0])
+
+
+def test_prompts_may_fill_the_context_unless_a_draft_decodes(settings: WorkerSettings, tmp_path: Path) -> None:
+    """SGLang takes a longer context only where its variable says so."""
+    drafting = {"draft": tmp_path / "draft", "draft_length": 2}
+    for changes, longer in (({}, True), ({"taps": (4, 0)}, True), (drafting, False)):
+        asked = replace(settings, **changes)
+        assert ("context_length" in engine_arguments(asked, SHAPE)) == longer
+        assert ("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN" in environment(asked, [0])) == longer
 
 
 def test_draft_is_a_chain(settings: WorkerSettings, tmp_path: Path) -> None:
