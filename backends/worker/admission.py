@@ -48,7 +48,7 @@ class Admission:
     def _admit(self, nbytes: int) -> bool:
         # Records of admitted work count twice between their writing and the end of the request: on the safe side.
         with self._counting:
-            if self._coming + nbytes > self.capacity or (self._held() + self._coming + nbytes > self.capacity):
+            if self._held() + self._coming + nbytes > self.capacity:
                 return False
             self._coming += nbytes
             return True
