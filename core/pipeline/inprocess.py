@@ -24,7 +24,7 @@ from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
-from torchspec.core.training.capturing import Model, capture
+from torchspec.core.training.feed import Feed
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.served import ServedCheckError
 from torchspec.core.training.signals import StopRequest
@@ -115,7 +115,7 @@ def _train_in(
             trainer.resume(resumed)
             logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
             _tell_changes(resumed, setup.facts)
-        probe = context.agree(lambda: _probe(model, data, context))
+        probe = context.agree(lambda: _probe(trainer.feed, data, context))
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start, probe))
         try:
             outcome = _run(run, config, trainer, progress)
@@ -175,12 +175,12 @@ def _record(
         probe.save(run.path / run_dir.PROBE)
 
 
-def _probe(model: Model, data: Data, context: ParallelContext) -> Probe | None:
+def _probe(feed: Feed, data: Data, context: ParallelContext) -> Probe | None:
     """A piece of one sample's features, which the export's self-check replays; made by rank 0's target."""
     sample = data.train[0]
     if context.target_index or sample.input_ids_T.numel() < 2:
         return None
-    (features,) = capture(model, [sample])
+    features = feed.whole(sample)
     return None if isinstance(features, Quarantined) else Probe.record(features)
 
 

@@ -60,6 +60,11 @@ class Documents:
     samples: Sequence[TrainingSample]
     packs: Packs
 
+    @property
+    def real(self) -> Sequence[TrainingSample]:
+        """Those to be captured: none of what stands in."""
+        return self.samples if self.indices else ()
+
     @classmethod
     def of(cls, micro_batch: MicroBatch, samples: Samples, some: int) -> Documents:
         chosen = [samples[index] for index in micro_batch.samples]
@@ -80,23 +85,27 @@ def captured_rows(
     mine = loaded[context.data_rank]
     sequence = context.sequence_group(model.exchange)
     owners = None
+    found: dict[int, Features | Quarantined] = {}
     if context.tensor.size() > 1:
-        found: dict[int, Features | Quarantined] = {}
         for index, documents in loaded.items():
-            features = capture(model, documents.samples)
+            features = capture(model, documents.real)
             if index == context.data_rank:
                 found = dict(enumerate(features))
     else:
-        owners = _owners(mine.samples, context.sequence_size)
+        owners = assigned(mine.samples, context.sequence_size)
         numbers = [number for number, owner in enumerate(owners) if owner == context.sequence_rank]
-        found = dict(zip(numbers, capture(model, [mine.samples[n] for n in numbers]), strict=True))
+        if mine.real:
+            found = dict(zip(numbers, capture(model, [mine.samples[n] for n in numbers]), strict=True))
+    if not mine.real:
+        made = range(len(mine.samples)) if owners is None else numbers
+        found = {n: nothing_of(model, mine.samples[n], "post_norm") for n in made}
     holes = {number: each.reason for number, each in found.items() if isinstance(each, Quarantined)}
     whole = {number: each for number, each in found.items() if isinstance(each, Features)}
     if sequence is not None and owners is not None:
-        holes = _holes_of_all(model, holes, len(mine.samples), sequence)
+        holes = holes_of_all(model, holes, len(mine.samples), sequence)
     state: NormState = next((features.norm_state for features in whole.values()), "post_norm")
     for number in found.keys() - whole.keys():
-        whole[number] = _nothing(model, mine.samples[number], state)
+        whole[number] = nothing_of(model, mine.samples[number], state)
     masks = [
         torch.zeros_like(sample.loss_mask_T) if number in holes else sample.loss_mask_T
         for number, sample in enumerate(mine.samples)
@@ -105,27 +114,27 @@ def captured_rows(
         return FeatureRows.of([whole[n] for n in range(len(mine.samples))], masks, mine.packs), holes
     tokens = TokenRows.of([sample.input_ids_T for sample in mine.samples], masks, mine.packs)
     rows = spread_features(
-        {number: _hidden(model, features) for number, features in whole.items()},
+        {number: hidden_of(model, features) for number, features in whole.items()},
         tokens,
         mine.packs,
         sequence,
         halo=model.algorithm.halo,
-        like=_hidden_like(model),
+        like=hidden_like(model),
         owners=owners,
     )
     return rows, holes
 
 
-def _holes_of_all(model: Model, holes: dict[int, str], documents: int, sequence: SequenceGroup) -> dict[int, str]:
+def holes_of_all(model: Model, holes: dict[int, str], documents: int, sequence: SequenceGroup) -> dict[int, str]:
     """The holes that any rank of the sequence found; the masks of all of them must say the same."""
     flags = torch.tensor([number in holes for number in range(documents)], dtype=torch.int32)
     found = sequence.sum(flags.to(model.head.embedding_VH.device)).nonzero().flatten().tolist()
     return {number: holes.get(number, "") for number in found}
 
 
-def _nothing(model: Model, sample: TrainingSample, state: NormState) -> Features:
+def nothing_of(model: Model, sample: TrainingSample, state: NormState) -> Features:
     """Zeros of the sample's length."""
-    like, length = _hidden_like(model), sample.input_ids_T.numel()
+    like, length = hidden_like(model), sample.input_ids_T.numel()
     size = model.head.embedding_VH.shape[1]
     return Features(
         input_ids_T=sample.input_ids_T,
@@ -136,8 +145,8 @@ def _nothing(model: Model, sample: TrainingSample, state: NormState) -> Features
     )
 
 
-def _owners(samples: Sequence[TrainingSample], ranks: int) -> list[int]:
-    """Which rank captures each document: the longest first, each to the rank with the fewest tokens so far."""
+def assigned(samples: Sequence[TrainingSample], ranks: int) -> list[int]:
+    """Which of the ranks captures each document: the longest first, each to the rank with the fewest tokens so far."""
     owners, load = [0] * len(samples), [0] * ranks
     lengths = [sample.input_ids_T.numel() for sample in samples]
     for number in sorted(range(len(samples)), key=lambda number: -lengths[number]):
@@ -146,13 +155,13 @@ def _owners(samples: Sequence[TrainingSample], ranks: int) -> list[int]:
     return owners
 
 
-def _hidden(model: Model, features: Features) -> Hidden:
-    like = _hidden_like(model)
+def hidden_of(model: Model, features: Features) -> Hidden:
+    like = hidden_like(model)
     last_TH = model.head.normed(features.last_TH, features.norm_state)
     return Hidden(taps_TF=features.taps_TNH.flatten(1).to(like.taps_TF), last_TH=last_TH.to(like.last_TH))
 
 
-def _hidden_like(model: Model) -> Hidden:
+def hidden_like(model: Model) -> Hidden:
     """No rows of the features that the target makes, in its precision."""
     embedding_VH = model.head.embedding_VH
     size = embedding_VH.shape[1]

@@ -18,21 +18,22 @@ import torch
 from torch import Tensor
 
 from torchspec.core.config.schema import TrainConfig
-from torchspec.core.data.batches import global_batches
 from torchspec.core.errors import TargetError, TorchspecError
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model, Samples
 from torchspec.core.training.checkpoint_files import directory_of, steps_on_disk
+from torchspec.core.training.feed import DirectFeed, Feed
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from torchspec.core.training.plan import Cut, Plan, Shares
 from torchspec.core.training.random_state import untouched
 from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.served import ServedChecks
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, Sums, WindowResult, run_window
+from torchspec.core.training.window import Sums, WindowResult, run_window
 
 logger = logging.getLogger(__name__)
 
@@ -96,20 +97,33 @@ class Outcome:
 class Trainer:
     """Trains a sharded draft. Every rank makes one and calls the same methods."""
 
-    def __init__(self, model: Model, samples: Samples, setup: Setup, context: ParallelContext) -> None:
+    def __init__(
+        self, model: Model, samples: Samples, setup: Setup, context: ParallelContext, feed: Feed | None = None
+    ) -> None:
+        """`feed` brings the features; None: the model's engine makes them when they are needed."""
         self.model = model
         self.samples = samples
         self.setup = setup
         self.context = context
         self.counters = Counters()
         self._lost_in_a_row = 0
-        self._cut = self._cut_of(setup.config)
+        self.feed = DirectFeed(model, context) if feed is None else feed
+        self.plan = Plan(
+            samples.lengths,
+            self._cut_of(setup.config),
+            Shares(indices=context.captured_with, of=context.data_size),
+            batch_size=setup.config.batch_size,
+            bucket_size=setup.bucket_size,
+            seed=setup.seed,
+        )
         self.optimizer = build_optimizer(self.model.draft, setup.config)
         self.schedule = Schedule.of(setup.config)
-        self.steps_per_epoch = math.ceil(len(samples) / setup.config.batch_size)
         planned = self.steps_per_epoch * setup.config.epochs
         self.total_steps = min(planned, setup.config.max_steps or planned)
-        self._epoch_batches: tuple[int, list[list[int]]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
 
     def resume(self, directory: Path) -> None:
         """Continue from a whole checkpoint: weights, optimizer, counters and this rank's random states."""
@@ -122,6 +136,7 @@ class Trainer:
         """Train to the end, or to the end of the step in which a signal arrived; both leave a checkpoint."""
         config, counters = self.setup.config, self.counters
         received = 0
+        self.feed.start(self.plan, self.samples, counters.step, self.total_steps)
         if self._validation_due():  # the run ended between this step's checkpoint and its validation
             received = self._validate(log, stop)
         while counters.step < self.total_steps and not received:
@@ -164,12 +179,12 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         """One window; its metrics row."""
         counters = self.counters
-        epoch, position = divmod(counters.step, self.steps_per_epoch)
-        batch = self._batches(epoch)[position]
+        batch = self.plan.batch(counters.step)
         self.context.device.runtime.reset_peak_memory()
         timer = StepTimer(self.context.torch_device)
-        result = run_window(self.model, self.samples, batch, self._cut, self.context, timer)
-        quarantined = self._quarantine(result)
+        turns = self.plan.turns(counters.step)
+        result = run_window(self.model, self.samples, turns, self.feed, self.context, timer)
+        quarantined = self._quarantine(result, batch)
         with timer.phase("optimizer"):
             rate, norm = self._update(result, batch)
         counters.step += 1
@@ -181,7 +196,7 @@ class Trainer:
         return {
             "kind": "train",
             "step": counters.step,
-            "epoch": epoch,
+            "epoch": (counters.step - 1) // self.steps_per_epoch,
             "samples": counters.samples,
             "tokens": counters.tokens,
             "empty_windows": counters.empty_windows,
@@ -196,15 +211,15 @@ class Trainer:
             "memory": self._memory(),
         }
 
-    def _quarantine(self, result: WindowResult) -> dict[str, str]:
+    def _quarantine(self, result: WindowResult, batch: Sequence[int]) -> dict[str, str]:
         """Sample -> why it could not be captured, for the step's row; TargetError when that happens to most of them."""
         found = {self.samples[index].sample_id: reason for index, reason in sorted(result.quarantined.items())}
         for sample_id, reason in found.items():
             logger.warning("sample %s could not be captured and is left out of its step: %s", sample_id, reason)
         counters = self.counters
         lost = counters.quarantined + len(found)
-        trained = counters.samples + result.samples - len(found)
-        whole = bool(found) and len(found) == result.samples
+        trained = counters.samples + len(batch) - len(found)
+        whole = bool(found) and len(found) == len(batch)
         self._lost_in_a_row = self._lost_in_a_row + 1 if whole else 0
         if found and lost >= LEAST_QUARANTINED and (lost > trained or self._lost_in_a_row >= LOST_WINDOWS):
             raise TargetError(
@@ -274,19 +289,6 @@ class Trainer:
             f" from the checkpoint of step {steps[-1]}. If the loss was running away by then, no rate helps: move "
             f"{directory_of(self.setup.checkpoints, steps[-1])} away and an earlier one is used, or name another output"
         )
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        if self._epoch_batches[0] != epoch:
-            batches = global_batches(
-                self.samples.lengths,
-                batch_size=self.setup.config.batch_size,
-                bucket_size=self.setup.bucket_size,
-                seed=self.setup.seed,
-                epoch=epoch,
-            )
-            assert len(batches) == self.steps_per_epoch
-            self._epoch_batches = (epoch, batches)
-        return self._epoch_batches[1]
 
     def _agreed_signal(self, stop: StopRequest) -> int:
         """The signal any rank has received; the same answer on every rank."""

@@ -6,7 +6,6 @@ micro-batches and ranks, and the trainer divides once by the denominator of the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +16,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from torchspec.core.data.batches import MicroBatch, packed_micro_batches, rank_micro_batches
 from torchspec.core.interfaces.algorithm import StepResult
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training.capturing import Documents, Model, Samples, captured_rows
+from torchspec.core.training.capturing import Documents, Model, Samples
+from torchspec.core.training.feed import Feed
 from torchspec.core.training.offload import offloaded
+from torchspec.core.training.plan import Turn
 from torchspec.core.training.timing import StepTimer
 
 
@@ -82,39 +82,16 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup) -> None:
 class WindowResult:
     """Sums over all ranks, and each of this rank's micro-batches with its own numerator (for naming a bad sample).
 
-    `samples` are those of the batch; `quarantined`: sample -> why it could not be captured, of all ranks.
+    `quarantined`: sample -> why it could not be captured, of all ranks.
     """
 
     sums: Sums
     numerators: list[tuple[list[int], Tensor]]
-    samples: int = 0
     quarantined: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How global batches are cut into forward passes: at most so many samples, or one packed row of so many tokens."""
-
-    micro_batch_size: int
-    row_tokens: int | None = None
-    equal_length: float = math.inf
-
-    def micro_batches(self, batch: Sequence[int], lengths: Sequence[int], rank: int, ranks: int) -> list[MicroBatch]:
-        """Those of one data index."""
-        if self.row_tokens is None:
-            return rank_micro_batches(batch, rank=rank, world_size=ranks, micro_batch_size=self.micro_batch_size)
-        return packed_micro_batches(
-            batch,
-            lengths,
-            rank=rank,
-            world_size=ranks,
-            row_tokens=self.row_tokens,
-            equal_length=self.equal_length,
-        )
-
-
 def run_window(
-    model: Model, samples: Samples, batch: Sequence[int], cut: Cut, context: ParallelContext, timer: StepTimer
+    model: Model, samples: Samples, turns: Sequence[Turn], feed: Feed, context: ParallelContext, timer: StepTimer
 ) -> WindowResult:
     """Accumulate the window's gradients of sum(numerator) in the draft's shards and return the global sums.
 
@@ -122,21 +99,17 @@ def run_window(
     micro-batches: a rank whose turn is a hole runs a short stand-in without supervision, so the collectives inside the
     draft meet on all ranks.
     """
-    shares = {
-        index: cut.micro_batches(batch, samples.lengths, index, context.data_size) for index in context.captured_with
-    }
     assert isinstance(model.draft, FSDPModule)
     sums = Sums()
     numerators: list[tuple[list[int], Tensor]] = []
     quarantined: dict[int, str] = {}
-    turns = len(shares[context.data_rank])
-    for turn in range(turns):
-        model.draft.set_requires_gradient_sync(turn == turns - 1)
-        model.draft.set_is_last_backward(turn == turns - 1)
+    for number, turn in enumerate(turns, start=1):
+        model.draft.set_requires_gradient_sync(number == len(turns))
+        model.draft.set_is_last_backward(number == len(turns))
         with timer.phase("data"):
-            loaded = {index: Documents.of(share[turn], samples, batch[0]) for index, share in shares.items()}
+            loaded = {i: Documents.of(part, samples, turn.some) for i, part in turn.micro_batches.items()}
         with timer.phase("capture"):
-            rows, holes = captured_rows(model, loaded, context)
+            rows, holes = feed.rows(turn, loaded)
         with timer.phase("forward"), offloaded(model.draft, activations=model.offload_activations):
             result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
         with timer.phase("backward"):
@@ -157,7 +130,7 @@ def run_window(
         if total.quarantined:  # known on every rank, so that all of them gather or none
             parts = context.gather(quarantined)
             quarantined = {int(index): why for part in parts for index, why in part.items() if why}
-        return WindowResult(sums=total, numerators=numerators, samples=len(batch), quarantined=quarantined)
+        return WindowResult(sums=total, numerators=numerators, quarantined=quarantined)
 
 
 def _check_sharded(draft: nn.Module) -> None:

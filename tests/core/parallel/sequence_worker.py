@@ -41,9 +41,11 @@ from torchspec.core.settings import Launch
 from torchspec.core.training import offload
 from torchspec.core.training.capturing import Documents as FullDocuments
 from torchspec.core.training.capturing import Model, captured_rows
+from torchspec.core.training.feed import DirectFeed
+from torchspec.core.training.plan import Cut, Turn
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, run_window
+from torchspec.core.training.window import run_window
 
 Cell = dict[str, Any]
 H, V, HEADS, TAPS = 32, 90, 8, (1, 3, 4)
@@ -170,7 +172,13 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
     documents = Documents(cell.get("supervision", "dense"), cell.get("unsupervised", ()))
     tokens = cell.get("row_tokens")
     cut = Cut(micro_batch_size=cell.get("micro_batch_size", 3), row_tokens=tokens, equal_length=50.0)
-    window = run_window(model, documents, list(range(len(documents))), cut, context, StepTimer(context.torch_device))
+    batch = list(range(len(documents)))
+    shares = {i: cut.micro_batches(batch, documents.lengths, i, context.data_size) for i in context.captured_with}
+    turns = [
+        Turn(step=0, number=number, micro_batches={i: share[number] for i, share in shares.items()}, some=0)
+        for number in range(len(shares[context.data_rank]))
+    ]
+    window = run_window(model, documents, turns, DirectFeed(model, context), context, StepTimer(context.torch_device))
     tensors = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["tokens"] = torch.tensor(window.sums.tokens - sum(LENGTHS[index] for index in documents.unsupervised))
     reasons = {index: f"length {LENGTHS[index]}" for index in cell.get("fails", ())}

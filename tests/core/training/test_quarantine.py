@@ -16,6 +16,7 @@ from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.engine import CaptureRequest
 from torchspec.core.interfaces.features import Captured, FeatureSink, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training.feed import DirectFeed
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.signals import StopRequest
 
@@ -42,6 +43,7 @@ def run(tiny: ModuleType, context: ParallelContext, path: Path, *, fails: Sequen
     model = trainer.model
     ids = [job.samples[index].input_ids_T.tolist() for index in fails]
     trainer.model = type(model)(**{**vars(model), "engine": Failing(model.engine, ids)})
+    trainer.feed = DirectFeed(trainer.model, context)
     path.mkdir(exist_ok=True)
     with MetricsLog(path / "metrics.jsonl") as log, StopRequest() as stop:
         trainer.run(log, stop)

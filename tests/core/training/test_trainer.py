@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update_and_names_step_and_
     tiny: ModuleType, context: ParallelContext, tmp_path: Path, factor: float
 ) -> None:
     trainer = tiny.make_trainer(tiny.Job(directory=tmp_path, config={"micro_batch_size": 1}), context)
-    bad = trainer._batches(0)[1][2]
+    bad = trainer.plan.batch(1)[2]
     algorithm = Poisoned(trainer.model.algorithm, bad, factor, trainer.samples)
     trainer.model = replace(trainer.model, algorithm=algorithm)
     trainer._step()
@@ -128,7 +128,7 @@ def test_max_steps_and_log_every(tiny: ModuleType, context: ParallelContext, tmp
     rows = run(trainer, tmp_path)
     assert [row["step"] for row in rows] == [3, 5]
     assert [row["epoch"] for row in rows] == [0, 1]
-    assert rows[-1]["samples"] == 13 + sum(len(batch) for batch in trainer._batches(1)[:2])
+    assert rows[-1]["samples"] == 13 + sum(len(trainer.plan.batch(trainer.steps_per_epoch + n)) for n in range(2))
 
 
 def test_a_draft_that_hides_its_output_is_refused(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.sharding import unsharded_state
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Cut, run_window
+from torchspec.core.training.window import run_window
 
 Cell = dict[str, Any]
 
@@ -70,12 +70,9 @@ def make_job(tiny: ModuleType, cell: Cell, results: Path) -> Any:
 def gradients(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
     """Undivided gradients of the first window, then parameters, losses and norms of `steps` updates."""
     trainer = tiny.make_trainer(make_job(tiny, cell, results), context)
-    config = trainer.setup.config
-    batch = trainer._batches(0)[0]
+    batch = trainer.plan.batch(0)
     timer = StepTimer(context.torch_device)
-    window = run_window(
-        trainer.model, trainer.samples, batch, Cut(micro_batch_size=config.micro_batch_size), context, timer
-    )
+    window = run_window(trainer.model, trainer.samples, trainer.plan.turns(0), trainer.feed, context, timer)
     tensors: dict[str, Tensor] = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["batch"] = torch.tensor(batch)
     for name, parameter in trainer.model.draft.named_parameters():

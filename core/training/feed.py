@@ -1,0 +1,54 @@
+"""Where a forward pass gets its features from; the trainer is the same whoever makes them, and wherever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torchspec.core.features.rows import FeatureRows
+from torchspec.core.interfaces.algorithm import TrainingSample
+from torchspec.core.interfaces.features import Features, Quarantined
+from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.training.capturing import Documents, Model, Samples, capture, captured_rows
+from torchspec.core.training.plan import Plan, Turn
+
+
+class Feed(Protocol):
+    """Of one rank. Ranks that share sequences, or a target, call the same methods at the same places."""
+
+    def start(self, plan: Plan, samples: Samples, step: int, stop: int) -> None:
+        """The steps from `step` to before `stop` come, in order: `rows` will be asked for each of their turns."""
+        ...
+
+    def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
+        """This rank's share of the turn, and its holes: number of a document -> why there are no features of it.
+
+        `loaded` are the turn's micro-batches. Of ranks that share a sequence one may know a reason and others "".
+        """
+        ...
+
+    def whole(self, sample: TrainingSample) -> Features | Quarantined:
+        """All features of one sample, outside the plan; this rank alone asks."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DirectFeed:
+    """The model's engine makes them when they are asked for."""
+
+    def __init__(self, model: Model, context: ParallelContext) -> None:
+        self._model, self._context = model, context
+
+    def start(self, plan: Plan, samples: Samples, step: int, stop: int) -> None:
+        """Nothing is made ahead."""
+
+    def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
+        return captured_rows(self._model, loaded, self._context)
+
+    def whole(self, sample: TrainingSample) -> Features | Quarantined:
+        (found,) = capture(self._model, [sample])
+        return found
+
+    def close(self) -> None:
+        """The engine is its owner's to close."""
