@@ -138,6 +138,12 @@ def engine_environment(*, folders: Sequence[Path]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(path)}
 
 
+def visible_devices(variable: str, devices: Sequence[int]) -> str:
+    """`variable`'s value for a process that is to see these of the accelerators that this one does."""
+    mine = [name for name in os.environ.get(variable, "").split(",") if name]
+    return ",".join(mine[each] if each < len(mine) else str(each) for each in devices)
+
+
 _OF_A_RANK = frozenset(
     {
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",

@@ -36,7 +36,7 @@ _IMPORT = """
 import importlib, sys
 engine, entrance, *shims = sys.argv[1:]
 sys.path += shims
-importlib.import_module("torchspec.backends.worker")
+importlib.import_module("torchspec.core.workers")
 module = importlib.import_module(engine)
 if entrance:
     getattr(module, entrance)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,19 +18,20 @@ from torchspec.backends.api import (
     EngineProcess,
     EngineSpec,
     ServingEngine,
+    StartedEngine,
     TargetEngine,
     UnavailableError,
 )
-from torchspec.backends.worker.protocol import TOKEN_VARIABLE
 from torchspec.core import settings
+from torchspec.core.workers.protocol import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
-    from torchspec.backends.remote.engine import RemoteEngine
+    from torchspec.core.workers.remote_engine import RemoteEngine
+    from torchspec.core.workers.starting import Program
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 60
-DEFAULT_STORE_MB = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class Engine:
             available=self.available,
             command=self.attach_command,
             serve=self.serve,
+            start=self.start,
+            attach=self.attach,
         )
 
     def probe(self) -> Availability:
@@ -84,79 +86,66 @@ class Engine:
 
     def load(self, options: EngineOptions) -> TargetEngine:
         """A worker with the target in it, captured from if `options.taps` says so."""
-        from torchspec.backends.remote.engine import RemoteEngine
-        from torchspec.backends.remote.place import Attached, Managed
+        from torchspec.core.workers.place import Attached
+        from torchspec.core.workers.remote_engine import RemoteEngine
+        from torchspec.core.workers.starting import attach
 
         process = options.process
         if process.url is not None:
             place = Attached(process.url, settings.engine_token(), name=self.name, patience=process.start_timeout)
             return RemoteEngine(self.name, options, place, lambda: None)
         if options.directory is not None and options.local_rank > 0:
-            managed = Managed(options.directory, name=self.name, patience=process.start_timeout)
-            return RemoteEngine(self.name, options, managed, lambda: None)
-        return self._start(options, None, 0)
+            return attach(self.name, options)
+        return self._started(options, None, 0)
 
     def serve(self, options: EngineOptions, draft: Path | None, draft_length: int) -> ServingEngine:
         """As `EngineSpec.serve`."""
-        return self._start(options, draft, draft_length)
+        return self._started(options, draft, draft_length)
 
-    def _start(self, options: EngineOptions, draft: Path | None, draft_length: int) -> RemoteEngine:
-        from torchspec.backends.remote.engine import RemoteEngine
-        from torchspec.backends.remote.place import Managed
-        from torchspec.backends.remote.supervisor import Launch, Supervisor
+    def start(self, options: EngineOptions) -> StartedEngine:
+        """As `EngineSpec.start`."""
+        from torchspec.core.workers.starting import start
+
+        return start(self._program(options), options)
+
+    def attach(self, options: EngineOptions) -> TargetEngine:
+        """As `EngineSpec.attach`."""
+        from torchspec.core.workers.starting import attach
+
+        return attach(self.name, options)
+
+    def _started(self, options: EngineOptions, draft: Path | None, draft_length: int) -> RemoteEngine:
+        from torchspec.core.workers.starting import attach, start
 
         own = options.directory is None
-        directory = Path(tempfile.mkdtemp(prefix=f"torchspec-{self.name}-")) if own else options.directory
-        assert directory is not None
-        python, environment = self._place(options)
-        launch = Launch(
-            name=self.name,
-            command=[str(python), *self.arguments(options, draft, draft_length)],
-            environment=environment,
-            directory=directory,
-            start_timeout=options.process.start_timeout,
-        )
-        supervisor = Supervisor(launch)
+        if own:
+            directory = Path(tempfile.mkdtemp(prefix=f"torchspec-{self.name}-"))
+            options = replace(options, directory=directory)
+        started = start(self._program(options), options, draft, draft_length)
 
         def stop() -> None:
-            supervisor.close()
+            started.close()
             if own:
                 shutil.rmtree(directory, ignore_errors=True)
 
-        supervisor.start()
-        managed = Managed(directory, name=self.name, patience=options.process.start_timeout)
-        return RemoteEngine(self.name, options, managed, stop, draft=draft)
-
-    def arguments(self, options: EngineOptions, draft: Path | None, draft_length: int) -> list[str]:
-        """Of the interpreter."""
-        process = options.process
-        words = ["-P", "-m", "torchspec.backends.worker", self.runner]
-        words += ["--target", str(options.target.resolve()), "--device", options.device.name]
-        words += ["--dtype", engine_dtype(options), "--tensor-parallel", str(process.tensor_parallel)]
-        words += ["--options", json.dumps(dict(process.options))]
-        if options.taps:
-            words += ["--taps", ",".join(map(str, options.taps)), "--store-mb", str(store_mb(process))]
-        if draft is not None:
-            words += ["--draft", str(draft), "--draft-length", str(draft_length)]
-        if process.memory_fraction is not None:
-            words += ["--memory-fraction", str(process.memory_fraction)]
-        if options.trust_remote_code:
-            words.append("--trust-remote-code")
-        return words
+        return attach(self.name, options, stop, draft)
 
     def attach_command(self, options: EngineOptions, port: int) -> str:
         """As `EngineSpec.command`: with a fresh token, which the training must be given too."""
         import shlex
 
-        python, environment = self._place(options)
-        words = [str(python), *self.arguments(options, None, 0), "--port", str(port)]
+        from torchspec.core.workers.starting import arguments
+
+        program = self._program(options)
+        words = [str(program.python), *arguments(self.runner, options), "--port", str(port)]
         token = secrets.token_urlsafe(24)
-        path = shlex.quote(environment["PYTHONPATH"])
+        path = shlex.quote(program.environment["PYTHONPATH"])
         return f"{TOKEN_VARIABLE}={token} PYTHONPATH={path} {shlex.join(words)}"
 
-    def _place(self, options: EngineOptions) -> tuple[Path, dict[str, str]]:
-        """The engine's interpreter and its environment variables."""
+    def _program(self, options: EngineOptions) -> Program:
+        """In the engine's environment, with torchspec's code beside it."""
         from torchspec.backends.remote.staging import stage
+        from torchspec.core.workers.starting import Program
 
         python = options.process.python
         if python is None:
@@ -171,7 +160,8 @@ class Engine:
             python = environment.python
         staged = stage()
         folders = [staged / each for each in self.shims(options.device.name)]
-        return python, settings.engine_environment(folders=[staged, *folders])
+        variables = settings.engine_environment(folders=[staged, *folders])
+        return Program(name=self.name, runner=self.runner, python=python, environment=variables)
 
     def _python_works(self, python: Path) -> Availability:
         """Whether this interpreter finds the engine; it is not imported, which takes long."""
@@ -189,22 +179,3 @@ class Engine:
 
     def _hint(self, device: str) -> str:
         return f"torchspec engine install {self.name} --device {device}"
-
-
-def engine_dtype(options: EngineOptions) -> str:
-    """The precision that the target runs in, whatever engine runs it: engines read "auto" in ways of their own."""
-    from torchspec.core.models.target_spec import read_target_spec, running_dtype
-
-    spec = read_target_spec(options.target, options.trust_remote_code)
-    return str(running_dtype(options.dtype, spec.dtype, options.device.runtime.bind(options.local_rank))).removeprefix(
-        "torch."
-    )
-
-
-def store_mb(process: EngineProcess) -> int:
-    """What was asked for, or as much as shared memory can spare."""
-    from torchspec.core.features.shared import memory_directory
-
-    if process.store_mb is not None:
-        return process.store_mb
-    return max(1, min(DEFAULT_STORE_MB, int(0.8 * shutil.disk_usage(memory_directory()).free / 1e6)))

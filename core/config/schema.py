@@ -149,6 +149,22 @@ class EngineConfig(Section):
         return EngineProcess(**dict(self))
 
 
+class PipelineConfig(Section):
+    """Where the target runs beside the trainer, and how its features come."""
+
+    topology: Literal["inprocess", "colocated"] = Field(
+        "inprocess",
+        description="inprocess: the engine makes features when they are needed; colocated: engines in processes of "
+        "their own, on the trainer's devices, make them ahead (docs/pipelines.md)",
+    )
+    engines: Positive | None = Field(
+        None, description="colocated: engines on each machine; default: as many as its devices allow"
+    )
+    prefetch_mb: Positive | None = Field(
+        None, description="features that a rank may ask for ahead of their use, in 1e6 bytes; default: 500"
+    )
+
+
 class DecodingConfig(Section):
     """How a draft is measured by decoding with it."""
 
@@ -188,6 +204,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
+    pipeline: PipelineConfig = Field(default_factory=lambda: PipelineConfig())
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
     precision: PrecisionConfig = Field(default_factory=lambda: PrecisionConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())

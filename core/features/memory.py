@@ -25,6 +25,13 @@ class MemoryStore:
             raise ValueError(f"record {record_id!r} is already stored: remove it before it is captured again")
         return RecordRef(record_id=record_id, length=features.input_ids_T.shape[0])
 
+    def find(self, record_id: str) -> RecordRef:
+        """The reference of a record that is there."""
+        features = self._open.get(record_id)
+        if features is None:
+            raise MissingRecordError(f"record {record_id!r} is not stored: never captured, or already taken")
+        return RecordRef(record_id=record_id, length=features.input_ids_T.shape[0])
+
     def get(self, ref: RecordRef) -> Features:
         features = self._open.get(ref.record_id)
         if features is None:

@@ -44,10 +44,23 @@ class TargetSpec:
     trust_remote_code: bool = False
 
 
+Rows = tuple[tuple[int, int], ...]
+"""Pieces [start, stop) of a sample's tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptureRequest:
+    """A sample to run the target over.
+
+    `parts`: the rows that each of several callers takes, all of which send the same request under the same id; this one
+    takes `parts[part]`, as a record of those rows. Without parts there is one caller, and the record is whole. Only
+    engines in workers know parts.
+    """
+
     record_id: str
     input_ids: Sequence[int]
+    parts: tuple[Rows, ...] = ()
+    part: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +144,9 @@ class EngineProcess:
     start_timeout    seconds the engine may take to start, and to come back after it died
     call_timeout     seconds one call may take
     options          arguments of the engine's own constructor
+    host             address that its worker listens on
+    devices          accelerators that it sees; None: those that this process does
+    delivery         how features come from it: see `core.workers.delivery`
     """
 
     python: Path | None = None
@@ -141,6 +157,9 @@ class EngineProcess:
     start_timeout: float = 600.0
     call_timeout: float = 600.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    devices: tuple[int, ...] | None = None
+    delivery: Mapping[str, Any] = field(default_factory=lambda: {"kind": "shared"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +171,7 @@ class EngineOptions:
     `taps`: the layers that will be captured; an engine that has to be told when it starts captures no others.
     `process`: only for engines of that kind. The ranks of a machine share one process: rank `local_rank` 0 starts it,
     and the others find it through files in `directory`, where its log is too (None: this rank is alone).
+    `streamed`: several threads will capture, ahead of time, and what they get stays in the host's memory.
     """
 
     target: Path
@@ -163,6 +183,7 @@ class EngineOptions:
     taps: tuple[int, ...] = ()
     process: EngineProcess = EngineProcess()
     directory: Path | None = None
+    streamed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +228,12 @@ class ServingEngine(Protocol):
     def close(self) -> None: ...
 
 
+class StartedEngine(Protocol):
+    """A worker that this process started and watches: it is started again when it dies, until it is closed."""
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """Light description found through the entry-point group `torchspec.backends`.
@@ -215,6 +242,8 @@ class EngineSpec:
     `available`: the same on a device (by name) with this `EngineProcess`; None: it runs in the caller's process.
     `command`: what to type to start a worker, at this port, that a training can attach to.
     `serve`: the target served with an exported draft (None: without) that drafts so many tokens a round.
+    `start`: a worker with the target in it, which others find through `options.directory`; `attach`: to one of those.
+    None: the engine runs in the process that loads it, and a worker of torchspec's own can host it.
     `tensor_parallel_sizes`: over how many of the trainer's ranks a target can be split, ascending from 1; TargetError
     names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
     """
@@ -226,5 +255,7 @@ class EngineSpec:
     available: Callable[[str, EngineProcess], Availability] | None = None
     command: Callable[[EngineOptions, int], str] | None = None
     serve: Callable[[EngineOptions, Path | None, int], ServingEngine] | None = None
+    start: Callable[[EngineOptions], StartedEngine] | None = None
+    attach: Callable[[EngineOptions], TargetEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
     api_version: int = API_VERSION

@@ -55,6 +55,7 @@ class ParallelContext:
     torch_device: torch.device
     rank: int
     local_rank: int
+    local_world_size: int
     world_size: int
     mesh: DeviceMesh
     every: DeviceMesh
@@ -269,6 +270,7 @@ def start(
         torch_device=torch_device,
         rank=dist.get_rank(),
         local_rank=launch.local_rank,
+        local_world_size=launch.local_world_size,
         world_size=world,
         mesh=mesh,
         # No public name yet (torch 2.10 to 2.13), and what torchtitan builds its meshes with.

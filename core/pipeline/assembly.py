@@ -27,9 +27,11 @@ from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.parallel_fit import LogitsForm, choose_exchange, choose_logits
 from torchspec.core.pipeline.rebuild import load_state, read_initial
-from torchspec.core.pipeline.served_checks import served_checks, serving_engine
+from torchspec.core.pipeline.served_checks import measured_apart, served_checks
+from torchspec.core.pipeline.topology import Streaming, colocated
 from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model
+from torchspec.core.training.feed import DirectFeed, Feed
 from torchspec.core.training.random_state import seed_rank
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.trainer import Setup
@@ -53,11 +55,18 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The target on this rank's device."""
+    """The target as this rank meets it: its head on the rank's device, and its engine here, or engines elsewhere."""
 
     spec: TargetSpec
-    engine: TargetEngine
     head: TargetHead
+    engine: TargetEngine | None = None
+    streaming: Streaming | None = None
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        if self.streaming is not None:
+            self.streaming.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,7 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         process=config.engine.process(),
         directory=config.output / ENGINE / settings.host_name(),
     )
+    streamed = config.pipeline.topology != "inprocess"
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
     form, why = choose_logits(config)
     if why:
@@ -112,7 +122,9 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
             group=context.logits_group, communication=context.device.communication, target_size=spec.vocab_size
         )
         head = load_target_head_shard(path, shards, dtype=dtype, device=device, trust_remote_code=trusted)
-    return Target(spec=spec, engine=registry.load_engine(config.backend, options), head=head)
+    if streamed:
+        return Target(spec=spec, head=head, streaming=colocated(config, options, context))
+    return Target(spec=spec, head=head, engine=registry.load_engine(config.backend, options))
 
 
 def forget_engine(config: RunConfig, context: ParallelContext) -> None:
@@ -175,6 +187,13 @@ def build_model(
     )
 
 
+def build_feed(model: Model, target: Target, context: ParallelContext) -> Feed:
+    """Collective."""
+    if target.streaming is None:
+        return DirectFeed(model, context)
+    return target.streaming.feed(model, context)
+
+
 def step_memory(config: TrainConfig, logits: LogitsForm = "off") -> StepMemory:
     megabytes = config.loss_memory_mb
     return StepMemory(
@@ -188,7 +207,7 @@ def build_setup(
     config: RunConfig, model: Model, target: Target, data: Data, start: Start, context: ParallelContext,
     progress: ProgressSink | None,
 ) -> Setup:  # fmt: skip
-    engine = serving_engine(config, registry.backends().spec(config.backend))
+    engine = measured_apart(config, registry.backends().spec(config.backend))
     own = engine is None and data.prompts
     usable = with_room(target.spec.max_position_embeddings, data.prompts) if own else []
     validator = Validator(

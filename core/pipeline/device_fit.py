@@ -66,12 +66,12 @@ ATTACHED = frozenset({"url", "start_timeout", "call_timeout"})
 def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
     """Validation decodes, which not every engine can; and settings of an engine's process need one that has it."""
     found = []
-    if backend.available is None:
+    if backend.available is None and config.pipeline.topology == "inprocess":
         found = [
             Problem(
                 field=f"engine.{name}",
                 message=f"backend {config.backend} runs inside the trainer and has no such setting",
-                remedy="leave it out, or use a backend that runs in a process of its own",
+                remedy="leave it out, or use a backend that runs in a process of its own, or another pipeline.topology",
             )
             for name in given(config.engine)
         ]

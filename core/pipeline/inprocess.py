@@ -110,7 +110,8 @@ def _train_in(
         longest = max(map(int, data.train.lengths))
         model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context, longest))
         setup = assembly.build_setup(config, model, target, data, start, context, progress)
-        trainer = Trainer(model, data.train, setup, context)
+        feed = context.agree(lambda: assembly.build_feed(model, target, context))
+        trainer = Trainer(model, data.train, setup, context, feed)
         if resumed is not None:
             trainer.resume(resumed)
             logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
@@ -120,6 +121,7 @@ def _train_in(
         try:
             outcome = _run(run, config, trainer, progress)
         finally:
+            feed.close()
             if setup.served is not None:
                 setup.served.close()
         if outcome.signal:
@@ -152,7 +154,7 @@ def _loaded(config: RunConfig, context: ParallelContext, progress: ProgressSink 
     try:
         yield target
     finally:
-        target.engine.close()
+        target.close()
 
 
 def _record(

@@ -119,11 +119,12 @@ def subject_of(
     host = device.device_type == "cpu"
     dtype = running_dtype(config.target.dtype, target.dtype, torch.device(device.device_type))
     backend = registry.backends().spec(config.backend)
+    inside = backend.available is None and config.pipeline.topology == "inprocess"
     models = Models(
         algorithm=algorithm,
         spec=target,
         draft=tuple(tuple(p.shape) for p in draft_of_shapes(algorithm, target).parameters() if p.requires_grad),
-        target=tuple(weights.shape(name) for name in weights.files) if backend.available is None else (),
+        target=tuple(weights.shape(name) for name in weights.files) if inside else (),
         mapped=host and dtype == target.dtype,
         process=loaded.runtime.memory().allocated if host and loaded is not None else None,
     )

@@ -34,6 +34,15 @@ def serving_engine(config: RunConfig, backend: EngineSpec | None) -> str | None:
     return config.backend if itself else None
 
 
+def measured_apart(config: RunConfig, backend: EngineSpec | None) -> str | None:
+    """Which engine measures checkpoints in a process of its own: one that serves; or, where the trainer has no engine
+    inside, the backend with our own decoder. None: the trainer decodes, or nothing is validated."""
+    engine = serving_engine(config, backend)
+    if engine is not None or not config.data.validation or backend is None:
+        return engine
+    return config.backend if config.pipeline.topology != "inprocess" and "decode" in backend.capabilities else None
+
+
 def serving_process(config: RunConfig) -> EngineConfig:
     """`eval.serving`; the interpreter of the backend serves its own engine too."""
     serving = config.eval.serving
@@ -60,7 +69,8 @@ def serving_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
         message, remedy = "validates on nothing", "give data.validation, or leave eval.engine out"
         found.append(Problem(field="eval.engine", value=config.eval.engine, message=message, remedy=remedy))
     if serving_engine(config, backend) is None:
-        idle = [name for name in given(config.eval) if name in ("devices", "timeout", "tolerance")]
+        apart = measured_apart(config, backend) is not None  # by our own decoder, in a process all the same
+        idle = [name for name in given(config.eval) if name in ("devices", "timeout", "tolerance")[2 * apart :]]
         idle += [f"serving.{name}" for name in given(config.eval.serving)]
         own = "is for validation in a serving engine"
         found += [Problem(field=f"eval.{name}", message=own, remedy="give eval.engine too") for name in idle]
@@ -76,27 +86,26 @@ def _engine_problems(config: RunConfig, engine: str) -> list[Problem]:
 
 def served_checks(config: RunConfig, engine: str, device: str, visible: str | None) -> ServedChecks:
     """`visible` is the variable that hides accelerators from a process, where there are any."""
+    serves = "serve" in registry.backends().spec(engine).capabilities
     process = serving_process(config)
+    engine_words = ["--engine", engine, "--tolerance", str(config.eval.tolerance)]
+    engine_words += ["--engine-tensor-parallel", str(process.tensor_parallel)]
+    engine_words += ["--engine-start-timeout", str(process.start_timeout)]
+    engine_words += ["--engine-call-timeout", str(process.call_timeout)]
+    engine_words += ["--engine-options", json.dumps(process.options)]
+    for flag, value in (("--engine-python", process.python), ("--engine-memory-fraction", process.memory_fraction)):
+        engine_words += [] if value is None else [flag, str(value)]
 
     def command(checkpoint: Path, result: Path) -> Sequence[str]:
         evaluation, target = config.eval, config.target
-        words = ["eval", "--engine", engine, "--target", str(target.path), "--draft", str(checkpoint)]
+        words = ["eval", "--target", str(target.path), "--draft", str(checkpoint)]
         words += ["--data", *map(str, config.data.validation), "--output", str(result), "--device", device]
         words += ["--dtype", target.dtype, "--max-length", str(config.data.max_length)]
         words += ["--samples", str(evaluation.samples), "--max-new-tokens", str(evaluation.max_new_tokens)]
         words += ["--draft-length", str(evaluation.draft_length), "--temperature", str(evaluation.temperature)]
         words += ["--batch-size", str(evaluation.batch_size), "--seed", str(config.seed)]
-        words += ["--tolerance", str(evaluation.tolerance)]
-        words += ["--engine-tensor-parallel", str(process.tensor_parallel)]
-        words += ["--engine-start-timeout", str(process.start_timeout)]
-        words += ["--engine-call-timeout", str(process.call_timeout)]
-        words += ["--engine-options", json.dumps(process.options)]
-        for flag, value in (
-            ("--engine-python", process.python),
-            ("--engine-memory-fraction", process.memory_fraction),
-            ("--chat-template", target.chat_template),
-        ):
-            words += [] if value is None else [flag, str(value)]
+        words += engine_words if serves else ["--backend", engine]
+        words += [] if target.chat_template is None else ["--chat-template", str(target.chat_template)]
         words += ["--thinking", target.thinking]
         words += ["--trust-remote-code"] if target.trust_remote_code else []
         hide = visible is not None and evaluation.devices

@@ -39,6 +39,7 @@ class Samples(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Everything a window is computed with. `draft` is sharded; `exchange` is for sequences that ranks share.
+    `engine` None: features come from elsewhere, and nothing is decoded here.
 
     `offload_activations`: what the forward pass keeps for the backward one waits in the host's memory.
     """
@@ -46,7 +47,7 @@ class Model:
     algorithm: Algorithm
     draft: nn.Module
     head: TargetHead
-    engine: TargetEngine
+    engine: TargetEngine | None
     memory: StepMemory = KEEP_ALL
     exchange: Exchange = "gather"
     offload_activations: bool = False
@@ -174,6 +175,7 @@ def capture(model: Model, samples: Sequence[TrainingSample]) -> list[Features | 
     """The target's hidden states of each sample, in order, or why there are none."""
     if not samples:
         return []
+    assert model.engine is not None
     store = MemoryStore()
     requests = [
         CaptureRequest(record_id=str(slot), input_ids=sample.input_ids_T.tolist())

@@ -46,6 +46,8 @@ class Validator:
         drafter = self.model.algorithm.drafter(self._copy(), self.model.head, self.context.device)
         share = self._share()
         result = None
+        engine = self.model.engine
+        assert engine is not None
         if share:
             settings = EvalSettings(
                 max_new_tokens=self.settings.max_new_tokens,
@@ -56,9 +58,7 @@ class Validator:
                 warmup=0,
                 compare_draftless=False,
             )
-            result = self.context.agree(
-                lambda: evaluate(self.model.engine, drafter, share, settings, progress=self.progress)
-            )
+            result = self.context.agree(lambda: evaluate(engine, drafter, share, settings, progress=self.progress))
         else:  # fewer prompts than targets
             self.context.agree(lambda: None)
         return self._merge(result)
@@ -69,7 +69,7 @@ class Validator:
         Whether a target can be decoded, and so many sequences of it together, is known only with the target loaded.
         """
         first = self._share()[: self.settings.batch_size]
-        if first:
+        if first and self.model.engine is not None:
             beginnings = [list(islice(prompt.input_ids, REHEARSED_TOKENS)) for prompt in first]
             self.model.engine.open(beginnings, self.model.algorithm.taps)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchspec.backends.worker.runner import Runner, WorkerSettings
+from torchspec.core.workers.runner import Runner, WorkerSettings
 
 
 def make_runner(settings: WorkerSettings) -> Runner:

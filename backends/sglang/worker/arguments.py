@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchspec.backends.worker.runner import WorkerSettings
 from torchspec.core.errors import ConfigError, Problem, TargetError
+from torchspec.core.workers.runner import WorkerSettings
 
 MARGIN = 8
 """SGLang refuses prompts that come within 7 tokens of the context; records may be as long as the target reads."""

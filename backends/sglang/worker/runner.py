@@ -14,9 +14,9 @@ from typing import Any
 
 from torchspec.backends.sglang.worker.orders import request_id
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
-from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, TorchspecError, UnavailableError
-from torchspec.core.interfaces.engine import ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
 
 
 class SglangError(TorchspecError):
@@ -29,6 +29,8 @@ EXIT_DEAD = 70
 
 class SglangRunner:
     """`Runner`. Whatever is submitted while other work runs joins its batches."""
+
+    landing: Landing | None = None
 
     def __init__(self, engine: Any, settings: WorkerSettings, facts: Facts) -> None:
         """Call from the main thread: it then hears of the death of SGLang's processes."""
@@ -46,8 +48,11 @@ class SglangRunner:
             # is asked for again; an answer now would be counted as the samples' own failure.
             signal.signal(signal.SIGQUIT, lambda *_: os._exit(EXIT_DEAD))
 
-    def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(self._capture(record_id, list(input_ids)), self._loop)
+    def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        return [
+            asyncio.run_coroutine_threadsafe(self._capture(each.record_id, list(each.input_ids)), self._loop)
+            for each in samples
+        ]
 
     def write(self, ask: Ask) -> Future[ServedText]:
         return asyncio.run_coroutine_threadsafe(self._write(ask), self._loop)

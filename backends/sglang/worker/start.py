@@ -12,9 +12,10 @@ from torchspec.backends.sglang.worker.arguments import Shape, engine_arguments, 
 from torchspec.backends.sglang.worker.orders import Orders
 from torchspec.backends.sglang.worker.runner import SglangRunner
 from torchspec.backends.sglang.worker.versions import TESTED, check_version
-from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import UnavailableError
 from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.interfaces.engine import CaptureRequest
+from torchspec.core.workers.runner import Ask, Facts, WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def _prove(runner: SglangRunner, settings: WorkerSettings) -> None:
 def _prove_capture(runner: SglangRunner, settings: WorkerSettings) -> None:
     ids = (0, 1)
     record_id = "torchspec-proof"
-    runner.capture(record_id, ids).result(_PROOF_SECONDS)
+    (proof,) = runner.capture([CaptureRequest(record_id=record_id, input_ids=ids)])
+    proof.result(_PROOF_SECONDS)
     store = SharedMemoryStore(root=settings.store)
     ref = store.find(record_id)
     features = store.get(ref)

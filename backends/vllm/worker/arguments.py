@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchspec.backends.worker.runner import WorkerSettings
 from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.workers.runner import WorkerSettings
 
 CONNECTOR = "TorchspecConnector"
 OURS = ("speculative_config", "kv_transfer_config")

@@ -23,9 +23,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 )
 
 from torchspec.backends.vllm.worker.arguments import layer_ids
-from torchspec.backends.worker.reports import report_failure
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.interfaces.features import Features
+from torchspec.core.workers.reports import report_failure
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchspec.backends.vllm.worker.arguments import engine_arguments, environment
-from torchspec.backends.worker.reports import failure_of
-from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, MissingRecordError, TargetError, UnavailableError
 from torchspec.core.features.shared import SharedMemoryStore
-from torchspec.core.interfaces.engine import ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
 from torchspec.core.settings import set_defaults
+from torchspec.core.workers.reports import failure_of
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ class _Writing:
 
 
 class VllmRunner:
-    """See `backends.worker.runner.Runner`."""
+    """See `core.workers.runner.Runner`."""
+
+    landing: Landing | None = None
 
     def __init__(self, settings: WorkerSettings) -> None:
         """Load the target; raises UnavailableError where this vLLM is not one we can work with."""
@@ -71,7 +73,10 @@ class VllmRunner:
         if settings.taps:
             self._prove_capture()
 
-    def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
+    def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        return [self._capture(each.record_id, each.input_ids) for each in samples]
+
+    def _capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
         future: Future[None] = Future()
 
         def begin() -> None:
@@ -263,7 +268,7 @@ class VllmRunner:
     def _prove_capture(self) -> None:
         """Two tokens through the whole road: connector, store and report."""
         assert self._store is not None
-        self.capture("proof", [0, 1]).result(timeout=120)
+        self._capture("proof", [0, 1]).result(timeout=120)
         ref = self._store.find("proof")
         self._store.remove(ref)
         if ref.length != 2:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from torchspec.cli.console import ProgressDisplay, print_table, write_whole
 from torchspec.cli.target import Target
 from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, Variant, best_length, compare
 from torchspec.core.decoding.measure import PromptLike
 from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
-from torchspec.core.export.layout import read_draft
+from torchspec.core.export.layout import CONFIG, read_draft
+from torchspec.core.interfaces.algorithm import Algorithm
+from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.target_head import load_target_head
 
 # Of a result in a sweep; the rest is common to all of them.
@@ -67,7 +71,7 @@ def evaluate_draft(
 ) -> Evaluation:
     """Decode the prompts with the draft at every length, with n-gram drafting if asked, and without a draft."""
     spec = target.engine.describe()
-    algorithm, module = read_draft(draft, spec)
+    algorithm, module = _draft(draft, spec)
     module = module.to(device=target.torch_device, dtype=target.dtype).eval()
     head = load_target_head(
         target.path, dtype=target.dtype, device=target.torch_device, trust_remote_code=spec.trust_remote_code
@@ -80,6 +84,16 @@ def evaluate_draft(
     results = compare(target.engine, variants, prompts, settings, progress=progress)
     sweep = {length: results[f"draft {length}"] for length in wanted}
     return Evaluation(result=sweep[settings.draft_length], sweep=sweep, prompt_lookup=results.get("lookup"))
+
+
+def _draft(given: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
+    """An exported draft, or that of a run or a checkpoint as it was trained."""
+    if (given / CONFIG).is_file():
+        return read_draft(given, target)
+    from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild
+
+    rebuilt = rebuild(find_checkpoint(given), target=target.path, trust_remote_code=target.trust_remote_code)
+    return rebuilt.algorithm, rebuilt.draft
 
 
 def show(evaluation: Evaluation) -> None:

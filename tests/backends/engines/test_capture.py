@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from torchspec.backends.api import CaptureRequest, EngineOptions, Features, RecordRef, TargetEngine, TargetError
-from torchspec.backends.remote.engine import RemoteEngine
 from torchspec.core import registry
 from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.models.target_head import load_target_head
+from torchspec.core.workers.remote_engine import RemoteEngine
 
 TAPS = (1, 3, 5)
 LIMIT = 1e-4

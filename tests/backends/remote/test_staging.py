@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import torchspec
-from torchspec import backends
+from torchspec import backends, core
 from torchspec.backends.remote.staging import stage
+from torchspec.core.workers import protocol
 
 TRAINERS_OWN = ("transformers", "tokenizers", "pydantic", "yaml", "rich", "jinja2", "matplotlib")
 """What torchspec depends on and an engine's environment need not have."""
@@ -46,6 +47,7 @@ def worker_modules(staged: Path) -> list[str]:
     """Every module that runs in a worker, but for what stands in for packages that are not there."""
     folder = staged / "torchspec" / "backends"
     files = [path for path in folder.rglob("*.py") if "worker" in path.relative_to(folder).parts]
+    files += [staged / "torchspec" / "core" / "workers" / f"{name}.py" for name in ("__main__", "hosted")]
     parts = [path.relative_to(staged).with_suffix("").parts for path in files]
     names = [".".join(each[:-1] if each[-1] == "__init__" else each) for each in parts]
     return sorted(name for name in names if "cpu_shims" not in name)
@@ -57,7 +59,7 @@ def test_it_holds_the_modules_of_the_worker_and_no_assets(staged: Path) -> None:
     assert {
         "torchspec/__init__.py",
         "torchspec/core/features/shared.py",
-        "torchspec/backends/worker/__main__.py",
+        "torchspec/core/workers/__main__.py",
         "torchspec/backends/vllm/worker/connector.py",
         "torchspec/backends/sglang/worker/plugin.py",
         "torchspec/backends/sglang/worker/cpu_shims/triton/__init__.py",
@@ -66,9 +68,9 @@ def test_it_holds_the_modules_of_the_worker_and_no_assets(staged: Path) -> None:
         f"{described}/METADATA", f"{described}/entry_points.txt",
     }  # fmt: skip
     assert not [name for name in files if name.startswith(("torchspec/cli", "torchspec/devices", "torchspec/assets"))]
-    (folder,) = backends.__path__
-    ours = Path(folder) / "worker" / "server.py"
-    assert (staged / "torchspec/backends/worker/server.py").read_bytes() == ours.read_bytes()
+    (folder,) = core.__path__
+    ours = Path(folder) / "workers" / "server.py"
+    assert (staged / "torchspec/core/workers/server.py").read_bytes() == ours.read_bytes()
 
 
 def test_the_same_code_is_staged_once(cache: Path) -> None:
@@ -108,10 +110,10 @@ print(json.dumps([distribution("torchspec").version, [[each.name, each.value] fo
 
 
 def test_the_protocol_needs_the_standard_library_alone(staged: Path) -> None:
-    code = "import torchspec.backends.worker.protocol as p; print(p.__file__, p.PROTOCOL)"
+    code = "import torchspec.core.workers.protocol as p; print(p.__file__, p.PROTOCOL)"
     file, version = python(staged, code, "-S").split()
     assert Path(file).is_relative_to(staged)
-    assert version == "1"
+    assert version == str(protocol.PROTOCOL)
 
 
 def test_workers_do_without_what_the_trainer_depends_on(staged: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from torchspec.backends.sglang.worker.arguments import MARGIN, Shape, engine_arguments, environment, read_shape
-from torchspec.backends.worker.runner import WorkerSettings
 from torchspec.core.errors import ConfigError, TargetError
+from torchspec.core.workers.runner import WorkerSettings
 
 SHAPE = Shape(layers=6, context=512, dtype="bfloat16")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
 from torchspec.backends.sglang.worker.runner import SglangError, SglangRunner, prompt_seed
-from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, UnavailableError
-from torchspec.core.interfaces.engine import ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.workers.runner import Ask, Facts, WorkerSettings
 
 FACTS = Facts(
     engine="sglang",
@@ -79,6 +80,11 @@ def start(engine: Engine) -> Iterator[Callable[..., SglangRunner]]:
     engine.loop.close()
 
 
+def captured(runner: SglangRunner, record_id: str, ids: list[int]) -> Future[None]:
+    (future,) = runner.capture([CaptureRequest(record_id=record_id, input_ids=ids)])
+    return future
+
+
 def ask(**changes: Any) -> Ask:
     given: dict[str, Any] = {"input_ids": [5, 6], "max_new_tokens": 4, "temperature": 0.0, "seed": 0, "stop": ()}
     return Ask(**given | changes)
@@ -87,8 +93,8 @@ def ask(**changes: Any) -> Ask:
 def test_capture_is_done_when_the_hook_says_so(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     engine.answer = lambda asked: finished([1], hidden_states=[[float(len(asked["input_ids"]))]])
     runner = start()
-    assert runner.capture("a", [1, 2, 3]).result(SECONDS) is None
-    assert runner.capture("a", [1, 2, 3]).result(SECONDS) is None
+    assert captured(runner, "a", [1, 2, 3]).result(SECONDS) is None
+    assert captured(runner, "a", [1, 2, 3]).result(SECONDS) is None
     first, second = engine.asked
     assert first["rid"] != second["rid"]
     assert first["return_hidden_states"] is True
@@ -98,7 +104,7 @@ def test_capture_is_done_when_the_hook_says_so(engine: Engine, start: Callable[.
 def test_sglangs_own_hidden_states_are_no_record(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     engine.answer = lambda asked: finished([1], hidden_states=[[[0.5] * 8] * 3])
     with pytest.raises(UnavailableError, match="without torchspec's plug-in"):
-        start().capture("a", [1, 2, 3]).result(SECONDS)
+        captured(start(), "a", [1, 2, 3]).result(SECONDS)
 
 
 @pytest.mark.parametrize("kind", [ValueError, None])
@@ -113,7 +119,7 @@ def test_reasons_reach_the_client(
     engine.answer = answer
     runner = start()
     with pytest.raises(FeatureStoreError, match="row 7 is not finite"):
-        runner.capture("a", [1]).result(SECONDS)
+        captured(runner, "a", [1]).result(SECONDS)
     with pytest.raises(SglangError, match="row 7 is not finite"):
         runner.write(ask()).result(SECONDS)
 
@@ -123,7 +129,7 @@ def test_prompts_that_do_not_fit_are_never_asked(
     engine: Engine, start: Callable[..., SglangRunner], ids: list[int]
 ) -> None:
     runner = start()
-    for future in (runner.capture("a", ids), runner.write(ask(input_ids=ids))):
+    for future in (captured(runner, "a", ids), runner.write(ask(input_ids=ids))):
         with pytest.raises(SglangError, match="a prompt"):
             future.result(SECONDS)
     assert engine.asked == []
@@ -189,11 +195,11 @@ def test_what_sglang_would_do_greedily_is_not_sampled(engine: Engine, start: Cal
     with pytest.raises(SglangError, match="greedily on a CPU"):
         runner.write(ask(temperature=0.5)).result(SECONDS)
     with pytest.raises(FeatureStoreError, match="without layers to capture"):
-        runner.capture("a", [1]).result(SECONDS)
+        captured(runner, "a", [1]).result(SECONDS)
 
 
 def test_given_up_work_is_taken_back(engine: Engine, start: Callable[..., SglangRunner]) -> None:
-    future = start().capture("a", [1, 2])
+    future = captured(start(), "a", [1, 2])
     wait_until(lambda: bool(engine.asked))
     assert future.cancel()
     wait_until(lambda: engine.aborted == [engine.asked[0]["rid"]])
@@ -201,10 +207,10 @@ def test_given_up_work_is_taken_back(engine: Engine, start: Callable[..., Sglang
 
 def test_death_is_heard_by_all_who_wait(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     runner = start()
-    waiting = [runner.capture("a", [1]), runner.capture("b", [2])]
+    waiting = [captured(runner, "a", [1]), captured(runner, "b", [2])]
     wait_until(lambda: len(engine.asked) == 2)
     runner._end("its scheduler died")
-    for future in (*waiting, runner.capture("c", [3])):
+    for future in (*waiting, captured(runner, "c", [3])):
         with pytest.raises(FeatureStoreError, match="SGLang has ended: its scheduler died"):
             future.result(SECONDS)
 

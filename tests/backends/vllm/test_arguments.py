@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from torchspec.backends.vllm.worker.arguments import engine_arguments, environment, layer_ids
-from torchspec.backends.worker.runner import WorkerSettings
 from torchspec.core.errors import ConfigError
+from torchspec.core.workers.runner import WorkerSettings
 
 LAYERS, CONTEXT = 8, 512
 

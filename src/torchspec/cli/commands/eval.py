@@ -17,8 +17,7 @@ from torchspec.core.errors import ConfigError, Problem
 
 class EvalOptions(DecodingConfig, JsonOption, PromptOptions, EngineFlags):
     draft: Path = Field(
-        description="an exported draft: `draft/` of a run, or written by `torchspec export`; with --engine a run or "
-        "checkpoint too"
+        description="an exported draft (`draft/` of a run, or written by `torchspec export`), or a run or checkpoint"
     )
     engine: str | None = Field(
         None, description="measure the draft in this serving engine, vllm or sglang, and compare it with our decoder"
@@ -51,6 +50,9 @@ def run(words: Sequence[str]) -> int:
     options = read_options(parser(), EvalOptions, words)
     _refuse_what_does_not_apply(options)
     announce("torchspec eval: loading")
+    from torchspec.core.pipeline.launch import follow_launcher
+
+    follow_launcher()  # a training's measurement ends with the training
     if options.engine is not None:
         return _in_engine(options)
 
@@ -113,9 +115,7 @@ def _in_engine(options: EvalOptions) -> int:
     from torchspec.core.data.tokenizer import load_tokenizer
     from torchspec.core.decoding.served import check_agreement
     from torchspec.core.models.target_spec import resolve_target
-    from torchspec.core.pipeline.launch import follow_launcher
 
-    follow_launcher()  # a training's measurement ends with the training
     reads = [path for path in (options.chat_template, *options.draft.glob("*")) if path is not None]
     check(options, "decode", options.data, output=options.output, reads=reads)
     with ProgressDisplay() as progress:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from torchspec.backends.worker.admission import Admission
 from torchspec.core.errors import StoreFullError
 from torchspec.core.features.conformance import sample_features
 from torchspec.core.features.memory import MemoryStore
+from torchspec.core.workers.admission import Admission
 
 RECORD = sample_features(1, taps=(1,), hidden=10)  # 8 bytes of ids, 80 of hidden states
 BYTES = 88

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from torchspec.backends.api import EngineOptions, EngineProcess
-from torchspec.backends.remote.engine import RemoteEngine
 from torchspec.backends.remote.spec import Engine
 from torchspec.core.registry import load_device
+from torchspec.core.workers.remote_engine import RemoteEngine
 
 HERE = Path(__file__).parent
 TAPS = (1, 3, 5)

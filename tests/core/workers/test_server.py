@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from torchspec.backends.worker import protocol
-from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
-from torchspec.backends.worker.server import Worker, make_server, shut_down
 from torchspec.core.errors import TargetError
 from torchspec.core.features.conformance import sample_features
 from torchspec.core.features.shared import SharedMemoryStore
-from torchspec.core.interfaces.engine import ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features, RecordRef
+from torchspec.core.workers import protocol
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
+from torchspec.core.workers.server import Worker, make_server, shut_down
 
 TOKEN = "the right one"
 TAPS, HIDDEN = (1, 3), 4
@@ -35,6 +35,7 @@ REFUSED, SHORT, STUCK, BROKEN = 91, 92, 93, 94
 
 
 class TinyRunner:
+    landing: Landing | None = None
     facts = Facts(
         engine="tiny", engine_version="1.2", layers=6, hidden_size=HIDDEN, itemsize=4, context=64, vocab_size=100,
         norm_state="pre_norm",
@@ -44,11 +45,13 @@ class TinyRunner:
         self.store = store
         self.pool = ThreadPoolExecutor(4)
         self.asked: list[Ask] = []
+        self.captured: list[str] = []
         self.let_go = threading.Event()
         self.closed = False
 
-    def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
-        return self.pool.submit(self._capture, record_id, list(input_ids))
+    def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        self.captured += [each.record_id for each in samples]
+        return [self.pool.submit(self._capture, each.record_id, list(each.input_ids)) for each in samples]
 
     def _capture(self, record_id: str, ids: list[int]) -> None:
         assert self.store is not None
@@ -197,24 +200,24 @@ def test_a_message_that_is_too_long_is_not_read_either(served: Served) -> None:
     assert "at most 268435456" in json.loads(response.read())["error"]
 
 
-@pytest.mark.parametrize("message", [{}, {"protocol": 2}, {"protocol": "1"}, [], "hello", 1])
+@pytest.mark.parametrize("message", [{}, {"protocol": 1}, {"protocol": "2"}, [], "hello", 1])
 def test_another_protocol_is_refused_with_both_versions(served: Served, message: object) -> None:
     status, answer = served.post(protocol.HELLO, message)
     assert status == 409
     theirs = message.get("protocol") if isinstance(message, dict) else None
-    assert answer["error"] == f"this worker speaks protocol 1, the client {theirs}"
+    assert answer["error"] == f"this worker speaks protocol {protocol.PROTOCOL}, the client {theirs}"
 
 
 def test_an_unknown_path(served: Served) -> None:
     """With the version, so that another client's path explains itself; and the connection may go on."""
     connection = served.connect()
-    body = json.dumps({"protocol": 1})
+    body = json.dumps({"protocol": protocol.PROTOCOL})
     for path, status in (("/v2/hello", 404), (protocol.HELLO, 200)):
         connection.request("POST", path, body, {"Authorization": f"Bearer {TOKEN}"})
         response = connection.getresponse()
         answer = json.loads(response.read())
         assert response.status == status
-        assert answer["protocol"] == 1
+        assert answer["protocol"] == protocol.PROTOCOL
     connection.close()
 
 
@@ -259,12 +262,14 @@ def test_hello(served: Served, writing: Served) -> None:
     assert status == 200
     session = facts.pop("session")
     assert facts == {
-        "protocol": 1, "engine": "tiny", "engine_version": "1.2", "layers": 6, "hidden_size": 4, "itemsize": 4,
+        "protocol": protocol.PROTOCOL, "engine": "tiny", "engine_version": "1.2", "layers": 6, "hidden_size": 4,
+        "itemsize": 4,
         "context": 64, "vocab_size": 100, "norm_state": "pre_norm", "target": "/targets/tiny", "taps": [1, 3],
-        "draft": None, "draft_length": 0, "store": str(served.store.root), "store_bytes": CAPACITY,
+        "draft": None, "draft_length": 0, "store_bytes": CAPACITY,
+        "delivery": {"kind": "shared", "root": str(served.store.root)},
     }  # fmt: skip
     other = writing.ask(protocol.HELLO)[1]
-    assert (other["store"], other["taps"]) == (None, [])
+    assert (other["delivery"], other["taps"]) == (None, [])
     assert other["session"] != session
 
 

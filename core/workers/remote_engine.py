@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +21,29 @@ from typing import Any
 
 import torch
 
-from torchspec.backends.api import (
-    Captured,
+from torchspec.core.errors import FeatureStoreError, TargetError
+from torchspec.core.interfaces.engine import (
     CaptureRequest,
     DecodeSession,
     EngineOptions,
-    Features,
-    FeatureSink,
-    Quarantined,
-    RecordRef,
     ServedText,
     ServingCounters,
-    TargetError,
     TargetSpec,
 )
-from torchspec.backends.remote.client import EngineLostError, WorkerClient
-from torchspec.backends.remote.place import Place
-from torchspec.backends.worker import protocol
-from torchspec.backends.worker.server import HEADER_BYTES
-from torchspec.core.errors import FeatureStoreError
-from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.interfaces.features import (
+    Captured,
+    Features,
+    FeatureSink,
+    FeatureStore,
+    Quarantined,
+    RecordRef,
+)
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
+from torchspec.core.workers import protocol
+from torchspec.core.workers.client import EngineLostError, WorkerClient
+from torchspec.core.workers.delivery import open_delivery
+from torchspec.core.workers.place import Place
+from torchspec.core.workers.server import HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ class Session:
     """A worker that was found to be the right one, and the store it writes into."""
 
     client: WorkerClient
-    store: SharedMemoryStore | None
+    store: FeatureStore | None
     facts: dict[str, Any]
 
     @property
@@ -77,6 +81,8 @@ class RemoteEngine:
         self._numbers = itertools.count()
         self._prefix = hashlib.blake2b(f"{id(self)}{options.local_rank}".encode(), digest_size=4).hexdigest()
         self._session: Session | None = None
+        self._meeting = threading.RLock()  # several threads may capture: one of them looks for the next worker
+        self._stores: dict[str, FeatureStore] = {}
         self._closed = False
         try:
             self._session = self._connect()
@@ -105,21 +111,25 @@ class RemoteEngine:
         for request in batch:
             self._check_tokens(request)
         found: dict[str, Captured] = {}
-        reasons: dict[str, list[str]] = {request.record_id: [] for request in batch}
+        failures: dict[str, int] = {request.record_id: 0 for request in batch}
         waiting = deque(self._waves(batch))
         while waiting:
             group = waiting.popleft()
-            failed = self._capture_group(group, sink, found)
+            failed, lost = self._capture_group(group, failures, sink, found)
+            again = []
             for request in group:
                 if request.record_id not in failed:
                     continue
-                before = reasons[request.record_id]
-                before.append(failed[request.record_id])
-                if len(before) < MOST_FAILURES:
-                    waiting.append([request])
+                failures[request.record_id] += 1
+                if failures[request.record_id] < MOST_FAILURES:
+                    again.append(request)
                 else:
-                    reason = f"failed {len(before)} times, the last time: {before[-1]}"
+                    reason = f"failed {MOST_FAILURES} times, the last time: {failed[request.record_id]}"
                     found[request.record_id] = Quarantined(record_id=request.record_id, reason=reason)
+            # The first time an engine is lost it need not be the samples' fault; and together they are captured as if
+            # nothing had happened, down to the last bit.
+            together = lost and all(failures[request.record_id] == 1 for request in again)
+            waiting += [again] if together and again else [[request] for request in again]
         return [found[request.record_id] for request in batch]
 
     def generate(
@@ -143,10 +153,9 @@ class RemoteEngine:
         }
         for attempt in range(1, MOST_FAILURES + 1):
             try:
-                answer = self._call(protocol.WRITE, message, f"text for {len(prompts)} prompts")
+                _, answer = self._call(protocol.WRITE, message, f"text for {len(prompts)} prompts")
                 return [_text(each) for each in answer["results"]]
             except EngineLostError as error:
-                self._lose(error)
                 if attempt == MOST_FAILURES:
                     raise TargetError(f"{self.name} failed {attempt} times on the same prompts: {error}") from error
         raise AssertionError
@@ -154,9 +163,8 @@ class RemoteEngine:
     def counters(self) -> ServingCounters:
         """Since the engine started, which may have been after it died."""
         try:
-            answer = self._call(protocol.COUNTERS, {}, "its counters")
+            _, answer = self._call(protocol.COUNTERS, {}, "its counters")
         except EngineLostError as error:
-            self._lose(error)
             raise TargetError(f"{self.name} died before it told its counters: measure again ({error})") from error
         positions = answer["per_position"]
         return ServingCounters(
@@ -174,19 +182,27 @@ class RemoteEngine:
         if self._closed:
             return
         self._closed = True
-        self._forget()
+        for store in self._stores.values():
+            store.close()
         self._stop()
 
-    def _call(self, path: str, message: dict[str, Any], what: str) -> dict[str, Any]:
+    def _call(self, path: str, message: dict[str, Any], what: str) -> tuple[Session, dict[str, Any]]:
+        """The answer, and whose it is. EngineLostError: the next call will be to another worker."""
         session = self._connected()
-        return session.client.call(path, message, seconds=self._options.process.call_timeout, what=what)
+        try:
+            seconds = self._options.process.call_timeout
+            return session, session.client.call(path, message, seconds=seconds, what=what)
+        except EngineLostError as error:
+            self._lose(session, error)
+            raise
 
     def _connected(self) -> Session:
-        if self._closed:
-            raise RuntimeError(f"the engine of {self._spec.path} is closed")
-        if self._session is None:
-            self._session = self._connect()
-        return self._session
+        with self._meeting:
+            if self._closed:
+                raise RuntimeError(f"the engine of {self._spec.path} is closed")
+            if self._session is None:
+                self._session = self._connect()
+            return self._session
 
     def _connect(self) -> Session:
         """A worker that answers. One that dies before it does is waited for again."""
@@ -200,22 +216,17 @@ class RemoteEngine:
                 self._place.lost(client)
                 continue
             self._check_facts(client, facts)
-            store = SharedMemoryStore(root=Path(facts["store"])) if facts["store"] else None
-            return Session(client=client, store=store, facts=facts)
+            return Session(client=client, store=self._opened(client, facts), facts=facts)
         raise AssertionError
 
-    def _lose(self, error: EngineLostError) -> None:
-        log.warning("%s", error)
-        if self._session is not None:
-            self._place.lost(self._session.client)
-            self._forget()
+    def _lose(self, session: Session, error: EngineLostError) -> None:
+        with self._meeting:
+            if self._session is session:  # else another thread found out before
+                log.warning("%s", error)
+                self._place.lost(session.client)
+                self._session = None
         # One rank after the other, so that a sample that kills the engine does not meet other ranks' every time.
         time.sleep(BETWEEN_RANKS * self._options.local_rank)
-
-    def _forget(self) -> None:
-        if self._session is not None and self._session.store is not None:
-            self._session.store.close()
-        self._session = None
 
     def _check_facts(self, client: WorkerClient, facts: dict[str, Any]) -> None:
         """TargetError with everything about a worker that is not what this run needs."""
@@ -234,11 +245,21 @@ class RemoteEngine:
                 f"the worker at {client.url} (target {facts.get('target')}) is not the one for this run:\n    "
                 + "\n    ".join(wrong)
             )
-        if options.taps and not (facts["store"] and Path(facts["store"]).is_dir()):
+
+    def _opened(self, client: WorkerClient, facts: dict[str, Any]) -> FeatureStore | None:
+        """Where this worker's features are taken from."""
+        if not self._options.taps:
+            return None
+        known = json.dumps(facts["delivery"], sort_keys=True)
+        try:
+            if known not in self._stores:  # a worker that came back may deliver as the one before
+                self._stores[known] = open_delivery(facts["delivery"])
+            return self._stores[known]
+        except FeatureStoreError as error:
             raise TargetError(
-                f"the worker at {client.url} writes features to {facts['store']}, which is not there: this process and "
-                "the worker must run on one machine and share its memory"
-            )
+                f"features of the worker at {client.url} cannot be had here: {error}. With features in shared memory, "
+                "this process and the worker must run on one machine and share its memory"
+            ) from error
 
     def _check_tokens(self, request: CaptureRequest) -> None:
         ids, vocabulary = request.input_ids, self._spec.vocab_size
@@ -264,26 +285,28 @@ class RemoteEngine:
             yield wave
 
     def _capture_group(
-        self, group: Sequence[CaptureRequest], sink: FeatureSink, found: dict[str, Captured]
-    ) -> dict[str, str]:
-        """Put what could be captured into the sink and `found`; -> why the others could not."""
-        names = {request.record_id: f"{self._prefix}-{next(self._numbers)}" for request in group}
-        samples = [{"id": names[request.record_id], "input_ids": list(request.input_ids)} for request in group]
+        self,
+        group: Sequence[CaptureRequest],
+        failures: Mapping[str, int],
+        sink: FeatureSink,
+        found: dict[str, Captured],
+    ) -> tuple[dict[str, str], bool]:
+        """Put what could be captured into the sink and `found`; -> why the others could not; the engine was lost."""
+        samples = [self._sample(request, failures[request.record_id]) for request in group]
         tokens = sum(len(request.input_ids) for request in group)
         try:
             what = f"the features of {len(group)} samples, {tokens} tokens"
-            results = self._call(protocol.CAPTURE, {"samples": samples}, what)["results"]
+            session, answer = self._call(protocol.CAPTURE, {"samples": samples}, what)
         except EngineLostError as error:
-            self._lose(error)
-            return {request.record_id: str(error) for request in group}
+            return {request.record_id: str(error) for request in group}, True
         failed = {}
-        for request, result in zip(group, results, strict=True):
+        for request, result in zip(group, answer["results"], strict=True):
             if "reason" in result:
                 failed[request.record_id] = result["reason"]
                 continue
             ref = RecordRef(record_id=result["id"], length=result["length"], checksum=result["checksum"])
             try:
-                features = self._take(ref)
+                features = self._take(session, ref)
             except FeatureStoreError as error:
                 failed[request.record_id] = str(error)
                 continue
@@ -292,15 +315,24 @@ class RemoteEngine:
                 failed[request.record_id] = wrong
             else:
                 found[request.record_id] = sink.put(request.record_id, features)
-        return failed
+        return failed, self._session is not session  # what it had made went with it
 
-    def _take(self, ref: RecordRef) -> Features:
-        """From shared memory to the trainer's device: a copy on a CPU too, so that the record's memory is free."""
-        assert self._session is not None
-        store = self._session.store
+    def _sample(self, request: CaptureRequest, attempt: int) -> dict[str, Any]:
+        """As the protocol has it. Whoever takes a part of it must give the same name; no one else may."""
+        ids = list(request.input_ids)
+        if not request.parts:
+            return {"id": f"{self._prefix}-{next(self._numbers)}", "input_ids": ids}
+        name = f"{request.record_id}-{attempt}"
+        return {"id": name, "input_ids": ids, "parts": request.parts, "part": request.part}
+
+    def _take(self, session: Session, ref: RecordRef) -> Features:
+        """To the trainer's device: a copy on a CPU too, so that the record's memory is free. Streamed ones stay."""
+        store = session.store
         assert store is not None
         try:
             features = store.get(ref)
+            if self._options.streamed:
+                return features
             return Features(
                 input_ids_T=features.input_ids_T.clone(),
                 taps_TNH=features.taps_TNH.to(self._device, copy=True),
@@ -314,7 +346,10 @@ class RemoteEngine:
 
     def _misfit(self, request: CaptureRequest, features: Features) -> str:
         """What makes these features another sample's, or other ones than were asked for; "" if nothing does."""
-        if not torch.equal(features.input_ids_T, torch.as_tensor(request.input_ids, dtype=torch.int64)):
+        expected_T = torch.as_tensor(request.input_ids, dtype=torch.int64)
+        if request.parts:
+            expected_T = torch.cat([expected_T[start:stop] for start, stop in request.parts[request.part]])
+        if not torch.equal(features.input_ids_T, expected_T):
             return f"{self.name} captured other tokens than it was given"
         if features.tap_layers != tuple(self._options.taps):
             return f"{self.name} captured the layers {features.tap_layers} instead of {tuple(self._options.taps)}"

@@ -1,4 +1,4 @@
-"""Start a worker: `python -m torchspec.backends.worker RUNNER --target DIR ...`, in the engine's environment.
+"""Start a worker: `python -m torchspec.core.workers RUNNER --target DIR ...`, in the engine's environment.
 
 The token that clients must bear is read from the environment variable TORCHSPEC_ENGINE_TOKEN. When the worker is ready
 it writes one line of JSON to the file given with --announce (or to stdout): where it listens and who it is. With
@@ -17,18 +17,19 @@ import sys
 import threading
 from pathlib import Path
 
-from torchspec.backends.worker import protocol
-from torchspec.backends.worker.runner import WorkerSettings
-from torchspec.backends.worker.server import Worker, make_server, shut_down
 from torchspec.core.errors import TorchspecError
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.settings import engine_token
+from torchspec.core.workers import protocol
+from torchspec.core.workers.delivery import make_delivery
+from torchspec.core.workers.runner import WorkerSettings
+from torchspec.core.workers.server import Worker, make_server, shut_down
 
 log = logging.getLogger("torchspec.worker")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="torchspec.backends.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchspec.core.workers", description=__doc__)
     parser.add_argument("runner", help="module whose `make_runner` starts the engine: torchspec.backends.vllm.worker")
     parser.add_argument("--target", type=Path, required=True, help="directory of the target")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or npu")
@@ -39,6 +40,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the target")
     parser.add_argument("--memory-fraction", type=float, help="of each device's memory, for the engine")
     parser.add_argument("--store-mb", type=int, default=1000, help="features that wait to be taken hold at most this")
+    parser.add_argument("--delivery", default='{"kind": "shared"}', help="JSON: how features come to their callers")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--options", default="{}", help="JSON object of the engine's own constructor arguments")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; any other address is for others too")
@@ -86,7 +88,11 @@ def serve(options: argparse.Namespace, token: str) -> int:
             options=json.loads(options.options),
         )
         module = importlib.import_module(options.runner)
-        worker = Worker(module.make_runner(settings), settings, store)
+        runner = module.make_runner(settings)
+        wanted = json.loads(options.delivery)
+        separate = store is not None and wanted.get("kind") != "shared"
+        delivery = make_delivery(wanted, settings.store_bytes) if separate else None
+        worker = Worker(runner, settings, store, delivery)
         server = make_server(worker, options.host, options.port, token)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stopping.set())

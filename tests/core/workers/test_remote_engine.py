@@ -28,12 +28,12 @@ from torchspec.backends.api import (
     TargetError,
     UnavailableError,
 )
-from torchspec.backends.remote import client
-from torchspec.backends.remote.engine import RemoteEngine
-from torchspec.backends.remote.place import Managed
 from torchspec.backends.remote.spec import Engine
-from torchspec.backends.remote.supervisor import State, read_state
 from torchspec.core.features.memory import MemoryStore
+from torchspec.core.workers import client
+from torchspec.core.workers.place import Managed
+from torchspec.core.workers.remote_engine import RemoteEngine
+from torchspec.core.workers.supervisor import State, read_state
 
 TAPS = (1, 3, 5)
 Start = Callable[..., RemoteEngine]
@@ -57,10 +57,11 @@ def check_right(
 
 
 def worker_pid(engine: RemoteEngine) -> int:
-    """Of the worker, through its supervisor."""
-    supervisor = engine._stop.__closure__  # type: ignore[attr-defined]
-    cells = [cell.cell_contents for cell in supervisor]
-    return next(cell.pid for cell in cells if hasattr(cell, "pid"))
+    """Of the worker that runs now."""
+    assert isinstance(engine._place, Managed)
+    state = read_state(engine._place._directory)
+    assert state is not None
+    return state.pid
 
 
 def test_features_come_through_whole_and_the_store_is_empty_after(start: Start, fake: ModuleType) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from torchspec.backends.worker.runner import Ask, Facts, WorkerSettings
 from torchspec.core.errors import TargetError
 from torchspec.core.features.shared import SharedMemoryStore
-from torchspec.core.interfaces.engine import ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
 
 DIES, DIES_ONCE, HANGS, REFUSES, SHORT, OTHER = 91, 92, 93, 94, 95, 96
 
@@ -33,6 +33,8 @@ def features_of(input_ids: Sequence[int], taps: tuple[int, ...], hidden: int) ->
 
 
 class FakeRunner:
+    landing: Landing | None = None
+
     def __init__(self, settings: WorkerSettings) -> None:
         if "fails" in settings.options:
             raise TargetError(settings.options["fails"])
@@ -61,8 +63,8 @@ class FakeRunner:
             norm_state="pre_norm",
         )
 
-    def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
-        return self.pool.submit(self._capture, record_id, list(input_ids))
+    def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        return [self.pool.submit(self._capture, each.record_id, list(each.input_ids)) for each in samples]
 
     def _capture(self, record_id: str, ids: list[int]) -> None:
         if DIES in ids:

@@ -13,8 +13,8 @@ from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 from urllib.parse import urlsplit
 
-from torchspec.backends.api import TargetError
-from torchspec.backends.worker import protocol
+from torchspec.core.errors import TargetError
+from torchspec.core.workers import protocol
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torchspec.backends.api import TargetError
-from torchspec.backends.worker.protocol import TOKEN_VARIABLE
+from torchspec.core.errors import TargetError
+from torchspec.core.workers.protocol import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torchspec.core.interfaces.engine import ServedText, ServingCounters
-from torchspec.core.interfaces.features import NormState
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.interfaces.features import FeatureStore, NormState, RecordRef
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class WorkerSettings:
 
     taps            decoder layers whose outputs are captured; empty: this worker captures nothing
     draft           directory of an exported draft to decode with, and how many tokens it drafts a round
-    store           directory of the feature store, as `features.shared` makes them
+    store           directory in shared memory (`features.shared`) for the records of an engine that has processes of
+                    its own
     store_bytes     what records that nobody has taken yet may hold
     memory_fraction of the device's memory that the engine may use; None: the engine's default
     options         handed to the engine's constructor as they are; they go before what torchspec would choose
@@ -69,13 +70,23 @@ class Ask:
     stop: Sequence[int]
 
 
+class Landing(FeatureStore, Protocol):
+    """Where an engine puts its records, for the worker to find."""
+
+    def find(self, record_id: str) -> RecordRef: ...
+
+
 class Runner(Protocol):
-    """An engine with its target loaded. Methods may be called from any thread and return at once."""
+    """An engine with its target loaded. Methods may be called from any thread and return at once.
+
+    `landing`: where records appear; None: in `WorkerSettings.store`.
+    """
 
     facts: Facts
+    landing: Landing | None
 
-    def capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
-        """Done when the record is in the store; fails with an error whose text is for people."""
+    def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        """Each is done when its record is in the store; fails with an error whose text is for people."""
         ...
 
     def write(self, ask: Ask) -> Future[ServedText]: ...

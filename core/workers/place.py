@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from torchspec.backends.api import TargetError
-from torchspec.backends.remote.client import EngineLostError, WorkerClient
-from torchspec.backends.remote.supervisor import read_state
-from torchspec.backends.worker import protocol
+from torchspec.core.errors import TargetError
+from torchspec.core.workers import protocol
+from torchspec.core.workers.client import EngineLostError, WorkerClient
+from torchspec.core.workers.supervisor import read_state
 
 log = logging.getLogger(__name__)
 

@@ -10,18 +10,21 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
-from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from torchspec.backends.worker import protocol
-from torchspec.backends.worker.admission import Admission
-from torchspec.backends.worker.protocol import PROTOCOL, ProtocolError, field, token_ids
-from torchspec.backends.worker.runner import Ask, Runner, WorkerSettings
 from torchspec.core.errors import FeatureStoreError, TorchspecError
 from torchspec.core.features.directory import DirectoryStore
+from torchspec.core.features.parts import part_of
+from torchspec.core.interfaces.engine import CaptureRequest
+from torchspec.core.interfaces.features import FeatureStore, RecordRef
+from torchspec.core.workers import protocol
+from torchspec.core.workers.admission import Admission
+from torchspec.core.workers.captures import Capture, Captures
+from torchspec.core.workers.protocol import PROTOCOL, ProtocolError, field, token_ids
+from torchspec.core.workers.requests import capture_request
+from torchspec.core.workers.runner import Ask, Landing, Runner, WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +33,29 @@ HEADER_BYTES = 4096
 
 
 class Worker:
-    """What the server's paths do."""
+    """What the server's paths do. `store`: where an engine with processes of its own puts records."""
 
-    def __init__(self, runner: Runner, settings: WorkerSettings, store: DirectoryStore | None) -> None:
-        self.runner, self.settings, self.store = runner, settings, store
-        self.admission = None if store is None else Admission(store, settings.store_bytes)
+    def __init__(
+        self,
+        runner: Runner,
+        settings: WorkerSettings,
+        store: DirectoryStore | None,
+        delivery: tuple[FeatureStore, dict[str, Any]] | None = None,
+    ) -> None:
+        """`delivery` None: callers take records from `store`."""
+        self.runner, self.settings = runner, settings
+        self.landing: Landing | None = store if runner.landing is None else runner.landing
+        self.delivery: FeatureStore | None = store
+        self.delivery_facts = None if store is None else {"kind": "shared", "root": str(store.root)}
+        if delivery is not None:
+            self.delivery, self.delivery_facts = delivery
+        self.admission = None if self.delivery is None else Admission(self.delivery, settings.store_bytes)
+        self.captures = Captures(runner.capture, self.landing)
         self.stopping = threading.Event()
         self.session = secrets.token_hex(4)  # record ids of one worker are never another one's
 
     def hello(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Facts, and proof that both sides see the same store: a file there with a word in it."""
+        """Facts, and where features come from."""
         settings = self.settings
         return {
             "protocol": PROTOCOL,
@@ -48,49 +64,63 @@ class Worker:
             "taps": list(settings.taps),
             "draft": None if settings.draft is None else str(settings.draft),
             "draft_length": settings.draft_length,
-            "store": None if self.store is None else str(self.store.root),
+            "delivery": self.delivery_facts,
             "store_bytes": settings.store_bytes,
             "session": self.session,
         }
 
     def capture(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A record in the store for each sample, or the reason why there is none."""
-        if self.store is None or self.admission is None:
+        """A record for each sample, or the reason why there is none."""
+        if self.delivery is None or self.admission is None:
             raise ProtocolError("this worker was started without layers to capture")
-        samples = [(protocol.record_id(each), token_ids(each)) for each in field(message, "samples", list)]
+        requests = [capture_request(each) for each in field(message, "samples", list)]
         deadline = time.monotonic() + field(message, "seconds", (int, float))
-        facts, taps = self.runner.facts, len(self.settings.taps)
-        row = 8 + 8 + (taps + 1) * facts.hidden_size * facts.itemsize  # id and row sum beside the hidden states
-        with self.admission.room_for(sum(HEADER_BYTES + len(ids) * row for _, ids in samples), deadline):
-            work = [(record_id, ids, self.runner.capture(record_id, ids)) for record_id, ids in samples]
+        with self.admission.room_for(sum(map(self._nbytes, requests)), deadline):
+            captures = self.captures.enter(requests, deadline)
+            kept: set[str] = set()
             try:
                 return {
-                    "results": [self._captured(record_id, ids, future, deadline) for record_id, ids, future in work]
+                    "results": [
+                        self._captured(request, capture, deadline, kept)
+                        for request, capture in zip(requests, captures, strict=True)
+                    ]
                 }
-            except OutOfTimeError:
-                for record_id, _, future in work:  # nobody will come for what is written after all
-                    future.cancel()
-                    future.add_done_callback(partial(self._drop, record_id))
-                raise
+            finally:
+                for capture in captures:
+                    self.captures.leave(capture, keep=capture.request.record_id in kept)
 
-    def _drop(self, record_id: str, _: Future[None]) -> None:
-        assert self.store is not None
-        with suppress(FeatureStoreError):
-            self.store.remove(self.store.find(record_id))
+    def _nbytes(self, request: CaptureRequest) -> int:
+        facts, taps = self.runner.facts, len(self.settings.taps)
+        row = 8 + 8 + (taps + 1) * facts.hidden_size * facts.itemsize  # id and row sum beside the hidden states
+        rows = sum(stop - start for start, stop in request.parts[request.part]) if request.parts else 0
+        return HEADER_BYTES + (rows or len(request.input_ids)) * row
 
-    def _captured(self, record_id: str, ids: list[int], future: Future[None], deadline: float) -> dict[str, Any]:
-        assert self.store is not None
+    def _captured(self, request: CaptureRequest, capture: Capture, deadline: float, kept: set[str]) -> dict[str, Any]:
+        """`kept` gets the record's id where the record itself goes to the caller."""
+        record_id = request.record_id
         try:
-            _wait(future, deadline)
-            ref = self.store.find(record_id)
+            _wait(capture.future, deadline)
+            ref = self.captures.ref(capture)
+            if ref.length != len(request.input_ids):
+                return {"id": record_id, "reason": f"{ref.length} tokens were captured of {len(request.input_ids)}"}
+            ref = self._delivered(request, ref, kept)
         except OutOfTimeError:
             raise  # of the whole request: an engine that does not come back to one sample needs another look
         except TorchspecError as error:
             return {"id": record_id, "reason": str(error)}
-        if ref.length != len(ids):
-            self.store.remove(ref)
-            return {"id": record_id, "reason": f"{ref.length} tokens were captured of {len(ids)}"}
-        return {"id": record_id, "length": ref.length, "checksum": ref.checksum}
+        return {"id": ref.record_id, "length": ref.length, "checksum": ref.checksum}
+
+    def _delivered(self, request: CaptureRequest, ref: RecordRef, kept: set[str]) -> RecordRef:
+        """The caller's part, where it takes it from."""
+        assert self.landing is not None
+        assert self.delivery is not None
+        if not request.parts and self.delivery is self.landing:
+            kept.add(ref.record_id)
+            return ref
+        features = self.landing.get(ref)
+        if not request.parts:
+            return self.delivery.put(ref.record_id, features)
+        return self.delivery.put(f"{ref.record_id}.{request.part}", part_of(features, request.parts[request.part]))
 
     def write(self, message: dict[str, Any]) -> dict[str, Any]:
         """New tokens for each prompt."""
@@ -128,7 +158,6 @@ def _wait(future: Future[Any], deadline: float) -> Any:
     try:
         return future.result(max(0.0, deadline - time.monotonic()))
     except NotInTime:
-        future.cancel()
         raise OutOfTimeError("the engine did not finish in the time given (engine.call_timeout)") from None
 
 
@@ -205,3 +234,5 @@ def shut_down(server: ThreadingHTTPServer, worker: Worker) -> None:
     server.shutdown()
     server.server_close()
     worker.runner.close()
+    if worker.delivery is not None:
+        worker.delivery.close()
