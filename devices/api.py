@@ -11,6 +11,7 @@ from torchspec.core.interfaces.device import (
     FusedOps,
     MemoryStats,
     Runtime,
+    SharedMemory,
 )
 from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.ops.distillation import (
@@ -38,6 +39,7 @@ __all__ = [
     "MaskSpec",
     "MemoryStats",
     "Runtime",
+    "SharedMemory",
     "TilePairs",
     "TileTeacher",
     "TileTerms",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -182,15 +183,47 @@ class FusedOps:
         return distillation_tile(logits_CN, teacher, pairs, with_grad=with_grad, temporary_bytes=self.temporary_bytes)
 
 
+class SharedMemory(Protocol):
+    """Memory of this device that other processes of the machine can open. All tensors uint8 [nbytes].
+
+    Who has a buffer open is the caller's to know: a reader lets go of its tensor before the exporter releases it, and
+    the exporter outlives its readers' use.
+    """
+
+    device_type: str
+    reads_in_place: bool
+    """Whether readers may keep what they opened; if not, they copy it, synchronise and let go."""
+
+    def allocate(self, nbytes: int, directory: Path) -> tuple[Tensor, str]:
+        """-> memory and its handle, printable text; MemoryError when there is no room.
+
+        `directory` is private to the user and lies in memory; a device whose memory is shared as files puts them there.
+        """
+        ...
+
+    def open(self, handle: str) -> Tensor:
+        """The same memory, in another process or this one; OSError, ValueError or RuntimeError if it is not there."""
+        ...
+
+    def release(self, handle: str) -> None:
+        """Give up what this process allocated. Its tensor must not be used any more, here or elsewhere."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until what this thread queued on the current stream is done."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A loaded adapter."""
+    """A loaded adapter. `shared_memory` is None where a device has none."""
 
     name: str
     runtime: Runtime
     communication: Communication
     attention: Attention
     ops: FusedOps = field(default_factory=FusedOps)
+    shared_memory: SharedMemory | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
-from torchspec import __version__
 from torchspec.core import registry, settings
 from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, TargetEngine
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
@@ -37,7 +37,7 @@ def make_runner(wanted: WorkerSettings) -> HostedRunner:
     spec = read_target_spec(wanted.target, wanted.trust_remote_code)
     facts = Facts(
         engine=name,
-        engine_version=__version__,
+        engine_version=metadata.version("torchspec"),
         layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         itemsize=running_dtype(wanted.dtype, spec.dtype, torch_device).itemsize,

@@ -16,6 +16,7 @@ def _load() -> Device:
     from torchspec.devices._collectives import TorchCommunication
     from torchspec.devices._tiled_attention import TiledAttention
     from torchspec.devices.cpu.attention import CpuFlashKernel
+    from torchspec.devices.cpu.ipc import CpuSharedMemory
     from torchspec.devices.cpu.runtime import CpuRuntime, keep_freed_memory
 
     keep_freed_memory()
@@ -24,6 +25,7 @@ def _load() -> Device:
         runtime=CpuRuntime(),
         communication=TorchCommunication("gloo"),
         attention=TiledAttention(CpuFlashKernel(), temporary_bytes=CACHE_BYTES),
+        shared_memory=CpuSharedMemory(),
     )
 
 

@@ -42,6 +42,7 @@ def _load() -> Device:
     from torchspec.devices._collectives import TorchCommunication
     from torchspec.devices._tiled_attention import TiledAttention
     from torchspec.devices.cuda.attention import ladder
+    from torchspec.devices.cuda.ipc import CudaSharedMemory
     from torchspec.devices.cuda.ops import CudaOps
     from torchspec.devices.cuda.runtime import CudaRuntime
 
@@ -51,6 +52,7 @@ def _load() -> Device:
         communication=TorchCommunication("cpu:gloo,cuda:nccl", supports_ipc=True),
         attention=TiledAttention(ladder(torch.cuda.get_device_capability()), temporary_bytes=256 << 20),
         ops=CudaOps(),
+        shared_memory=CudaSharedMemory(),
     )
 
 
