@@ -40,6 +40,10 @@ class StoreFullError(FeatureStoreError):
     """A record does not fit into what the store may hold."""
 
 
+class StoreLostError(FeatureStoreError):
+    """What keeps the records does not answer, or has forgotten them: they must be captured again."""
+
+
 class UnavailableError(TorchspecError):
     """A device or engine was named explicitly and is not available here; says why and what to install."""
 

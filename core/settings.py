@@ -102,6 +102,11 @@ def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> 
     }
 
 
+def handed_on(names: Sequence[str] = ("OMP_NUM_THREADS",)) -> dict[str, str]:
+    """Variables of this process that hold for those it has started elsewhere."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def host_name() -> str:
     """This machine's."""
     return os.uname().nodename

@@ -152,16 +152,40 @@ class EngineConfig(Section):
 class PipelineConfig(Section):
     """Where the target runs beside the trainer, and how its features come."""
 
-    topology: Literal["inprocess", "colocated"] = Field(
+    topology: Literal["inprocess", "colocated", "disaggregated", "offline"] = Field(
         "inprocess",
         description="inprocess: the engine makes features when they are needed; colocated: engines in processes of "
-        "their own, on the trainer's devices, make them ahead (docs/pipelines.md)",
+        "their own, on the trainer's devices, make them ahead; disaggregated: so do engines on other devices of a Ray "
+        "cluster; offline: they were made once, by `torchspec capture` (docs/pipelines.md)",
     )
     engines: Positive | None = Field(
-        None, description="colocated: engines on each machine; default: as many as its devices allow"
+        None,
+        description="colocated: engines on each machine, by default as many as its devices allow; disaggregated: in "
+        "all, by default 1",
+    )
+    trainers: Positive | None = Field(None, description="disaggregated: ranks that train; default: 1")
+    features: Path | None = Field(
+        None, description="offline: the directory that `torchspec capture` has written features to"
     )
     prefetch_mb: Positive | None = Field(
         None, description="features that a rank may ask for ahead of their use, in 1e6 bytes; default: 500"
+    )
+
+
+class RayConfig(Section):
+    """The cluster on which a disaggregated run places its processes."""
+
+    address: str | None = Field(
+        None, description="of a running cluster, or `auto`; default: one of this machine alone, for this run"
+    )
+    resource: str | None = Field(
+        None, description="what the cluster calls one accelerator of this kind; default: the device's own name for it"
+    )
+    cpus_per_engine: float = Field(1, ge=0, description="processor cores that an engine reserves, per device")
+    cpus_per_trainer: float = Field(1, ge=0, description="processor cores that a rank reserves")
+    start_timeout: float = Field(300, gt=0, description="seconds the cluster may take to have room for the run")
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        3, description="how often ranks are started again after one of them died, without a checkpoint in between"
     )
 
 
@@ -205,6 +229,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     pipeline: PipelineConfig = Field(default_factory=lambda: PipelineConfig())
+    ray: RayConfig = Field(default_factory=lambda: RayConfig())
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
     precision: PrecisionConfig = Field(default_factory=lambda: PrecisionConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,24 @@ from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, l
 from torchspec.core.data.vocabulary import build_vocabulary, coverage
 from torchspec.core.decoding.measure import with_room
 from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
+from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import load_target_head, load_target_head_shard
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
+from torchspec.core.pipeline.offline import stored
 from torchspec.core.pipeline.parallel_fit import LogitsForm, choose_exchange, choose_logits
 from torchspec.core.pipeline.rebuild import load_state, read_initial
 from torchspec.core.pipeline.served_checks import measured_apart, served_checks
-from torchspec.core.pipeline.topology import Streaming, colocated
+from torchspec.core.pipeline.topology import Streaming, colocated, disaggregated
 from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.feed import DirectFeed, Feed
 from torchspec.core.training.random_state import seed_rank
 from torchspec.core.training.sharding import shard_draft
+from torchspec.core.training.stored import StoredFeatures
 from torchspec.core.training.trainer import Setup
 from torchspec.core.training.validation import Validator
 
@@ -61,6 +64,7 @@ class Target:
     head: TargetHead
     engine: TargetEngine | None = None
     streaming: Streaming | None = None
+    stored: StoredFeatures | None = None
 
     def close(self) -> None:
         if self.engine is not None:
@@ -97,18 +101,7 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
     path = resolve_target(config.target.path)
     trusted = config.target.trust_remote_code
     spec = read_target_spec(path, trusted)
-    options = EngineOptions(
-        target=path,
-        device=context.device,
-        local_rank=context.local_rank,
-        dtype=config.target.dtype,
-        trust_remote_code=trusted,
-        tensor_mesh=context.tensor if context.tensor.size() > 1 else None,
-        taps=create_algorithm(config, spec).taps,
-        process=config.engine.process(),
-        directory=config.output / ENGINE / settings.host_name(),
-    )
-    streamed = config.pipeline.topology != "inprocess"
+    topology = config.pipeline.topology
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
     form, why = choose_logits(config)
     if why:
@@ -122,14 +115,37 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
             group=context.logits_group, communication=context.device.communication, target_size=spec.vocab_size
         )
         head = load_target_head_shard(path, shards, dtype=dtype, device=device, trust_remote_code=trusted)
-    if streamed:
+    if topology == "offline":
+        return Target(spec=spec, head=head, stored=stored(config))
+    if topology == "disaggregated":
+        options = engine_options(config, context.device, config.output / ENGINE, context.local_rank)
+        return Target(spec=spec, head=head, streaming=disaggregated(config, options))
+    options = engine_options(config, context.device, config.output / ENGINE / settings.host_name(), context.local_rank)
+    if topology == "colocated":
         return Target(spec=spec, head=head, streaming=colocated(config, options, context))
+    options = replace(options, tensor_mesh=context.tensor if context.tensor.size() > 1 else None)
     return Target(spec=spec, head=head, engine=registry.load_engine(config.backend, options))
+
+
+def engine_options(config: RunConfig, device: Device, directory: Path, local_rank: int = 0) -> EngineOptions:
+    """An engine that captures what this run trains on."""
+    path = resolve_target(config.target.path)
+    trusted = config.target.trust_remote_code
+    return EngineOptions(
+        target=path,
+        device=device,
+        local_rank=local_rank,
+        dtype=config.target.dtype,
+        trust_remote_code=trusted,
+        taps=create_algorithm(config, read_target_spec(path, trusted)).taps,
+        process=config.engine.process(),
+        directory=directory,
+    )
 
 
 def forget_engine(config: RunConfig, context: ParallelContext) -> None:
     """What an earlier session left must not be taken for this one's worker."""
-    if context.local_rank == 0:
+    if context.local_rank == 0 and config.pipeline.topology != "disaggregated":
         shutil.rmtree(config.output / ENGINE / settings.host_name(), ignore_errors=True)
 
 
@@ -189,6 +205,8 @@ def build_model(
 
 def build_feed(model: Model, target: Target, context: ParallelContext) -> Feed:
     """Collective."""
+    if target.stored is not None:
+        return target.stored.feed(model, context)
     if target.streaming is None:
         return DirectFeed(model, context)
     return target.streaming.feed(model, context)

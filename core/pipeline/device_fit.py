@@ -75,7 +75,7 @@ def backend_problems(config: RunConfig, backend: EngineSpec) -> list[Problem]:
             )
             for name in given(config.engine)
         ]
-    if config.engine.url is not None:
+    if config.engine.url is not None and config.pipeline.topology != "offline":
         found += [
             Problem(
                 field=f"engine.{name}",

@@ -31,6 +31,7 @@ from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import create_algorithm, initial_path
 from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
 from torchspec.core.pipeline.identity import known_facts
+from torchspec.core.pipeline.offline import check_stored
 from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.plan_advice import memory_problems
 from torchspec.core.pipeline.plan_load import Lengths, Subject, cached_lengths, lengths_of, subject_of
@@ -120,6 +121,13 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
         problems.attempt("target.path" if own else "target.chat_template", lambda: _check_template(config, tokenizer))
     if refusal is None and target is not None and algorithm is not None and tokenizer is not None:
         problems.attempt("output", lambda: _check_resumable(config, algorithm, target, tokenizer))
+    if not problems and config.pipeline.topology == "offline":
+        assert device is not None
+        assert target is not None
+        assert algorithm is not None
+        assert tokenizer is not None
+        kind = torch.device(device.device_type)
+        problems.attempt("pipeline.features", lambda: check_stored(config, algorithm, target, tokenizer, kind))
 
     if problems:
         raise ConfigError([problem for n, problem in enumerate(problems) if problem not in problems[:n]])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from torchspec.core.errors import TargetError
+from torchspec.core.settings import host_name
 from torchspec.core.workers import protocol
 from torchspec.core.workers.client import EngineLostError, WorkerClient
 from torchspec.core.workers.supervisor import read_state
@@ -91,8 +92,21 @@ class Managed:
         try:
             client.call(protocol.STOP, {"abort": True}, seconds=1.0, what="ending it")
         except (EngineLostError, TargetError):
-            # It is gone, or does not even hear that. Its number is another process's once its supervisor knows.
+            # It is gone, or does not even hear that. Its number is another process's once its supervisor knows, or is
+            # gone itself, and means nothing on another machine.
             now = read_state(self._directory)
-            if self._pid and now is not None and (now.state, now.generation) == ("ready", self._generation):
+            there = now is not None and (now.state, now.generation, now.host) == (
+                "ready",
+                self._generation,
+                host_name(),
+            )
+            if there and _is_worker(self._pid):
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(self._pid, signal.SIGKILL)
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"torchspec.core.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

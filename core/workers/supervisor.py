@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torchspec.core.errors import TargetError
+from torchspec.core.settings import host_name
 from torchspec.core.workers.protocol import TOKEN_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,14 @@ MOST_RESTARTS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """`generation` counts the workers that were ready. `reason` says why it failed for good."""
+    """`generation` counts the workers that were ready; `pid` is of `host`. `reason`: why it failed for good."""
 
     state: str  # starting | ready | failed | closed
     generation: int = 0
     url: str = ""
     token: str = ""
     pid: int = 0
+    host: str = ""
     reason: str = ""
 
 
@@ -61,7 +63,10 @@ class Supervisor:
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self._generation = 0
+        before = read_state(launch.directory)
+        # Who still looks for the last worker of a supervisor that died waits for one after it.
+        self._generation = 0 if before is None else before.generation
+        self._restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -117,7 +122,9 @@ class Supervisor:
             facts = self._announcement(announced)
         self._generation += 1
         url = f"http://{facts['host']}:{facts['port']}"
-        ready = State(state="ready", generation=self._generation, url=url, token=token, pid=self._process.pid)
+        ready = State(
+            state="ready", generation=self._generation, url=url, token=token, pid=self._process.pid, host=host_name()
+        )
         self._write(ready)
         log.info("%s is ready", launch.name)
 
@@ -152,8 +159,9 @@ class Supervisor:
             log.warning("%s died (%s)%s", self._launch.name, _ending(code), self._tail(lines=3))
             self._end_process()
             try:
-                if self._generation > MOST_RESTARTS:
-                    raise TargetError(f"{self._launch.name} died {self._generation} times: it is not started again")
+                self._restarts += 1
+                if self._restarts > MOST_RESTARTS:
+                    raise TargetError(f"{self._launch.name} died {self._restarts} times: it is not started again")
                 self._start_one()
             except (TargetError, OSError) as error:
                 if not self._closing.is_set():

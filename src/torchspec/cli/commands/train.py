@@ -75,6 +75,7 @@ def run(words: Sequence[str]) -> int:
 
     from torchspec import __version__
     from torchspec.core.settings import launch as place
+    from torchspec.core.settings import launcher
 
     here = place()
     first = here.rank == 0
@@ -96,6 +97,14 @@ def run(words: Sequence[str]) -> int:
     from torchspec.core.pipeline.device_fit import Ranks
 
     ranks = Ranks(all=max(nproc, here.world_size), here=max(nproc, here.local_world_size), launched=here.world_size > 1)
+    apart = config.pipeline.topology == "disaggregated"
+    if apart:
+        from torchspec.core.pipeline.topology import trainers_in_all
+
+        ranks = Ranks(all=trainers_in_all(config), here=1, launched=True)
+        if nproc > 1:
+            message, remedy = "is for ranks of this machine alone", "give --trainers with this topology"
+            raise ConfigError([Problem(field="--nproc", value=nproc, message=message, remedy=remedy)])
     if dry_run:
         from torchspec.core.pipeline.plan import make_plan
 
@@ -106,6 +115,11 @@ def run(words: Sequence[str]) -> int:
 
         check(config, ranks)
         return launch(torchspec_command(["train", *_without_nproc(words)]), nproc)
+    if apart and launcher() is None:
+        from torchspec.core.pipeline import cluster
+        from torchspec.core.pipeline.preflight import check
+
+        return cluster.run(check(config, ranks).config, words, announce)
     return train(config, provenance, silent=not first)
 
 
