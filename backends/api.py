@@ -17,6 +17,7 @@ from torchspec.core.interfaces.engine import (
     ServingEngine,
     StartedEngine,
     StepOutput,
+    StreamedEngine,
     TargetEngine,
     TargetSpec,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "ServingEngine",
     "StartedEngine",
     "StepOutput",
+    "StreamedEngine",
     "TargetEngine",
     "TargetError",
     "TargetSpec",

@@ -19,6 +19,7 @@ from torchspec.backends.api import (
     EngineSpec,
     ServingEngine,
     StartedEngine,
+    StreamedEngine,
     TargetEngine,
     UnavailableError,
 )
@@ -108,7 +109,7 @@ class Engine:
 
         return start(self._program(options), options)
 
-    def attach(self, options: EngineOptions) -> TargetEngine:
+    def attach(self, options: EngineOptions) -> StreamedEngine:
         """As `EngineSpec.attach`."""
         from torchspec.core.workers.starting import attach
 

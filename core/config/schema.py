@@ -167,6 +167,12 @@ class PipelineConfig(Section):
     features: Path | None = Field(
         None, description="offline: the directory that `torchspec capture` has written features to"
     )
+    store: Literal["auto", "shared", "device", "mooncake"] = Field(
+        "auto",
+        description="how features come from engines: shared: files in the machine's shared memory; device: buffers "
+        "that engine and trainer share on their device (a CPU's: shared memory, used again and again); mooncake: "
+        "between machines; auto: by topology and engine",
+    )
     prefetch_mb: Positive | None = Field(
         None, description="features that a rank may ask for ahead of their use, in 1e6 bytes; default: 500"
     )
@@ -187,6 +193,14 @@ class RayConfig(Section):
     restarts: Annotated[int, Field(ge=0)] = Field(
         3, description="how often ranks are started again after one of them died, without a checkpoint in between"
     )
+
+
+class MooncakeConfig(Section):
+    """The Mooncake store of a disaggregated run."""
+
+    master: str | None = Field(None, description="HOST:PORT of a running master; default: one is started for the run")
+    protocol: Literal["tcp", "rdma"] = Field("tcp", description="how its data travel")
+    rdma_devices: str = Field("", description="comma-separated names of RDMA devices; empty: those it finds")
 
 
 class DecodingConfig(Section):
@@ -230,6 +244,7 @@ class RunConfig(Section):
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     pipeline: PipelineConfig = Field(default_factory=lambda: PipelineConfig())
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
+    mooncake: MooncakeConfig = Field(default_factory=lambda: MooncakeConfig())
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())
     precision: PrecisionConfig = Field(default_factory=lambda: PrecisionConfig())
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())

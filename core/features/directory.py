@@ -135,7 +135,7 @@ class DirectoryStore:
         self._closed = True
 
     def _path(self, record_id: str) -> Path:
-        return self.root / (_file_name(record_id) + SUFFIX)
+        return self.root / (file_name(record_id) + SUFFIX)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -158,7 +158,7 @@ class DirectoryStore:
         )
 
 
-def _file_name(record_id: str) -> str:
+def file_name(record_id: str) -> str:
     """A plain id as it is; of any other a readable part and a digest, so that no two share a file."""
     if _PLAIN.fullmatch(record_id) and not record_id.endswith(SUFFIX):
         return record_id

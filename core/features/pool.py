@@ -26,11 +26,11 @@ from torch import Tensor
 
 from torchspec.core.errors import DamagedRecordError, FeatureStoreError, MissingRecordError, StoreFullError
 from torchspec.core.features.checks import check_features
-from torchspec.core.features.directory import _file_name
+from torchspec.core.features.directory import file_name
 from torchspec.core.features.pool_buffers import RECORDS, Buffer, Buffers
 from torchspec.core.features.pool_holds import MARKS, READERS, Reader
 from torchspec.core.features.pool_records import FORMAT, Record, fill, record_bytes, written
-from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.features.shared import OwnedDirectory
 from torchspec.core.interfaces.device import SharedMemory
 from torchspec.core.interfaces.features import Features, RecordRef, StoreUsage
 
@@ -60,8 +60,8 @@ class PooledStore:
         if (root is None) == (capacity is None):
             raise ValueError("a pool is either made with a capacity or opened at its root")
         on_host = memory.device_type == "cpu"
-        # The directory with its owner's lock; also the buffers' place where the device shares memory as files.
-        self._home = SharedMemoryStore(root=root, capacity=capacity if on_host else None)
+        # Also the buffers' place, where the device shares memory as files.
+        self._home = OwnedDirectory(root=root, capacity=capacity if on_host else None)
         self.root = self._home.root
         self._memory = memory
         self._buffers: Buffers | None = None
@@ -88,7 +88,7 @@ class PooledStore:
         self._open_reader()
         buffers = self._owned()
         check_features(record_id, features)
-        name = _file_name(record_id)
+        name = file_name(record_id)
         path = self.root / RECORDS / name
         with self._lock:
             if name in self._writing or path.exists():
@@ -239,7 +239,7 @@ class PooledStore:
             )
 
     def _path(self, ref: RecordRef) -> Path:
-        return self.root / RECORDS / _file_name(ref.record_id)
+        return self.root / RECORDS / file_name(ref.record_id)
 
     def _open_reader(self) -> Reader:
         if self._reader is None:

@@ -29,7 +29,23 @@ class SharedMemoryStore(DirectoryStore):
 
     def __init__(self, *, root: Path | None = None, capacity: int | None = None) -> None:
         """FeatureStoreError when there is no shared memory, or none at `root`."""
-        self._owner = root is None
+        self._home = OwnedDirectory(root=root, capacity=capacity)
+        super().__init__(self._home.root, capacity=capacity)
+
+    def close(self) -> None:
+        super().close()
+        self._home.close()
+
+
+class OwnedDirectory:
+    """A directory in shared memory that goes with the process that made it, readable by its user alone.
+
+    `OwnedDirectory()` makes one, and finds room for `capacity` bytes there; `OwnedDirectory(root=...)` is one that
+    another process owns.
+    """
+
+    def __init__(self, *, root: Path | None = None, capacity: int | None = None) -> None:
+        """FeatureStoreError when shared memory has less room than that, or nothing is at `root`."""
         self._held: int | None = None
         if root is None:
             base = memory_directory()
@@ -43,11 +59,11 @@ class SharedMemoryStore(DirectoryStore):
             raise FeatureStoreError(
                 f"there is no feature store at {root}: the process that owns it has ended, or runs on another machine"
             )
-        super().__init__(root, capacity=capacity)
+        self.root = root
 
     def close(self) -> None:
-        super().close()
-        if self._owner and self._held is not None:
+        """The owner's removes it."""
+        if self._held is not None:
             os.close(self._held)
             self._held = None
             shutil.rmtree(self.root, ignore_errors=True)

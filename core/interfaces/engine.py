@@ -228,6 +228,13 @@ class ServingEngine(Protocol):
     def close(self) -> None: ...
 
 
+class StreamedEngine(TargetEngine, Protocol):
+    """An engine in a worker, from which several threads may capture. `room`: bytes of features that may wait there."""
+
+    @property
+    def room(self) -> int: ...
+
+
 class StartedEngine(Protocol):
     """A worker that this process started and watches: it is started again when it dies, until it is closed."""
 
@@ -256,6 +263,6 @@ class EngineSpec:
     command: Callable[[EngineOptions, int], str] | None = None
     serve: Callable[[EngineOptions, Path | None, int], ServingEngine] | None = None
     start: Callable[[EngineOptions], StartedEngine] | None = None
-    attach: Callable[[EngineOptions], TargetEngine] | None = None
+    attach: Callable[[EngineOptions], StreamedEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
     api_version: int = API_VERSION

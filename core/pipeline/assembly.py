@@ -119,7 +119,7 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
         return Target(spec=spec, head=head, stored=stored(config))
     if topology == "disaggregated":
         options = engine_options(config, context.device, config.output / ENGINE, context.local_rank)
-        return Target(spec=spec, head=head, streaming=disaggregated(config, options))
+        return Target(spec=spec, head=head, streaming=disaggregated(config, options, context))
     options = engine_options(config, context.device, config.output / ENGINE / settings.host_name(), context.local_rank)
     if topology == "colocated":
         return Target(spec=spec, head=head, streaming=colocated(config, options, context))

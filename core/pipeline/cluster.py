@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import secrets
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -26,10 +27,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import TorchspecError, UnavailableError
+from torchspec.core.features.mooncake import MooncakeSettings
 from torchspec.core.pipeline import assembly, run_dir
-from torchspec.core.pipeline.cluster_agents import EngineAgent, RankAgent
+from torchspec.core.pipeline.cluster_agents import EngineAgent, RankAgent, own_address
 from torchspec.core.pipeline.launch import LOOPBACK, PEER_SECONDS, SHUTDOWN_SECONDS, torchspec_command
-from torchspec.core.pipeline.topology import engines_in_all, trainers_in_all
+from torchspec.core.pipeline.mooncake_master import MooncakeMaster
+from torchspec.core.pipeline.topology_fit import choose_store, engines_in_all, trainers_in_all
 from torchspec.core.training.checkpoint_files import steps_on_disk
 
 logger = logging.getLogger(__name__)
@@ -64,11 +67,28 @@ def run(config: RunConfig, words: Sequence[str], say: Say) -> int:
     alone = config.ray.address is None
     _connect(ray, config, engines, trainers)
     try:
-        host: str = LOOPBACK if alone else ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        with Driver(ray, config, device, words, host, say) as driver:
+        host = LOOPBACK if alone else own_address()
+        with contextlib.ExitStack() as stack:
+            delivery = _delivery(config, device, host, stack)
+            driver = stack.enter_context(Driver(ray, config, device, words, host, delivery, say))
             return driver.run()
     finally:
         ray.shutdown()
+
+
+def _delivery(config: RunConfig, device: str, host: str, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """How features come to the ranks: see `core.workers.delivery`. A Mooncake master that nobody runs is started."""
+    loaded = registry.load_device(device)
+    store = choose_store(config, loaded, registry.backends().spec(config.backend))
+    if store != "mooncake":
+        return {"kind": store}
+    given = config.mooncake
+    if given.master is None:
+        master = stack.enter_context(MooncakeMaster(config.output / LOGS, host=host)).settings
+    else:
+        master = MooncakeSettings(master=given.master)
+    wanted = replace(master, protocol=given.protocol, rdma_devices=given.rdma_devices)
+    return {"kind": store, "namespace": f"torchspec-{secrets.token_hex(4)}", "settings": asdict(wanted)}
 
 
 def _connect(ray: Any, config: RunConfig, engines: int, trainers: int) -> None:
@@ -103,6 +123,7 @@ class Driver:
     device: str
     words: Sequence[str]
     host: str
+    delivery: dict[str, Any]
     say: Say
     _received: list[int] = field(default_factory=list)
     _group: Any = None
@@ -169,10 +190,11 @@ class Driver:
         self._await_room(wants)
         remote = self.ray.remote(EngineAgent)
         values = self.config.model_dump(mode="json")
+        listen = LOOPBACK if self.config.ray.address is None else ""
         for number in range(engines_in_all(self.config)):
             options = self._placed(wants[number], number)
             actor = remote.options(max_restarts=-1, max_task_retries=0, max_concurrency=4, **options)
-            self._engines.append(actor.remote(values, self.device, number, self.host, settings.handed_on()))
+            self._engines.append(actor.remote(values, self.device, number, listen, self.delivery, settings.handed_on()))
 
     def _await_room(self, wants: Sequence[Mapping[str, float]]) -> None:
         ready, start, seconds = self._group.ready(), time.monotonic(), self.config.ray.start_timeout

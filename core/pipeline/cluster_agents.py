@@ -27,11 +27,18 @@ class EngineAgent:
     """Starts an engine's worker and keeps it; its state file in the run directory is where ranks find it."""
 
     def __init__(
-        self, config: dict[str, Any], device: str, number: int, host: str, environment: dict[str, str]
+        self,
+        config: dict[str, Any],
+        device: str,
+        number: int,
+        host: str,
+        delivery: dict[str, Any],
+        environment: dict[str, str],
     ) -> None:
-        """Returns at once: `state` says how far it is."""
+        """Returns at once: `state` says how far it is. `host`: the address to listen on, "" for the machine's own."""
         os.environ.update(environment)
-        self._config, self._device, self._number, self._host = read_config(config), device, number, host
+        self._config, self._device, self._number = read_config(config), device, number
+        self._host, self._delivery = host, delivery
         self._engine: StartedEngine | None = None
         self._error = ""
         self._thread = threading.Thread(target=self._start, daemon=True)
@@ -42,7 +49,7 @@ class EngineAgent:
         directory = config.output / assembly.ENGINE / topology.engine_name(self._number)
         try:
             options = assembly.engine_options(config, registry.load_device(self._device), directory)
-            process = replace(options.process, host=self._host)
+            process = replace(options.process, host=self._host or own_address(), delivery=self._delivery)
             self._engine = hosted.start(config.backend, replace(options, process=process))
         except Exception as error:  # whatever it is, the driver must hear of it  # noqa: BLE001
             self._error = str(error) or type(error).__name__
@@ -107,6 +114,14 @@ class RankAgent:
             return ""
         data = self._log.read_bytes()[-TAIL_BYTES:]
         return data.decode(errors="replace").rstrip()
+
+
+def own_address() -> str:
+    """Of this machine, as the cluster knows it."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def read_config(values: dict[str, Any]) -> RunConfig:

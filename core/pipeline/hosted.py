@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from torchspec.core import registry, settings
-from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, TargetEngine
+from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, StreamedEngine
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import starting
 from torchspec.core.workers.hosted import HostedRunner
@@ -57,7 +57,7 @@ def start(backend: str, options: EngineOptions) -> StartedEngine:
     return starting.start(_program(backend), replace(options, process=process))
 
 
-def attach(backend: str, options: EngineOptions) -> TargetEngine:
+def attach(backend: str, options: EngineOptions) -> StreamedEngine:
     """To a worker that `start` started, here or in another process."""
     spec = registry.backends().spec(backend)
     return spec.attach(options) if spec.attach is not None else starting.attach(backend, options)

@@ -36,7 +36,7 @@ from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.plan_advice import memory_problems
 from torchspec.core.pipeline.plan_load import Lengths, Subject, cached_lengths, lengths_of, subject_of
 from torchspec.core.pipeline.rebuild import initial_problems
-from torchspec.core.pipeline.topology import topology_problems
+from torchspec.core.pipeline.topology_fit import topology_problems
 from torchspec.core.training.checkpoint import DRAFT, refuse_other_run
 from torchspec.core.training.checkpoint_files import MANIFEST, directory_of, read_json, steps_on_disk
 
@@ -114,7 +114,7 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
         algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
         _check_initial(config, algorithm, target, problems)
         config, sources = _fit_length(config, target, problems)
-    problems += topology_problems(config, backend)
+    problems += topology_problems(config, device, backend)
     problems += parallel_problems(config, ranks.all, algorithm=algorithm, backend=backend, target=target)
     if tokenizer is not None:
         own = config.target.chat_template is None

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from torchspec.core.errors import TargetError
 from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import TrainingSample
-from torchspec.core.interfaces.engine import CaptureRequest, TargetEngine
+from torchspec.core.interfaces.engine import CaptureRequest, Rows, TargetEngine
 from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.assembling import assembled, parts_of
@@ -149,21 +150,24 @@ class StreamingFeed:
         assert self._samples is not None
         return Documents.of(turn.micro_batches[self._context.data_rank], self._samples, turn.some)
 
-    def _parts(self, documents: Documents) -> list[tuple[tuple[tuple[int, int], ...], ...]]:
-        """Rows by rank; () where nobody shares."""
+    def _parts(self, documents: Documents) -> list[tuple[Rows, ...]]:
+        """Rows by rank; () where nobody shares.
+
+        Of a document that it does not read a rank takes one row: all ask for the same ones, and so those are captured
+        together whichever rank is the first to ask.
+        """
         if self._sequence is None:
             return [()] * len(documents.samples)
-        return [tuple(each) for each in parts_of(documents, self._sequence, self._model.algorithm.halo)]
+        read = parts_of(documents, self._sequence, self._model.algorithm.halo)
+        return [tuple(rows or ((0, 1),) for rows in each) for each in read]
 
-    def _nbytes(self, sample: TrainingSample, parts: Sequence[Sequence[tuple[int, int]]]) -> int:
+    def _nbytes(self, sample: TrainingSample, parts: Sequence[Rows]) -> int:
         if not parts:
             return sample.input_ids_T.numel() * self._token_bytes
         assert self._sequence is not None
         return sum(stop - start for start, stop in parts[self._sequence.rank]) * self._token_bytes
 
-    def _ask(
-        self, turn: Turn, documents: Documents, parts: Sequence[tuple[tuple[tuple[int, int], ...], ...]]
-    ) -> list[Future[Found]]:
+    def _ask(self, turn: Turn, documents: Documents, parts: Sequence[tuple[Rows, ...]]) -> list[Future[Found]]:
         """The documents that a rank would have captured together in its own process stay together: so they come out
         the same."""
         if not documents.real:
@@ -173,31 +177,21 @@ class StreamingFeed:
         groups = []
         for rank in range(ranks):
             numbers = [number for number, owner in enumerate(owners) if owner == rank]
+            if not numbers:
+                continue  # it takes no engine's turn: with fewer documents than ranks some engines would get none
             place = self._count * self._context.data_size + self._context.data_rank
             engine = self._engines[place % len(self._engines)]
             self._count += 1
-            requests = {n: r for n in numbers if (r := self._request(turn, n, documents, parts[n])) is not None}
-            if requests:
-                groups.append(self._calls.submit(self._captured, engine, requests))
+            requests = {number: self._request(turn, number, documents, parts[number]) for number in numbers}
+            groups.append(self._calls.submit(self._captured, engine, requests))
         return groups
 
-    def _request(
-        self, turn: Turn, number: int, documents: Documents, parts: tuple[tuple[tuple[int, int], ...], ...]
-    ) -> CaptureRequest | None:
-        """None: this rank reads no row of it."""
-        ids = _ids(documents.samples[number])
-        name = f"{self._name}-{turn.step}-{turn.number}-{self._context.data_rank}-{number}"
-        if self._sequence is None:
-            return CaptureRequest(record_id=name, input_ids=ids)
-        mine = self._sequence.rank
-        if not parts[mine]:
-            return None
-        readers = [rank for rank, rows in enumerate(parts) if rows]
+    def _request(self, turn: Turn, number: int, documents: Documents, parts: tuple[Rows, ...]) -> CaptureRequest:
         return CaptureRequest(
-            record_id=name,
-            input_ids=ids,
-            parts=tuple(parts[rank] for rank in readers),
-            part=readers.index(mine),
+            record_id=f"{self._name}-{turn.step}-{turn.number}-{self._context.data_rank}-{number}",
+            input_ids=_ids(documents.samples[number]),
+            parts=parts,
+            part=0 if self._sequence is None else self._sequence.rank,
         )
 
     def _captured(self, engine: TargetEngine, requests: Mapping[int, CaptureRequest]) -> Found:
@@ -219,7 +213,10 @@ class StreamingFeed:
                     raise  # of the capture itself
                 passed = time.monotonic() - start
                 if passed > self._patience:
-                    raise
+                    raise TargetError(
+                        f"the features of step {turn.step + 1} did not come within {passed:.0f} s, and every engine's "
+                        "own deadline is over: its log may say more"
+                    ) from None
                 logger.info(
                     "waiting for the features of step %d, %.0f s of at most %.0f s",
                     turn.step + 1, passed, self._patience,

@@ -91,7 +91,7 @@ def serve(options: argparse.Namespace, token: str) -> int:
         runner = module.make_runner(settings)
         wanted = json.loads(options.delivery)
         separate = store is not None and wanted.get("kind") != "shared"
-        delivery = make_delivery(wanted, settings.store_bytes) if separate else None
+        delivery = make_delivery(wanted, settings) if separate else None
         worker = Worker(runner, settings, store, delivery)
         server = make_server(worker, options.host, options.port, token)
         for number in (signal.SIGTERM, signal.SIGINT):

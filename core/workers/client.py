@@ -13,7 +13,7 @@ from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 from urllib.parse import urlsplit
 
-from torchspec.core.errors import TargetError
+from torchspec.core.errors import StoreLostError, TargetError
 from torchspec.core.workers import protocol
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class WorkerClient:
         self._host, self._port, self._token = parts.hostname, port, token
 
     def call(self, path: str, message: dict[str, Any], *, seconds: float, what: str) -> dict[str, Any]:
-        """The answer. EngineLostError when the worker is gone or does not answer in time; TargetError when it refuses.
+        """The answer. EngineLostError when the worker is gone or does not answer in time; StoreLostError when it cannot
+        deliver; TargetError when it refuses.
 
         `what` is said while it lasts, and in errors.
         """
@@ -67,6 +68,8 @@ class WorkerClient:
         error = answer.get("error", f"status {status}")
         if status == 504:
             raise EngineLostError(f"{what}: {error}")
+        if status == 503:
+            raise StoreLostError(str(error))
         if status == 401:
             raise TargetError(f"the {self.name} worker at {self.url} refuses us: {error}. {_TOKEN_REMEDY}")
         raise TargetError(f"the {self.name} worker at {self.url} refuses ({what}): {error}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from torchspec.core.errors import FeatureStoreError, TargetError
+from torchspec.core.errors import FeatureStoreError, StoreLostError, TargetError
 from torchspec.core.interfaces.engine import (
     CaptureRequest,
     DecodeSession,
@@ -41,7 +41,7 @@ from torchspec.core.interfaces.features import (
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import protocol
 from torchspec.core.workers.client import EngineLostError, WorkerClient
-from torchspec.core.workers.delivery import open_delivery
+from torchspec.core.workers.delivery import open_delivery, reconnect
 from torchspec.core.workers.place import Place
 from torchspec.core.workers.server import HEADER_BYTES
 
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
 BETWEEN_RANKS = 0.5
+STORE_SECONDS = 1.0
+"""Between two looks for a store that was lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,12 @@ class RemoteEngine:
         assert self._session is not None
         return str(self._session.facts["engine_version"])
 
+    @property
+    def room(self) -> int:
+        """Bytes of features that may wait to be taken."""
+        assert self._session is not None
+        return int(self._session.facts["store_bytes"])
+
     def describe(self) -> TargetSpec:
         return self._spec
 
@@ -113,9 +121,16 @@ class RemoteEngine:
         found: dict[str, Captured] = {}
         failures: dict[str, int] = {request.record_id: 0 for request in batch}
         waiting = deque(self._waves(batch))
+        patience: float | None = None
         while waiting:
             group = waiting.popleft()
-            failed, lost = self._capture_group(group, failures, sink, found)
+            try:
+                failed, lost = self._capture_group(group, failures, sink, found)
+            except StoreLostError as error:  # no sample's fault: once more when the store is there again
+                patience = patience or time.monotonic() + self._options.process.start_timeout
+                self._await_store(error, patience)
+                waiting.appendleft([request for request in group if request.record_id not in found])
+                continue
             again = []
             for request in group:
                 if request.record_id not in failed:
@@ -253,7 +268,7 @@ class RemoteEngine:
         known = json.dumps(facts["delivery"], sort_keys=True)
         try:
             if known not in self._stores:  # a worker that came back may deliver as the one before
-                self._stores[known] = open_delivery(facts["delivery"])
+                self._stores[known] = open_delivery(facts["delivery"], self._options.device)
             return self._stores[known]
         except FeatureStoreError as error:
             raise TargetError(
@@ -307,6 +322,8 @@ class RemoteEngine:
             ref = RecordRef(record_id=result["id"], length=result["length"], checksum=result["checksum"])
             try:
                 features = self._take(session, ref)
+            except StoreLostError:
+                raise
             except FeatureStoreError as error:
                 failed[request.record_id] = str(error)
                 continue
@@ -316,6 +333,18 @@ class RemoteEngine:
             else:
                 found[request.record_id] = sink.put(request.record_id, features)
         return failed, self._session is not session  # what it had made went with it
+
+    def _await_store(self, error: StoreLostError, until: float) -> None:
+        """A little while; TargetError when it has been gone for too long."""
+        if time.monotonic() > until:
+            waited = f"waited {self._options.process.start_timeout:.0f} s for it (engine.start_timeout)"
+            raise TargetError(f"{error}; {waited}") from error
+        log.warning("%s: asking for what was in it again", error)
+        time.sleep(STORE_SECONDS)
+        session = self._session
+        if session is not None and session.store is not None:
+            with suppress(FeatureStoreError):
+                reconnect(session.store)
 
     def _sample(self, request: CaptureRequest, attempt: int) -> dict[str, Any]:
         """As the protocol has it. Whoever takes a part of it must give the same name; no one else may."""

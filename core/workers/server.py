@@ -14,7 +14,7 @@ from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from torchspec.core.errors import FeatureStoreError, TorchspecError
+from torchspec.core.errors import FeatureStoreError, StoreFullError, StoreLostError, TorchspecError
 from torchspec.core.features.directory import DirectoryStore
 from torchspec.core.features.parts import part_of
 from torchspec.core.interfaces.engine import CaptureRequest
@@ -22,6 +22,7 @@ from torchspec.core.interfaces.features import FeatureStore, RecordRef
 from torchspec.core.workers import protocol
 from torchspec.core.workers.admission import Admission
 from torchspec.core.workers.captures import Capture, Captures
+from torchspec.core.workers.delivery import put_in_time
 from torchspec.core.workers.protocol import PROTOCOL, ProtocolError, field, token_ids
 from torchspec.core.workers.requests import capture_request
 from torchspec.core.workers.runner import Ask, Landing, Runner, WorkerSettings
@@ -103,14 +104,14 @@ class Worker:
             ref = self.captures.ref(capture)
             if ref.length != len(request.input_ids):
                 return {"id": record_id, "reason": f"{ref.length} tokens were captured of {len(request.input_ids)}"}
-            ref = self._delivered(request, ref, kept)
-        except OutOfTimeError:
-            raise  # of the whole request: an engine that does not come back to one sample needs another look
+            ref = self._delivered(request, ref, kept, deadline)
+        except (OutOfTimeError, StoreFullError, StoreLostError):
+            raise  # of the whole request: not this sample's fault
         except TorchspecError as error:
             return {"id": record_id, "reason": str(error)}
         return {"id": ref.record_id, "length": ref.length, "checksum": ref.checksum}
 
-    def _delivered(self, request: CaptureRequest, ref: RecordRef, kept: set[str]) -> RecordRef:
+    def _delivered(self, request: CaptureRequest, ref: RecordRef, kept: set[str], deadline: float) -> RecordRef:
         """The caller's part, where it takes it from."""
         assert self.landing is not None
         assert self.delivery is not None
@@ -119,8 +120,9 @@ class Worker:
             return ref
         features = self.landing.get(ref)
         if not request.parts:
-            return self.delivery.put(ref.record_id, features)
-        return self.delivery.put(f"{ref.record_id}.{request.part}", part_of(features, request.parts[request.part]))
+            return put_in_time(self.delivery, ref.record_id, features, deadline)
+        part = part_of(features, request.parts[request.part])
+        return put_in_time(self.delivery, f"{ref.record_id}.{request.part}", part, deadline)
 
     def write(self, message: dict[str, Any]) -> dict[str, Any]:
         """New tokens for each prompt."""
@@ -200,6 +202,8 @@ def make_server(worker: Worker, host: str, port: int, token: str) -> ThreadingHT
                 return 200, work(worker, message)
             except (ProtocolError, json.JSONDecodeError) as error:
                 return 400, {"error": f"not a message of this protocol: {error}"}
+            except StoreLostError as error:
+                return 503, {"error": str(error)}
             except FeatureStoreError as error:
                 return 507, {"error": str(error)}
             except OutOfTimeError as error:

@@ -16,6 +16,7 @@ COMMANDS = {
     "quickstart": "train and measure a draft for the embedded target, from nothing, in minutes",
     "prepare": "build conversations from the Python standard library of this interpreter",
     "generate": "have the target write the assistant turns of conversations itself",
+    "capture": "write the features of a target's data to a directory, for trainings without the target",
     "train": "train a draft for a target",
     "eval": "measure a draft by lossless speculative decoding",
     "export": "write a checkpoint as a draft that an engine serves",

@@ -99,7 +99,7 @@ def run(words: Sequence[str]) -> int:
     ranks = Ranks(all=max(nproc, here.world_size), here=max(nproc, here.local_world_size), launched=here.world_size > 1)
     apart = config.pipeline.topology == "disaggregated"
     if apart:
-        from torchspec.core.pipeline.topology import trainers_in_all
+        from torchspec.core.pipeline.topology_fit import trainers_in_all
 
         ranks = Ranks(all=trainers_in_all(config), here=1, launched=True)
         if nproc > 1:

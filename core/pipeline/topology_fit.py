@@ -1,0 +1,114 @@
+"""What a topology asks of the configuration, and what it chooses where nothing is said."""
+
+from __future__ import annotations
+
+from torchspec.core import registry
+from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import Problem
+from torchspec.core.interfaces.device import Device, DeviceSpec
+from torchspec.core.interfaces.engine import EngineSpec
+from torchspec.core.pipeline.served_checks import given
+
+APPLIES = {
+    "inprocess": frozenset({"topology"}),
+    "colocated": frozenset({"topology", "engines", "store", "prefetch_mb"}),
+    "disaggregated": frozenset({"topology", "engines", "trainers", "store", "prefetch_mb"}),
+    "offline": frozenset({"topology", "features", "prefetch_mb"}),
+}
+"""Settings of the `pipeline` section that mean something, by topology."""
+
+
+def engines_in_all(config: RunConfig) -> int:
+    """Of a disaggregated run."""
+    return config.pipeline.engines or 1
+
+
+def trainers_in_all(config: RunConfig) -> int:
+    """Of a disaggregated run."""
+    return config.pipeline.trainers or 1
+
+
+def choose_store(config: RunConfig, device: Device, backend: EngineSpec) -> str:
+    """How features come from the engines: as said, else by where they are.
+
+    Buffers on the device where engine and trainer are on the same one, or it is the host; Mooncake across machines;
+    files in shared memory for engines whose own processes write.
+    """
+    pipeline = config.pipeline
+    if pipeline.store != "auto":
+        return pipeline.store
+    if pipeline.topology == "disaggregated" and config.ray.address is not None:
+        return "mooncake"
+    memory = device.shared_memory
+    near = memory is not None and (pipeline.topology == "colocated" or memory.reads_in_place)
+    return "device" if near and backend.start is None else "shared"
+
+
+def topology_problems(config: RunConfig, device: DeviceSpec | None, backend: EngineSpec | None) -> list[Problem]:
+    """Settings that the topology would ignore, each by its name, and those that it cannot do with."""
+    pipeline = config.pipeline
+    found = [
+        Problem(
+            field=f"pipeline.{name}",
+            value=str(getattr(pipeline, name)),
+            message=f"means nothing with pipeline.topology={pipeline.topology}",
+            remedy="leave it out, or name another topology",
+        )
+        for name in given(pipeline)
+        if name not in APPLIES[pipeline.topology]
+    ]
+    if pipeline.topology != "disaggregated":
+        message, remedy = "is for pipeline.topology=disaggregated", "leave it out"
+        for section in ("ray", "mooncake"):
+            names = given(getattr(config, section))
+            found += [Problem(field=f"{section}.{name}", message=message, remedy=remedy) for name in names]
+    if pipeline.topology == "inprocess":
+        return found
+    if pipeline.topology == "offline":
+        return [*found, *_offline_problems(config)]
+    if config.target.tensor_parallel > 1:
+        message = f"the target is in engines of their own with pipeline.topology={pipeline.topology}"
+        remedy = "give engine.tensor_parallel instead"
+        value = config.target.tensor_parallel
+        found.append(Problem(field="target.tensor_parallel", value=value, message=message, remedy=remedy))
+    if config.engine.url is not None:
+        message = "is for pipeline.topology=inprocess: other topologies start their engines themselves"
+        found.append(Problem(field="engine.url", value=config.engine.url, message=message, remedy="leave it out"))
+    return [*found, *_store_problems(config, device, backend)]
+
+
+def _store_problems(config: RunConfig, device: DeviceSpec | None, backend: EngineSpec | None) -> list[Problem]:
+    """Of a way for features to come that is not there."""
+    store, topology, why = config.pipeline.store, config.pipeline.topology, ""
+    if store == "mooncake" and topology != "disaggregated":
+        why = "engine and trainer share a machine, whose memory is faster"
+    if store in ("shared", "device") and topology == "disaggregated" and config.ray.address is not None:
+        why = "engines and ranks may be on different machines of the cluster"
+    if store == "device" and not why and backend is not None and backend.start is not None:
+        why = f"the processes of {backend.name} write into files"
+    if store == "device" and not why and device is not None and registry.probe(device).ok:
+        shared = device.load().shared_memory
+        if shared is None:
+            why = f"device {device.name} shares no memory between processes"
+        elif topology == "disaggregated" and not shared.reads_in_place:
+            why = "engine and trainer are on different devices"
+    if not why:
+        names = given(config.mooncake)
+        if names and not (store == "mooncake" or (store == "auto" and config.ray.address is not None)):
+            message, remedy = "no Mooncake store is used", "leave it out, or give pipeline.store=mooncake"
+            return [Problem(field=f"mooncake.{name}", message=message, remedy=remedy) for name in names]
+        return []
+    return [Problem(field="pipeline.store", value=store, message=why, remedy="leave it at auto")]
+
+
+def _offline_problems(config: RunConfig) -> list[Problem]:
+    """No engine is loaded, so nothing may be said of one."""
+    message, remedy = "no engine is loaded with pipeline.topology=offline", "leave it out"
+    found = [Problem(field=f"engine.{name}", message=message, remedy=remedy) for name in given(config.engine)]
+    if config.target.tensor_parallel > 1:
+        value = config.target.tensor_parallel
+        found.append(Problem(field="target.tensor_parallel", value=value, message=message, remedy=remedy))
+    if config.pipeline.features is None:
+        message, remedy = "a directory of captured features is needed", "make one with `torchspec capture`"
+        found.append(Problem(field="pipeline.features", message=message, remedy=remedy))
+    return found
