@@ -2,10 +2,11 @@
 
 python benchmarks/stores.py --json benchmarks/results/stores.json
 
-One process writes and removes, this one reads. Stores take turns, and the figure of a store is the median over rounds
-of the ratio within the round: of shared memory and the directory to a copy of as many bytes, of Mooncake to its own
-put_from and get_into of as many bytes. What a store verifies, it verifies here. The memory store hands over in one
-process, which copies nothing. Opening files and other processes' answers are not part of the time.
+One process writes, this one reads and then gives back what it took. Ways take turns, and the figure of a store is the
+median over rounds of the ratio within the round: of what lies in files or in shared memory to a copy of as many bytes,
+of Mooncake to the fastest of the ways in which its own client moves as many bytes: in one piece (put_from, get_into),
+or read in pieces. What a store verifies, it verifies here. The memory store hands over in one process, which copies
+nothing. Buffers are used again, as in a run. Opening files and other processes' answers are not part of the time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from shlex import join
@@ -30,12 +32,18 @@ from harness import machine, write
 from torchspec.core.features.directory import DirectoryStore
 from torchspec.core.features.memory import MemoryStore
 from torchspec.core.features.mooncake import MooncakeSettings, MooncakeStore
+from torchspec.core.features.pool import PooledStore
 from torchspec.core.features.shared import SharedMemoryStore
+from torchspec.core.interfaces.device import SharedMemory
 from torchspec.core.interfaces.features import Features, FeatureStore, RecordRef
 from torchspec.core.pipeline.mooncake_master import MooncakeMaster
+from torchspec.core.registry import load_device
 
 TAPS, HIDDEN = 3, 4096
-LIMITS = {"shared/memcpy": 1.5, "mooncake/raw": 1.2}
+POOL, FILES = "shared memory (pool)", "shared memory (a file each)"
+RAW = "raw in one piece"
+PIECES = {f"raw in pieces of {size} MiB": size << 20 for size in (4, 16, 64)}
+LIMITS = {f"{POOL} / memcpy": 1.5, "mooncake / fastest raw": 1.2}
 
 
 def features(megabytes: float) -> Features:
@@ -49,9 +57,17 @@ def features(megabytes: float) -> Features:
     )
 
 
+def memory() -> SharedMemory:
+    found = load_device("cpu").shared_memory
+    assert found is not None
+    return found
+
+
 def opened(name: str, place: str) -> FeatureStore:
     """A store as a process other than its owner opens it."""
-    if name == "shared":
+    if name == POOL:
+        return PooledStore(memory(), root=Path(place))
+    if name == FILES:
         return SharedMemoryStore(root=Path(place))
     if name == "directory":
         return DirectoryStore(Path(place))
@@ -59,38 +75,57 @@ def opened(name: str, place: str) -> FeatureStore:
 
 
 def serve(pipe: Connection, places: dict[str, str], megabytes: float) -> None:
-    """The writing process: answers each question with seconds and a reference."""
+    """The writing process: answers each question with seconds and a reference. The pool is its own."""
     torch.set_num_threads(1)
     record = features(megabytes)
-    stores = {name: opened(name, place) for name, place in places.items()}
+    pool = PooledStore(memory(), capacity=int(megabytes * 4e6))
+    stores: dict[str, FeatureStore] = {POOL: pool, **{name: opened(name, place) for name, place in places.items()}}
     mooncake = stores["mooncake"]
     assert isinstance(mooncake, MooncakeStore)
-    client, placing = mooncake._client, mooncake._placing
+    client, placing = mooncake._link.client, mooncake._link.placing
     flat = record.taps_TNH.new_zeros((record.taps_TNH.nbytes + record.last_TH.nbytes) // 2)
     client.register_buffer(flat.data_ptr(), flat.nbytes)
-    pipe.send("ready")
+    pipe.send(str(pool.root))
     for name in iter(pipe.recv, None):
         start = time.perf_counter()
-        if name == "raw":
-            assert client.put_from("raw", flat.data_ptr(), flat.nbytes, placing) == 0
-            pipe.send((time.perf_counter() - start, None))
-        else:
+        if name in stores:
             ref = stores[name].put("sample", record)
             pipe.send((time.perf_counter() - start, asdict(ref)))
+        else:
+            assert client.put_from("raw", flat.data_ptr(), flat.nbytes, placing) == 0
+            pipe.send((time.perf_counter() - start, None))
         pipe.recv()
-        client.remove("raw", True) if name == "raw" else stores[name].remove(ref)
+        stores[name].remove(ref) if name in stores else client.remove("raw", True)
         pipe.send("removed")
     for store in stores.values():
         store.close()
 
 
+def raw_reads(client: Any, buffer: torch.Tensor) -> dict[str, Callable[[], None]]:
+    """Every way in which the client reads what lies under "raw"; only the bytes, nothing is verified."""
+    address, nbytes = buffer.data_ptr(), buffer.nbytes
+
+    def whole() -> None:
+        assert client.get_into("raw", address, nbytes) == nbytes
+
+    def in_pieces(size: int) -> None:
+        assert client.batch_get_session_start(["raw"]) == [0]
+        for at in range(0, nbytes, size):
+            length = min(size, nbytes - at)
+            codes = client.batch_get_into_multi_buffer_ranges(["raw"], [[address + at]], [[length]], [[at]])
+            assert codes[0] >= 0
+        client.batch_get_session_end(["raw"])
+
+    return {RAW: whole, **{name: partial(in_pieces, size) for name, size in PIECES.items()}}
+
+
 def measure(args: argparse.Namespace, master: MooncakeMaster, directory: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     owner = SharedMemoryStore(capacity=int(args.megabytes * 4e6))
-    nbytes = features(args.megabytes)
-    size = nbytes.taps_TNH.nbytes + nbytes.last_TH.nbytes
+    record = features(args.megabytes)
+    size = record.taps_TNH.nbytes + record.last_TH.nbytes
     places = {
-        "shared": str(owner.root),
+        FILES: str(owner.root),
         "directory": str(directory),
         "mooncake": json.dumps(asdict(replace(master.settings, segment_bytes=4 * size))),
     }
@@ -98,63 +133,65 @@ def measure(args: argparse.Namespace, master: MooncakeMaster, directory: Path) -
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, places, args.megabytes))
     process.start()
     there.close()
-    places["mooncake"] = json.dumps(asdict(master.settings))
+    places |= {"mooncake": json.dumps(asdict(master.settings)), POOL: here.recv()}
     stores = {name: opened(name, place) for name, place in places.items()}
     mooncake = stores["mooncake"]
     assert isinstance(mooncake, MooncakeStore)
     buffer, copy = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    mooncake._client.register_buffer(buffer.data_ptr(), size)
-    assert here.recv() == "ready"
+    mooncake._link.client.register_buffer(buffer.data_ptr(), size)
 
-    def handed(name: str, read: Callable[[RecordRef], object]) -> float:
+    def handed(name: str, read: Callable[[RecordRef], object]) -> dict[str, float]:
         here.send(name)
-        seconds, ref = here.recv()
+        put, ref = here.recv()
         start = time.perf_counter()
         got = read(RecordRef(**ref) if ref else RecordRef(record_id="raw", length=0))
-        seconds += time.perf_counter() - start
+        get = time.perf_counter() - start
         del got
         here.send("remove")
         here.recv()
-        return float(seconds)
+        return {name: put + get, f"{name}, get alone": get}
 
-    def copied() -> float:
+    def copied() -> dict[str, float]:
         start = time.perf_counter()
         copy.copy_(buffer)
-        return time.perf_counter() - start
+        return {"memcpy": time.perf_counter() - start}
 
-    def in_memory() -> float:
+    def in_memory() -> dict[str, float]:
         store = MemoryStore()
         start = time.perf_counter()
-        store.get(store.put("sample", nbytes))
-        return time.perf_counter() - start
+        store.get(store.put("sample", record))
+        return {"memory": time.perf_counter() - start}
 
-    def raw(_: RecordRef) -> None:
-        assert mooncake._client.get_into("raw", buffer.data_ptr(), size) == size
-
-    ways: dict[str, Callable[[], float]] = {
-        "memcpy": copied,
-        "memory": in_memory,
-        "raw": lambda: handed("raw", raw),
-        **{name: (lambda name=name: handed(name, stores[name].get)) for name in stores},  # type: ignore[misc]
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    raw = raw_reads(mooncake._link.client, buffer)
+    ways: list[Callable[[], dict[str, float]]] = [
+        copied,
+        in_memory,
+        *(partial(handed, name, lambda _, read=read: read()) for name, read in raw.items()),  # type: ignore[misc]
+        *(partial(handed, name, store.get) for name, store in stores.items()),
+    ]
+    rounds: list[dict[str, float]] = []
     for turn in range(args.rounds + 2):
-        for name in list(ways) if turn % 2 else list(ways)[::-1]:
-            taken = ways[name]()
-            if turn > 1:
-                seconds[name].append(taken)
+        taken: dict[str, float] = {}
+        for way in ways if turn % 2 else ways[::-1]:
+            taken |= way()
+        rounds.append(taken)
     here.send(None)
     process.join(60)
     for store in (*stores.values(), owner):
         store.close()
-    return {"bytes": size, "rounds": args.rounds, **figures(seconds)}
+    return {"bytes": size, "rounds": args.rounds, **figures(rounds[2:])}  # the first ones touch fresh memory
 
 
-def figures(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    pairs = [("shared", "memcpy"), ("directory", "memcpy"), ("mooncake", "raw")]
-    ratios = {f"{a}/{b}": [x / y for x, y in zip(seconds[a], seconds[b], strict=True)] for a, b in pairs}
+def figures(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(taken[name] for taken in rounds) for name in rounds[0]}
+    fastest = min((RAW, *PIECES), key=medians.__getitem__)
+    pairs = {f"{name} / memcpy": (name, "memcpy") for name in (POOL, f"{POOL}, get alone", FILES, "directory")}
+    pairs |= {f"{name} / {RAW}": (name, RAW) for name in PIECES}
+    pairs["mooncake / fastest raw"] = ("mooncake", fastest)
+    ratios = {name: [taken[a] / taken[b] for taken in rounds] for name, (a, b) in pairs.items()}
     return {
-        "milliseconds": {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()},
+        "milliseconds": {name: 1e3 * seconds for name, seconds in medians.items()},
+        "fastest_raw": fastest,
         "ratios": {
             name: {"median": statistics.median(each), "lowest": min(each), "highest": max(each)}
             for name, each in ratios.items()
@@ -171,9 +208,10 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place, MooncakeMaster(Path(place) / "master") as master:
         body = measure(args, master, Path(place) / "records")
+    print(f"the fastest raw way of Mooncake: {body['fastest_raw']}")
     for name, each in body["ratios"].items():
         limit = f", limit {LIMITS[name]}" if name in LIMITS else ""
-        print(f"{name}: {each['median']:.2f} ({each['lowest']:.2f} to {each['highest']:.2f}{limit})")
+        print(f"{name}: {each['median']:.3g} ({each['lowest']:.3g} to {each['highest']:.3g}{limit})")
     body = {"command": join(["python", "benchmarks/stores.py", *sys.argv[1:]]), "machine": machine(), **body}
     write(args.json, body)
     return 0

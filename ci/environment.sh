@@ -75,3 +75,20 @@ print(hashlib.sha256(sys.stdin.buffer.read() + repr((sys.version, sys.argv[1:]))
     printf '%s' "$stamp" >"$VENV/.installed$extras"
     say "set-up done"
 }
+
+# What Mooncake's client is linked to, where we may install it; elsewhere its tests say that they were skipped.
+install_libraries() {
+    local missing=()
+    [ "$(uname -s)" = Linux ] || return 0
+    ldconfig -p | grep -q 'libibverbs\.so\.1 ' || missing+=(libibverbs1)
+    ldconfig -p | grep -q 'libnuma\.so\.1 ' || missing+=(libnuma1)
+    ldconfig -p | grep -q 'libcurl\.so\.4 ' || missing+=(libcurl4)
+    if [ ${#missing[@]} -eq 0 ]; then return 0; fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        say "Mooncake needs ${missing[*]}: its tests are skipped"
+        return 0
+    fi
+    say "installing ${missing[*]}"
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >&2 ||
+        say "${missing[*]} could not be installed: the tests of Mooncake are skipped"
+}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,9 @@ from torchspec.core.interfaces.features import Features, RecordRef
 
 FORMAT = 1
 _ALIGNMENT = 64  # of each tensor; the first so many bytes of a buffer hold its generation
-_CHUNK_BYTES = 1 << 20  # summed while a cache has them; fewer cost more calls than they save
+_CHUNK_BYTES = 1 << 19  # summed while a cache has them; fewer cost more calls than they save
 _SAMPLED_ROWS = 16
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -150,22 +152,22 @@ def _views(memory_U: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) ->
 def _copied(features: Features, taps_TNH: Tensor, last_TH: Tensor) -> Tensor:
     """Copy into a buffer's views -> the row sums [T], on the host; a CPU adds up what its cache still has."""
     pairs = [(features.taps_TNH, taps_TNH), (features.last_TH, last_TH)]
-    rows = [to.flatten(1).view(torch.uint8) for _, to in pairs if to.numel()]
     in_cache = features.last_TH.device.type == taps_TNH.device.type == "cpu"
-    if not in_cache or any(each.shape[1] % 8 for each in rows):
+    if not in_cache or any(to[0].nbytes % 8 for _, to in pairs):
         for given, to in pairs:
             to.copy_(given)
         return row_sums(features).cpu()
-    sums_T = torch.zeros(len(last_TH), dtype=torch.int64)
-    part_T = torch.empty_like(sums_T)
+    sums_T, part_T = np.zeros((2, len(last_TH)), dtype=np.int64)
     for given, to in pairs:
         if not to.numel():
             continue
-        words = to.flatten(1).view(torch.int64)
-        chunk = max(1, _CHUNK_BYTES // (8 * words.shape[1]))
-        pieces = zip(*(each.split(chunk) for each in (given, to, words, part_T)), strict=True)  # type: ignore[no-untyped-call]
-        for given_piece, piece, word_piece, part in pieces:
-            piece.copy_(given_piece)
-            torch.sum(word_piece, 1, out=part)
+        whole = _INTEGERS[to.dtype.itemsize]  # numpy, whose calls cost least, has no bfloat16
+        source, target = given.view(whole).numpy(), to.view(whole).numpy()
+        words = to.flatten(1).view(torch.int64).numpy()
+        rows = max(1, _CHUNK_BYTES // words[0].nbytes)
+        for first in range(0, len(words), rows):
+            piece = slice(first, first + rows)
+            target[piece] = source[piece]
+            np.add.reduce(words[piece], axis=1, out=part_T[piece])
         sums_T += part_T
-    return sums_T
+    return torch.from_numpy(sums_T)

@@ -7,7 +7,6 @@ its name when it is whole, so a capture that was stopped at any moment goes on w
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -30,13 +29,14 @@ from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.pipeline.assembly import ENGINE, ProgressSink, engine_options
 from torchspec.core.pipeline.capture_config import captured_config, sequence_ranks
-from torchspec.core.pipeline.capture_directory import Kept, claim, kept_records, opened
+from torchspec.core.pipeline.capture_directory import Kept, claim, kept_records, opened, to_disk
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.offline import features_identity
 from torchspec.core.pipeline.plan_load import draft_of_shapes
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.run_dir import versions
 from torchspec.core.training.capturing import assigned
+from torchspec.core.training.checkpoint_files import sync_directory
 from torchspec.core.training.plan import Cut, Plan, Shares
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.trainer import LEAST_QUARANTINED
@@ -199,6 +199,7 @@ class _Session:
                     f"{features.norm_state!r}: capture into another directory"
                 )
             checksum = self._store.put(record_name(index), features).checksum
+            to_disk(self._store.root, index)
             self.there[index] = Kept(checksum=checksum, norm_state=features.norm_state)
         return sum(len(features.input_ids_T) for features in captured.values())
 
@@ -282,8 +283,8 @@ def _check_room(
     )  # fmt: skip
     if expected > free:
         raise FeatureStoreError(
-            f"{len(missing)} samples of {sum(missing)} tokens make {expected / 1e9:.3f} GB of features, and the disk of "
-            f"{directory} has {free / 1e9:.3f} GB: name an output with more room, or capture less data"
+            f"{len(missing)} samples of {sum(missing)} tokens make {expected / 1e9:.3f} GB of features, and the disk "
+            f"of {directory} has {free / 1e9:.3f} GB: name an output with more room, or capture less data"
         )
 
 
@@ -295,12 +296,12 @@ def _finish(
     identity: dict[str, Any],
     circumstances: dict[str, Any],
 ) -> None:
-    """The manifest, when the records have reached the disk."""
+    """The manifest, when all records have reached the disk."""
     there = session.there
     if not there:
         reasons = "; ".join(sorted({lost.reason for lost in session.lost.values()}))
         raise TargetError(f"not one of the {len(data)} samples could be captured: {reasons}")
-    os.sync()
+    sync_directory(store.root)
     checksums = tuple(there[index].checksum if index in there else None for index in range(len(data)))
     manifest = Manifest(
         identity=identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -99,6 +100,12 @@ def kept_records(store: DirectoryStore, samples: Samples, progress: ProgressSink
             if progress is not None:
                 progress("check what is there", start + len(some), len(there))
     return kept
+
+
+def to_disk(directory: Path, index: int) -> None:
+    """Wait until the record will be there after a power failure too."""
+    with (directory / (record_name(index) + SUFFIX)).open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _checked(store: DirectoryStore, index: int, samples: Samples) -> Kept | FeatureStoreError:

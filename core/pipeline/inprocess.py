@@ -25,6 +25,7 @@ from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.feed import Feed
+from torchspec.core.training.ledger import balance, read_ledger
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.served import ServedCheckError
 from torchspec.core.training.signals import StopRequest
@@ -127,6 +128,7 @@ def _train_in(
         if outcome.signal:
             logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
             return _outcome(config, outcome, finished=False)
+        context.main_only(lambda: _balance(run, data, outcome, trainer))
         context.main_only(lambda: _finish(config, target, progress))
     if setup.served is not None and setup.served.failures:
         listed = "\n  - ".join(setup.served.failures)
@@ -196,8 +198,24 @@ def _run(run: RunDirectory | None, config: RunConfig, trainer: Trainer, progress
         validated=counters.validated_step == counters.step,
         tracker=tracker,
     )
-    with log, StopRequest() as stop:
-        return trainer.run(log, stop, progress)
+    ledger = MetricsLog(None if run is None else run.ledger, after_step=counters.step)
+    with log, ledger, StopRequest() as stop:
+        return trainer.run(log, stop, progress, ledger)
+
+
+def _balance(run: RunDirectory | None, data: Data, outcome: Outcome, trainer: Trainer) -> None:
+    """Every row of the data accounted for; LedgerError where a sample was lost or trained twice. Rank 0 only."""
+    assert run is not None
+    found = balance(
+        read_ledger(run.ledger),
+        samples=len(data.train),
+        steps=outcome.step,
+        steps_per_epoch=trainer.steps_per_epoch,
+    )
+    report = data.train.report
+    rows = {"read": report.read, "filtered": report.filtered, "unusable": report.bad_count}
+    checkpoint_files.write_json(run.path / run_dir.BALANCE, {**rows, **found.to_json()})
+    found.check()
 
 
 def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) -> None:

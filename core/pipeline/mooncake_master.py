@@ -87,12 +87,17 @@ class MooncakeMaster:
         deaths = 0
         try:
             while not self._closing.is_set():
-                self._start()
+                try:
+                    self._start()
+                except FeatureStoreError:
+                    if not self._ready.is_set():
+                        raise  # the first one: it will not do better
                 self._ready.set()
                 while self._alive():
                     if self._closing.wait(POLL_SECONDS):
                         return
                 deaths += 1
+                self._end()
                 log.warning("the Mooncake master died%s", self._tail())
                 if deaths > self._restarts:
                     raise FeatureStoreError(f"the Mooncake master died {deaths} times: it is not started again")

@@ -7,6 +7,8 @@ RUN/
                        starting step
     data.json          what became of the rows
     metrics.jsonl      see core/training/metrics.py
+    ledger.jsonl       what became of each sample, by step: see core/training/ledger.py
+    ledger.json        how it balances, at the end of the run
     probe.safetensors  a recorded piece of target features, for the export's self-check
     checkpoints/       see core/training/checkpoint_files.py
     .checkpointed      there has been a checkpoint
@@ -39,6 +41,7 @@ from torchspec.core.training.checkpoint_files import DAMAGED, lost, read_json, w
 logger = logging.getLogger(__name__)
 
 CONFIG, PROVENANCE, ENVIRONMENT, DATA = "config.yaml", "provenance.json", "environment.json", "data.json"
+LEDGER, BALANCE = "ledger.jsonl", "ledger.json"
 METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
 WRITTEN = (CONFIG, PROVENANCE, DATA, PROBE, DRAFT)
 DISTRIBUTIONS = ("torchspec", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -60,6 +63,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / METRICS
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / LEDGER
 
 
 def open_run(config: RunConfig) -> RunDirectory:

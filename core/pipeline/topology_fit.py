@@ -93,7 +93,7 @@ def _store_problems(config: RunConfig, device: DeviceSpec | None, backend: Engin
         elif topology == "disaggregated" and not shared.reads_in_place:
             why = "engine and trainer are on different devices"
     if not why:
-        names = given(config.mooncake)
+        names = given(config.mooncake) if topology == "disaggregated" else []  # else they are named already
         if names and not (store == "mooncake" or (store == "auto" and config.ray.address is not None)):
             message, remedy = "no Mooncake store is used", "leave it out, or give pipeline.store=mooncake"
             return [Problem(field=f"mooncake.{name}", message=message, remedy=remedy) for name in names]

@@ -25,6 +25,7 @@ from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model, Samples
 from torchspec.core.training.checkpoint_files import directory_of, steps_on_disk
 from torchspec.core.training.feed import DirectFeed, Feed
+from torchspec.core.training.ledger import ledger_row
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from torchspec.core.training.plan import Cut, Plan, Shares
@@ -107,6 +108,7 @@ class Trainer:
         self.context = context
         self.counters = Counters()
         self._lost_in_a_row = 0
+        self._samples_row: dict[str, Any] = {}
         self.feed = DirectFeed(model, context) if feed is None else feed
         self.plan = Plan(
             samples.lengths,
@@ -132,8 +134,16 @@ class Trainer:
         if self.setup.served is not None:
             self.setup.served.forget_after(self.counters.step)
 
-    def run(self, log: MetricsLog, stop: StopRequest, progress: ProgressSink | None = None) -> Outcome:
-        """Train to the end, or to the end of the step in which a signal arrived; both leave a checkpoint."""
+    def run(
+        self,
+        log: MetricsLog,
+        stop: StopRequest,
+        progress: ProgressSink | None = None,
+        ledger: MetricsLog | None = None,
+    ) -> Outcome:
+        """Train to the end, or to the end of the step in which a signal arrived; both leave a checkpoint.
+
+        `ledger` gets a row for every step: what became of its samples."""
         config, counters = self.setup.config, self.counters
         received = 0
         self.feed.start(self.plan, self.samples, counters.step, self.total_steps)
@@ -141,6 +151,8 @@ class Trainer:
             received = self._validate(log, stop)
         while counters.step < self.total_steps and not received:
             row = self._step()
+            if ledger is not None:
+                ledger.write(self._samples_row)
             if counters.step % config.log_every == 0 or counters.step == self.total_steps:
                 log.write(row)
             if progress is not None:
@@ -193,10 +205,12 @@ class Trainer:
         counters.tokens += result.sums.tokens
         counters.score = None
         phases, seconds = timer.finish()
+        epoch = (counters.step - 1) // self.steps_per_epoch
+        self._samples_row = ledger_row(counters.step, epoch, batch, result.quarantined)
         return {
             "kind": "train",
             "step": counters.step,
-            "epoch": (counters.step - 1) // self.steps_per_epoch,
+            "epoch": epoch,
             "samples": counters.samples,
             "tokens": counters.tokens,
             "empty_windows": counters.empty_windows,

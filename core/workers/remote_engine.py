@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class RemoteEngine:
         self._numbers = itertools.count()
         self._prefix = hashlib.blake2b(f"{id(self)}{options.local_rank}".encode(), digest_size=4).hexdigest()
         self._session: Session | None = None
+        self._last_attempts = threading.Lock()
         self._meeting = threading.RLock()  # several threads may capture: one of them looks for the next worker
         self._stores: dict[str, FeatureStore] = {}
         self._closed = False
@@ -124,8 +125,11 @@ class RemoteEngine:
         patience: float | None = None
         while waiting:
             group = waiting.popleft()
+            # What may have killed an engine twice meets none of the others of which that is so.
+            last = any(failures[request.record_id] == MOST_FAILURES - 1 for request in group)
             try:
-                failed, lost = self._capture_group(group, failures, sink, found)
+                with self._last_attempts if last else nullcontext():
+                    failed, lost = self._capture_group(group, failures, sink, found)
             except StoreLostError as error:  # no sample's fault: once more when the store is there again
                 patience = patience or time.monotonic() + self._options.process.start_timeout
                 self._await_store(error, patience)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torchspec.core.interfaces.engine import CaptureRequest, Rows
-from torchspec.core.workers.protocol import ProtocolError, record_id, token_ids
+from torchspec.core.workers.protocol import ProtocolError, field, record_id, token_ids
 
 
 def capture_request(message: Any) -> CaptureRequest:
     """A sample, with the parts of it that callers take where it is shared."""
     name, ids = record_id(message), token_ids(message)
-    parts = tuple(_rows(each, len(ids)) for each in message.get("parts") or ())
+    parts = tuple(_rows(each, len(ids)) for each in (field(message, "parts", list) if "parts" in message else ()))
     part = message.get("part", 0)
     if parts and not (type(part) is int and 0 <= part < len(parts)):
         raise ProtocolError(f"'part' must be one of {len(parts)}, got {part!r}")

@@ -32,6 +32,12 @@ FIRST_WORD, BETWEEN_WORDS = 10.0, 30.0
 LOG_LINES = 15
 STOP_SECONDS = 20.0
 MOST_RESTARTS = 50
+MOST_KILLED = 3
+"""Of one start."""
+
+
+class WorkerKilledError(TargetError):
+    """A signal ended it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,18 @@ class Supervisor:
             self._write(State(state="closed", generation=self._generation))
 
     def _start_one(self) -> None:
+        """One that is killed while it starts need not be the engine's fault, and is tried again."""
+        for attempt in range(1, MOST_KILLED + 1):
+            try:
+                self._try_one()
+                return
+            except WorkerKilledError as error:
+                if attempt == MOST_KILLED:
+                    raise
+                log.warning("%s: starting it again", error)
+                self._end_process()
+
+    def _try_one(self) -> None:
         launch, token = self._launch, secrets.token_urlsafe(32)
         self._write(State(state="starting", generation=self._generation))
         log.info("starting %s; its log is %s", launch.name, self.log_file)
@@ -135,7 +153,9 @@ class Supervisor:
         while not path.exists():
             passed = time.monotonic() - start
             if self._process.poll() is not None and not path.exists():
-                raise TargetError(f"{name} ended while it started ({_ending(self._process.returncode)}){self._tail()}")
+                code = self._process.returncode
+                kind = WorkerKilledError if code < 0 else TargetError
+                raise kind(f"{name} ended while it started ({_ending(code)}){self._tail()}")
             if passed > seconds:
                 raise TargetError(f"{name} did not start within {seconds:.0f} s (engine.start_timeout){self._tail()}")
             if self._closing.is_set():

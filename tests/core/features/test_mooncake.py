@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from torchspec.core.errors import (
     StoreLostError,
     TorchspecError,
 )
-from torchspec.core.features import mooncake, registered
+from torchspec.core.features import mooncake_read, registered
 from torchspec.core.features.conformance import STORE_CHECKS, OpenStore, sample_features
 from torchspec.core.features.mooncake import MooncakeSettings, MooncakeStore
 from torchspec.core.features.registered import Regions
 from torchspec.core.interfaces.features import Features, RecordRef
 from torchspec.core.pipeline.mooncake_master import MooncakeMaster
 
-pytest.importorskip("mooncake", reason='pip install "torchspec[mooncake]"')
+pytest.importorskip("mooncake.store", exc_type=ImportError, reason='pip install "torchspec[mooncake]"')
 
 SEGMENT = 32 << 20
 TIMEOUT = 3.0
@@ -48,17 +49,35 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakeMaster]
         yield started
 
 
+def close(*stores: MooncakeStore) -> None:
+    with ThreadPoolExecutor() as closing:
+        list(closing.map(MooncakeStore.close, stores))
+
+
+@pytest.fixture(scope="module")
+def idle() -> Iterator[list[MooncakeStore]]:
+    """Stores that hold nothing. One is lent to test after test, for joining and leaving take a second each."""
+    stores: list[MooncakeStore] = []
+    yield stores
+    close(*stores)
+
+
 @pytest.fixture
-def open_store(master: MooncakeMaster, request: pytest.FixtureRequest) -> Iterator[OpenStore]:
-    opened: list[MooncakeStore] = []
+def open_store(
+    master: MooncakeMaster, idle: list[MooncakeStore], request: pytest.FixtureRequest
+) -> Iterator[OpenStore]:
+    lent: list[MooncakeStore] = []
 
     def make() -> MooncakeStore:
-        opened.append(MooncakeStore(fitted(master.settings, SEGMENT), f"{request.node.name}-{len(opened)}"))
-        return opened[-1]
+        name = f"{request.node.name}-{len(lent)}"
+        lent.append(idle.pop() if idle else MooncakeStore(fitted(master.settings, SEGMENT), name))
+        return lent[-1]
 
     yield make
-    for store in opened:
-        store.close()
+    for store in lent:
+        with suppress(RuntimeError):  # one that was closed is of no use to others
+            store.remove_all()
+            idle.append(store)
 
 
 WRITER = """
@@ -85,7 +104,7 @@ class Writer:
     def __init__(self, settings: MooncakeSettings, namespace: str) -> None:
         command = [sys.executable, "-P", "-c", WRITER, json.dumps(asdict(settings)), namespace]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._answer() == "ready"
+        self._ready = False
 
     def put(self, name: str, length: int = 50) -> RecordRef:
         record_id, length, checksum = json.loads(self._ask(f"put {name} {length}"))
@@ -100,6 +119,9 @@ class Writer:
 
     def _ask(self, line: str) -> str:
         assert self.process.stdin is not None
+        if not self._ready:
+            self._ready = self._answer() == "ready"
+            assert self._ready
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         return self._answer()
@@ -109,29 +131,27 @@ class Writer:
         return self.process.stdout.readline().strip()
 
 
-@pytest.fixture(scope="module")
-def writer(master: MooncakeMaster) -> Iterator[Writer]:
-    """Lives through all tests; each puts under names of its own."""
-    started = Writer(fitted(master.settings, SEGMENT), "shared")
+@pytest.fixture(scope="module", autouse=True)
+def writers(master: MooncakeMaster) -> Iterator[dict[str, Writer]]:
+    """They start while other tests run: one that lives through all, with names of its own for each test, and two whose
+    end is a test."""
+    started = {name: Writer(fitted(master.settings, SEGMENT), name) for name in ("shared", "dies", "hangs")}
     yield started
-    started.kill()
+    for each in started.values():
+        each.kill()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reader(master: MooncakeMaster) -> Iterator[MooncakeStore]:
+    """It only reads."""
     store = MooncakeStore(fitted(master.settings), "shared")
     yield store
     store.close()
 
 
 @pytest.fixture
-def pair(master: MooncakeMaster, request: pytest.FixtureRequest) -> Iterator[tuple[Writer, MooncakeStore]]:
-    """A process that writes, and a store here that only reads."""
-    writer = Writer(fitted(master.settings, SEGMENT), request.node.name)
-    store = MooncakeStore(fitted(master.settings), request.node.name)
-    yield writer, store
-    store.close()
-    writer.kill()
+def writer(writers: dict[str, Writer]) -> Writer:
+    return writers["shared"]
 
 
 def within(seconds: float, kind: type[TorchspecError], named: str, work: Callable[[], object]) -> None:
@@ -154,7 +174,7 @@ def test_another_process_writes_what_this_one_reads_and_removes(
     writer: Writer, reader: MooncakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In several chunks; memory of earlier readings is used again, but never under features that are still in use."""
-    monkeypatch.setattr(mooncake, "_CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(mooncake_read, "_CHUNK_BYTES", 1 << 20)
     store = reader
     refs = [writer.put(name, 6000) for name in ("a", "bb", "ccc")]
     assert store.find("bb") == refs[1]
@@ -214,31 +234,31 @@ def test_a_full_store_says_so_keeps_nothing_and_can_be_filled_again(open_store: 
     assert same(store.get(store.put("c", features)), features)
 
 
-def test_writers_in_two_processes_cannot_both_have_an_id(
-    pair: tuple[Writer, MooncakeStore], open_store: OpenStore
-) -> None:
-    writer, reader = pair
-    writer.put("sample")
+def test_writers_in_two_processes_cannot_both_have_an_id(writer: Writer, reader: MooncakeStore) -> None:
+    ref = writer.put("sample")
     with pytest.raises(ValueError, match="'sample' is already stored"):
         reader.put("sample", sample_features(seed=9))
     assert same(reader.get(reader.find("sample")), sample_features(50, hidden=64, seed=6))
+    reader.remove(ref)
 
 
-@contextmanager
-def spoiled(settings: MooncakeSettings, key: str, at: int) -> Iterator[None]:
-    """An object with one bit turned, put there by a client that knows nothing of records."""
+@pytest.fixture(scope="module")
+def spoil(master: MooncakeMaster) -> Iterator[Callable[[str, int], None]]:
+    """Turns a bit of an object, as a client that knows nothing of records."""
     from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
-    client = MooncakeDistributedStore()
+    settings, client, pinned = master.settings, MooncakeDistributedStore(), ReplicateConfig()
     assert client.setup(settings.hostname, settings.metadata, 16 << 20, 4 << 20, "tcp", "", settings.master) == 0
-    data = bytearray(client.get(key))
-    data[at] ^= 1
-    client.remove(key, True)
-    pinned = ReplicateConfig()
     pinned.with_hard_pin = True
     pinned.preferred_segment = client.get_hostname()
-    assert client.put(key, bytes(data), pinned) == 0
-    yield
+
+    def turn(key: str, at: int) -> None:
+        data = bytearray(client.get(key))
+        data[at] ^= 1
+        client.remove(key, True)
+        assert client.put(key, bytes(data), pinned) == 0
+
+    yield turn
     client.close()
 
 
@@ -253,31 +273,33 @@ def spoiled(settings: MooncakeSettings, key: str, at: int) -> Iterator[None]:
     ],
 )
 def test_a_turned_bit_is_found(
-    writer: Writer, reader: MooncakeStore, part: str, at: int, named: str, master: MooncakeMaster
+    writer: Writer, reader: MooncakeStore, part: str, at: int, named: str, spoil: Callable[[str, int], None]
 ) -> None:
     ref = writer.put("turned")
     assert reader.get(ref)
-    with spoiled(master.settings, f"{reader._name('turned')}/{part}", at):
-        within(2, DamagedRecordError, named, lambda: reader.get(ref))
-        reader.remove(ref)
+    spoil(f"{reader._link.name('turned')}/{part}", at)
+    within(2, DamagedRecordError, named, lambda: reader.get(ref))
+    reader.remove(ref)
 
 
-def test_a_writer_that_died_is_noticed_in_time(pair: tuple[Writer, MooncakeStore]) -> None:
-    writer, store = pair
-    ref = writer.put("sample", 2000)
+def test_a_writer_that_died_is_noticed_in_time(writers: dict[str, Writer], master: MooncakeMaster) -> None:
+    store = MooncakeStore(fitted(master.settings), "dies")
+    ref = writers["dies"].put("sample", 2000)
     assert store.get(ref)
-    writer.kill()
+    writers["dies"].kill()
     within(
         TIMEOUT + 1, StoreLostError, "'sample' cannot be transferred: the process that holds it", lambda: store.get(ref)
     )
+    store.close()
 
 
-def test_a_writer_that_hangs_is_noticed_in_time(pair: tuple[Writer, MooncakeStore]) -> None:
-    writer, store = pair
-    ref = writer.put("sample", 2000)
+def test_a_writer_that_hangs_is_noticed_in_time(writers: dict[str, Writer], master: MooncakeMaster) -> None:
+    store = MooncakeStore(fitted(master.settings), "hangs")
+    ref = writers["hangs"].put("sample", 2000)
     assert store.get(ref)
-    writer.process.send_signal(signal.SIGSTOP)
+    writers["hangs"].process.send_signal(signal.SIGSTOP)
     within(TIMEOUT + 2, StoreLostError, "'sample' cannot be transferred", lambda: store.get(ref))
+    store.close()
 
 
 def test_a_killed_master_is_noticed_in_time_and_its_successor_used(tmp_path: Path) -> None:
@@ -318,17 +340,17 @@ def test_a_killed_master_is_noticed_in_time_and_its_successor_used(tmp_path: Pat
         within(6, StoreLostError, "'old' is lost.*was started again", lambda: store.get(old))
         assert mine.record_id == "mine"
         writer.kill()
-        store.close()
-        own.close()
+        close(store, own)
     start = time.monotonic()
     with pytest.raises(StoreLostError, match="no Mooncake master answers at 127"):
         MooncakeStore(fitted(master.settings), "run")
     assert time.monotonic() - start < TIMEOUT
 
 
-def test_closing_waits_for_those_inside(writer: Writer, reader: MooncakeStore) -> None:
+def test_closing_waits_for_those_inside(writer: Writer, master: MooncakeMaster) -> None:
     """The library would crash the process."""
-    store, ref = reader, writer.put("inside", 6000)
+    store = MooncakeStore(fitted(master.settings), "shared")
+    ref = writer.put("inside", 6000)
     ends: list[Exception] = []
 
     def read() -> None:

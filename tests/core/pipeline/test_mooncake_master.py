@@ -17,7 +17,7 @@ from torchspec.core.errors import FeatureStoreError
 from torchspec.core.pipeline import mooncake_master
 from torchspec.core.pipeline.mooncake_master import MooncakeMaster
 
-pytest.importorskip("mooncake", reason='pip install "torchspec[mooncake]"')
+pytest.importorskip("mooncake.store", exc_type=ImportError, reason='pip install "torchspec[mooncake]"')
 
 
 def wait_for(true: Callable[[], bool]) -> None:
