@@ -228,11 +228,27 @@ class ServingEngine(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineUsage:
+    """Of an engine in a worker since it started: seconds, those in which it had work, captured tokens; and the records
+    and bytes of features that wait there to be taken."""
+
+    seconds: float
+    busy_seconds: float
+    tokens: int
+    records: int
+    nbytes: int
+
+
 class StreamedEngine(TargetEngine, Protocol):
     """An engine in a worker, from which several threads may capture. `room`: bytes of features that may wait there."""
 
     @property
     def room(self) -> int: ...
+
+    def usage(self) -> EngineUsage:
+        """TargetError when it cannot say now."""
+        ...
 
 
 class StartedEngine(Protocol):

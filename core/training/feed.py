@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from torchspec.core.features.rows import FeatureRows
@@ -11,6 +12,23 @@ from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.capturing import Documents, Model, Samples, capture, captured_rows
 from torchspec.core.training.plan import Plan, Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Of one rank's feed, as JSON.
+
+    held_bytes      of features that were asked for and are not used yet
+    budget_bytes    most that these may be; a single turn may be larger
+    turns_ahead     forward passes that were asked for
+    engines         of each engine as it last said: tokens a second while it works, the fraction of time it works, and
+                    records and bytes of features that wait there
+    """
+
+    held_bytes: int
+    budget_bytes: int
+    turns_ahead: int
+    engines: tuple[dict[str, float], ...] = ()
 
 
 class Feed(Protocol):
@@ -31,6 +49,10 @@ class Feed(Protocol):
         """All features of one sample, outside the plan; this rank alone asks."""
         ...
 
+    def flow(self) -> Flow | None:
+        """How it stands now; None where nothing flows."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -49,6 +71,9 @@ class DirectFeed:
     def whole(self, sample: TrainingSample) -> Features | Quarantined:
         (found,) = capture(self._model, [sample])
         return found
+
+    def flow(self) -> None:
+        """Everything is made when it is asked for."""
 
     def close(self) -> None:
         """The engine is its owner's to close."""

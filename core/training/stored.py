@@ -25,6 +25,7 @@ from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.assembling import assembled, parts_of
 from torchspec.core.training.capturing import Documents, Model, Samples
+from torchspec.core.training.feed import Flow
 from torchspec.core.training.plan import Plan, Turn
 
 READERS = 4
@@ -109,6 +110,10 @@ class StoredFeed:
             if samples[index].sample_id == sample.sample_id:
                 return self._features.read(index, sample)
         return Quarantined(record_id=sample.sample_id, reason=f"not in {self._features.directory}")
+
+    def flow(self) -> Flow | None:
+        budget = self._features.budget
+        return Flow(held_bytes=self._held, budget_bytes=budget, turns_ahead=len(self._asked))
 
     def close(self) -> None:
         """Nothing more is read; what is being read is not waited for."""

@@ -20,11 +20,13 @@ from torchspec.core.errors import TargetError
 from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import TrainingSample
-from torchspec.core.interfaces.engine import CaptureRequest, Rows, TargetEngine
+from torchspec.core.interfaces.engine import CaptureRequest, Rows, StreamedEngine
 from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.assembling import assembled, parts_of
 from torchspec.core.training.capturing import Documents, Model, Samples, assigned
+from torchspec.core.training.feed import Flow
+from torchspec.core.training.meter import Meter
 from torchspec.core.training.plan import Plan, Turn
 
 logger = logging.getLogger(__name__)
@@ -46,20 +48,6 @@ class _Asked:
     groups: list[Future[Found]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flow:
-    """What a feed has been doing since it was last asked: for metrics.
-
-    waiting_seconds  the trainer waited for features
-    asked_bytes      most that was on its way or waiting to be used
-    tokens           that arrived
-    """
-
-    waiting_seconds: float
-    asked_bytes: int
-    turns_ahead: int
-
-
 class StreamingFeed:
     """See `Feed`. `engines` take calls from several threads and leave features in the host's memory.
 
@@ -71,7 +59,7 @@ class StreamingFeed:
         self,
         model: Model,
         context: ParallelContext,
-        engines: Sequence[TargetEngine],
+        engines: Sequence[StreamedEngine],
         *,
         name: str,
         budget: int,
@@ -87,7 +75,7 @@ class StreamingFeed:
         self._next: Turn | None = None
         self._asked: deque[_Asked] = deque()
         self._count = 0
-        self._waited, self._most = 0.0, 0
+        self._meter = Meter(engines)
         self._samples: Samples | None = None
         embedding_VH = model.head.embedding_VH
         values = (len(model.algorithm.taps) + 1) * embedding_VH.shape[1]
@@ -102,11 +90,9 @@ class StreamingFeed:
     def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
         asked = self._asked.popleft()
         assert (asked.turn.step, asked.turn.number) == (turn.step, turn.number), "turns are used in order"
-        start = time.monotonic()
         found: Found = {}
         for group in asked.groups:
             found |= self._awaited(group, turn)
-        self._waited += time.monotonic() - start
         taken = {number: each for number, each in found.items() if isinstance(each, Features)}
         holes = {number: each.reason for number, each in found.items() if isinstance(each, Quarantined)}
         documents = loaded[self._context.data_rank]
@@ -118,16 +104,20 @@ class StreamingFeed:
     def whole(self, sample: TrainingSample) -> Features | Quarantined:
         return self._capture(self._engines[0], [CaptureRequest(record_id="whole", input_ids=_ids(sample))])[0]
 
-    def flow(self) -> Flow:
-        """Since the last call."""
-        flow = Flow(waiting_seconds=self._waited, asked_bytes=self._most, turns_ahead=len(self._asked))
-        self._waited, self._most = 0.0, self._held
-        return flow
+    def flow(self) -> Flow | None:
+        self._meter.look()
+        return Flow(
+            held_bytes=self._held,
+            budget_bytes=self._budget,
+            turns_ahead=len(self._asked),
+            engines=self._meter.rates(),
+        )
 
     def close(self) -> None:
         """Nothing more is asked for; what is on its way is not waited for."""
         self._coming, self._next = iter(()), None
         self._asked.clear()
+        self._meter.close()
         self._calls.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -143,7 +133,6 @@ class StreamingFeed:
             if self._asked and self._held + nbytes > self._budget:
                 return
             self._asked.append(_Asked(turn=self._next, nbytes=nbytes, groups=self._ask(self._next, documents, parts)))
-            self._most = max(self._most, self._held)
             self._next = next(self._coming, None)
 
     def _documents(self, turn: Turn) -> Documents:
@@ -194,10 +183,10 @@ class StreamingFeed:
             part=0 if self._sequence is None else self._sequence.rank,
         )
 
-    def _captured(self, engine: TargetEngine, requests: Mapping[int, CaptureRequest]) -> Found:
+    def _captured(self, engine: StreamedEngine, requests: Mapping[int, CaptureRequest]) -> Found:
         return dict(zip(requests, self._capture(engine, list(requests.values())), strict=True))
 
-    def _capture(self, engine: TargetEngine, requests: Sequence[CaptureRequest]) -> list[Features | Quarantined]:
+    def _capture(self, engine: StreamedEngine, requests: Sequence[CaptureRequest]) -> list[Features | Quarantined]:
         store = MemoryStore()
         with torch.no_grad():
             found = engine.capture(requests, self._model.algorithm.taps, store)

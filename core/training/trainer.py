@@ -206,6 +206,7 @@ class Trainer:
         counters.score = None
         phases, seconds = timer.finish()
         epoch = (counters.step - 1) // self.steps_per_epoch
+        flow = self.feed.flow() if self.context.is_main else None
         self._samples_row = ledger_row(counters.step, epoch, batch, result.quarantined)
         return {
             "kind": "train",
@@ -223,6 +224,7 @@ class Trainer:
             "step_seconds": seconds,
             "time": phases,
             "memory": self._memory(),
+            **({} if flow is None else {"pipeline": asdict(flow)}),
         }
 
     def _quarantine(self, result: WindowResult, batch: Sequence[int]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torchspec.core.errors import FeatureStoreError
 from torchspec.core.interfaces.engine import CaptureRequest
 from torchspec.core.interfaces.features import RecordRef
+from torchspec.core.workers.activity import Activity
 from torchspec.core.workers.runner import Landing
 
 
@@ -36,6 +37,7 @@ class Captures:
         self, begin: Callable[[Sequence[CaptureRequest]], list[Future[None]]], landing: Landing | None
     ) -> None:
         self._begin, self._landing = begin, landing
+        self.activity = Activity()
         self._known: dict[str, Capture] = {}
         self._lock = threading.Lock()
 
@@ -45,6 +47,7 @@ class Captures:
             self._sweep()
             new = [request for request in requests if request.record_id not in self._known]
             for request, future in zip(new, self._begin(new) if new else [], strict=True):
+                self._watch(future, len(request.input_ids))
                 callers = max(1, len(request.parts))
                 self._known[request.record_id] = Capture(request=request, future=future, left=callers, until=until)
             found = [self._known[request.record_id] for request in requests]
@@ -60,6 +63,14 @@ class Captures:
                 self._known.pop(capture.request.record_id, None)
                 if not keep:
                     self._drop(capture)
+
+    def _watch(self, future: Future[None], tokens: int) -> None:
+        def done(future: Future[None]) -> None:
+            failed = future.cancelled() or future.exception() is not None
+            self.activity.end(0 if failed else tokens)
+
+        self.activity.begin()
+        future.add_done_callback(done)
 
     def _sweep(self) -> None:
         now = time.monotonic()

@@ -16,6 +16,7 @@ MOST_BYTES = 256 << 20
 """Of one message: the token ids of a batch of very long sequences."""
 
 HELLO, CAPTURE, WRITE, COUNTERS, STOP = "/v1/hello", "/v1/capture", "/v1/write", "/v1/counters", "/v1/stop"
+USAGE = "/v1/usage"
 
 
 class ProtocolError(ValueError):

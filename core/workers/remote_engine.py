@@ -26,6 +26,7 @@ from torchspec.core.interfaces.engine import (
     CaptureRequest,
     DecodeSession,
     EngineOptions,
+    EngineUsage,
     ServedText,
     ServingCounters,
     TargetSpec,
@@ -192,6 +193,14 @@ class RemoteEngine:
             accepted=answer["accepted"],
             per_position=None if positions is None else tuple(positions),
         )
+
+    def usage(self) -> EngineUsage:
+        """See `StreamedEngine`."""
+        try:
+            told = self._connected().client.call(protocol.USAGE, {}, seconds=5.0, what="what it has done")
+        except EngineLostError as error:  # captures will find out, too
+            raise TargetError(str(error)) from error
+        return EngineUsage(**{name: told[name] for name in EngineUsage.__dataclass_fields__})
 
     def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:
         raise TargetError(f"{self.name} cannot be stepped token by token: only backends with `decode` can, such as hf")

@@ -144,6 +144,15 @@ class Worker:
     def counters(self, _: dict[str, Any]) -> dict[str, Any]:
         return asdict(self.runner.counters())
 
+    def usage(self, _: dict[str, Any]) -> dict[str, Any]:
+        """What the engine has done since it started, and what waits to be taken."""
+        held = None if self.delivery is None else self.delivery.usage()
+        return {
+            **self.captures.activity.told(),
+            "records": 0 if held is None else held.records,
+            "nbytes": 0 if held is None else held.nbytes,
+        }
+
     def stop(self, message: dict[str, Any]) -> dict[str, Any]:
         """In order; or with `abort` at once, by a client that has given up on this engine."""
         if message.get("abort"):
@@ -230,6 +239,7 @@ _PATHS = {
     protocol.WRITE: Worker.write,
     protocol.COUNTERS: Worker.counters,
     protocol.STOP: Worker.stop,
+    protocol.USAGE: Worker.usage,
 }
 
 
