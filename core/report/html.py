@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, select_autoescape
 
 from torchspec.core.errors import TorchspecError
-from torchspec.core.report import charts
+from torchspec.core.report import charts, pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class RunRecord:
     config: Row = field(default_factory=dict)
     environment: Row = field(default_factory=dict)
     data: Row = field(default_factory=dict)
+    ledger: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def read_run(run_dir: Path) -> RunRecord:
         config=_object(run_dir / "config.yaml", yaml.safe_load),
         environment=_json(run_dir / "environment.json"),
         data=_json(run_dir / "data.json"),
+        ledger=_json(run_dir / "ledger.json"),
     )
 
 
@@ -207,8 +209,8 @@ def _charts(record: RunRecord) -> list[Chart]:
             "simulated": _series(record.train, "simulated_acceptance_length"),
             "decoded": _series(record.validation, "acceptance_length"),
             **{
-                f"in {name}": _series([row for row in record.served if row.get("engine") == name], "acceptance_length")
-                for name in sorted({str(row.get("engine")) for row in record.served})
+                f"in {name}" if name else "decoded beside the training": _series(rows, "acceptance_length")
+                for name, rows in _by_engine(record.served).items()
             },
         },
         "tokens per round",
@@ -222,11 +224,23 @@ def _charts(record: RunRecord) -> list[Chart]:
     add("Learning rate", "", {"lr": _series(record.train, "lr")}, "", smooth=False)
     add("Gradient norm", "Before clipping.", {"norm": _series(record.train, "grad_norm")}, "")
     add("Throughput", "", {"tokens/s": _series(record.train, "tokens_per_second")}, "tokens/s")
+    add(
+        "Pipeline",
+        pipeline.verdict(record.train),
+        {"trainer waits": pipeline.waiting(record.train), "engines work": pipeline.working(record.train)},
+        "share of the time",
+    )
     where = _time_shares(record.train)
     if where:
         svg = charts.bars(where, x="", y="share of step time", top=1.0)
         drawn.append(Chart(title="Where the time went", note="Mean over all steps.", svg=svg))
     return drawn
+
+
+def _by_engine(rows: list[Row]) -> dict[str, list[Row]]:
+    """Measurements made beside the training; those of our own decoder name no engine."""
+    names = sorted({str(row.get("engine") or "") for row in rows})
+    return {name: [row for row in rows if str(row.get("engine") or "") == name] for name in names}
 
 
 def _time_shares(rows: list[Row]) -> dict[str, float]:
