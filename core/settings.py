@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchspec.core.errors import UnavailableError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -107,6 +109,11 @@ def handed_on(names: Sequence[str] = ("OMP_NUM_THREADS",)) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def take_on(variables: Mapping[str, str]) -> None:
+    """What another process handed on: it holds for this one and those it starts."""
+    os.environ.update(variables)
+
+
 def host_name() -> str:
     """This machine's."""
     return os.uname().nodename
@@ -146,7 +153,13 @@ def engine_environment(*, folders: Sequence[Path]) -> dict[str, str]:
 def visible_devices(variable: str, devices: Sequence[int]) -> str:
     """`variable`'s value for a process that is to see these of the accelerators that this one does."""
     mine = [name for name in os.environ.get(variable, "").split(",") if name]
-    return ",".join(mine[each] if each < len(mine) else str(each) for each in devices)
+    hidden = [each for each in devices if mine and each >= len(mine)]
+    if hidden:
+        raise UnavailableError(
+            f"{variable}={os.environ[variable]} shows {len(mine)} accelerators, and an engine needs those of numbers "
+            f"{', '.join(map(str, devices))}: show more, or ask for fewer engines"
+        )
+    return ",".join(mine[each] if mine else str(each) for each in devices)
 
 
 _OF_A_RANK = frozenset(

@@ -30,14 +30,12 @@ from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.pipeline.assembly import ENGINE, ProgressSink, engine_options
 from torchspec.core.pipeline.capture_config import captured_config, sequence_ranks
 from torchspec.core.pipeline.capture_directory import Kept, claim, kept_records, opened, to_disk
+from torchspec.core.pipeline.capture_groups import cut_of, groups_facts, groups_of
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.offline import features_identity
-from torchspec.core.pipeline.plan_load import draft_of_shapes
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.run_dir import versions
-from torchspec.core.training.capturing import assigned
 from torchspec.core.training.checkpoint_files import sync_directory
-from torchspec.core.training.plan import Cut, Plan, Shares
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.trainer import LEAST_QUARANTINED
 
@@ -84,8 +82,8 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
     identity = features_identity(
         checked.config, checked.algorithm, checked.target, checked.tokenizer, torch_device, data.ingredients
     )
-    cut = _cut(checked)
-    groups = _groups_facts(checked, cut, sequence_ranks(config))
+    cut = cut_of(checked)
+    groups = groups_facts(checked, cut, sequence_ranks(config))
     with opened(checked.config.output) as store:
         claim(store.root, identity, groups, {"versions": versions()})
         kept = kept_records(store, data, progress)
@@ -96,7 +94,7 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
             _check_room(checked, store.root, data, kept, torch_device)
         (store.root / MANIFEST).unlink(missing_ok=True)
         session = _Session(checked, store, data, kept)
-        wanted = [] if len(kept) == len(data) else _groups(checked, cut, sequence_ranks(config), data)
+        wanted = [] if len(kept) == len(data) else groups_of(checked, cut, sequence_ranks(config), data)
         if wanted:
             shutil.rmtree(store.root / ENGINE, ignore_errors=True)
             engine = registry.load_engine(
@@ -213,60 +211,6 @@ class _Session:
                 f"{len(self.lost)} samples could not be captured so far and {len(self.there)} could, so something is "
                 f"wrong with the engine or the target rather than with samples. The last reason: {reason}"
             )
-
-
-def _cut(checked: Checked) -> Cut:
-    """As the trainer's (`Trainer._cut_of`)."""
-    train = checked.config.train
-    if train.tokens_per_rank is None:
-        return Cut(micro_batch_size=train.micro_batch_size)
-    draft = draft_of_shapes(checked.algorithm, checked.target)
-    parameters = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
-    return Cut(
-        micro_batch_size=train.micro_batch_size,
-        row_tokens=train.tokens_per_rank,
-        equal_length=parameters / checked.target.hidden_size,
-    )
-
-
-def _groups_facts(checked: Checked, cut: Cut, ranks: int) -> dict[str, Any]:
-    """JSON: on what the last bits of a feature depend beside the target and the sample."""
-    config = checked.config
-    size = {"micro_batch_size": cut.micro_batch_size}
-    if cut.row_tokens is not None:
-        size = {"row_tokens": cut.row_tokens, "equal_length": round(cut.equal_length)}
-    return {
-        "backend": config.backend,
-        "device": checked.device.name,
-        "seed": config.seed,
-        "batch_size": config.train.batch_size,
-        "bucket_size": config.data.bucket_size,
-        **size,
-        "sequence_ranks": ranks,
-    }
-
-
-def _groups(checked: Checked, cut: Cut, ranks: int, data: TokenDataset) -> list[list[int]]:
-    """Every sample once: what one rank's engine would be asked for together in the first epoch."""
-    config = checked.config
-    plan = Plan(
-        data.lengths,
-        cut,
-        Shares(),
-        batch_size=config.train.batch_size,
-        bucket_size=config.data.bucket_size,
-        seed=config.seed,
-    )
-    groups = []
-    for turn in plan.turns_from(0, plan.steps_per_epoch):
-        indices = turn.micro_batches[0].samples
-        owners = assigned([data[index] for index in indices], ranks)
-        parts = (
-            [index for index, owner in zip(indices, owners, strict=True) if owner == rank] for rank in range(ranks)
-        )
-        groups += [part for part in parts if part]
-    assert sorted(index for group in groups for index in group) == list(range(len(data)))
-    return groups
 
 
 def _check_room(

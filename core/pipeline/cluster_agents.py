@@ -36,7 +36,7 @@ class EngineAgent:
         environment: dict[str, str],
     ) -> None:
         """Returns at once: `state` says how far it is. `host`: the address to listen on, "" for the machine's own."""
-        os.environ.update(environment)
+        settings.take_on(environment)
         self._config, self._device, self._number = read_config(config), device, number
         self._host, self._delivery = host, delivery
         self._engine: StartedEngine | None = None

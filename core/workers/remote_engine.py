@@ -6,6 +6,7 @@ so that one that kills the engine takes no other with it. After three failures a
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 MOST_FAILURES = 3
 BETWEEN_RANKS = 0.5
+LAST_ATTEMPTS = ".last_attempts"
 STORE_SECONDS = 1.0
 """Between two looks for a store that was lost."""
 
@@ -129,7 +131,7 @@ class RemoteEngine:
             # What may have killed an engine twice meets none of the others of which that is so.
             last = any(failures[request.record_id] == MOST_FAILURES - 1 for request in group)
             try:
-                with self._last_attempts if last else nullcontext():
+                with self._alone() if last else nullcontext():
                     failed, lost = self._capture_group(group, failures, sink, found)
             except StoreLostError as error:  # no sample's fault: once more when the store is there again
                 patience = patience or time.monotonic() + self._options.process.start_timeout
@@ -346,6 +348,16 @@ class RemoteEngine:
             else:
                 found[request.record_id] = sink.put(request.record_id, features)
         return failed, self._session is not session  # what it had made went with it
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One last attempt at a time, of all threads and of all ranks of this machine."""
+        directory = self._options.directory
+        with self._last_attempts, ExitStack() as stack:
+            if directory is not None and directory.is_dir():
+                lock = stack.enter_context((directory / LAST_ATTEMPTS).open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _await_store(self, error: StoreLostError, until: float) -> None:
         """A little while; TargetError when it has been gone for too long."""

@@ -94,6 +94,8 @@ class Worker:
         facts, taps = self.runner.facts, len(self.settings.taps)
         row = 8 + 8 + (taps + 1) * facts.hidden_size * facts.itemsize  # id and row sum beside the hidden states
         rows = sum(stop - start for start, stop in request.parts[request.part]) if request.parts else 0
+        if request.parts and self.delivery is self.landing:  # the whole record is there beside its parts
+            rows += -(-len(request.input_ids) // len(request.parts))
         return HEADER_BYTES + (rows or len(request.input_ids)) * row
 
     def _captured(self, request: CaptureRequest, capture: Capture, deadline: float, kept: set[str]) -> dict[str, Any]:

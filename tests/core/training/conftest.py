@@ -42,6 +42,12 @@ def tiny() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def made_up() -> ModuleType:
+    """made_up.py."""
+    return _by_path("made_up")
+
+
+@pytest.fixture(scope="session")
 def run_cells() -> RunCells:
     """run_cells(cells, ranks, results): the results directory, after every cell has run on that many ranks."""
 

@@ -17,7 +17,7 @@ from torchspec.core.interfaces.engine import CaptureRequest, ServedText, Serving
 from torchspec.core.interfaces.features import Features
 from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
 
-DIES, DIES_ONCE, HANGS, REFUSES, SHORT, OTHER = 91, 92, 93, 94, 95, 96
+DIES, DIES_ONCE, HANGS, REFUSES, SHORT, OTHER, WAITS = 91, 92, 93, 94, 95, 96, 97
 
 
 def features_of(input_ids: Sequence[int], taps: tuple[int, ...], hidden: int) -> Features:
@@ -64,6 +64,10 @@ class FakeRunner:
         )
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        if "marks" in self.settings.options:
+            line = json.dumps([[each.record_id, *each.input_ids] for each in samples])
+            with (Path(self.settings.options["marks"]) / "asked").open("a") as asked:
+                asked.write(line + "\n")
         return [self.pool.submit(self._capture, each.record_id, list(each.input_ids)) for each in samples]
 
     def _capture(self, record_id: str, ids: list[int]) -> None:
@@ -74,6 +78,8 @@ class FakeRunner:
             if not mark.exists():
                 mark.write_text("")
                 os._exit(9)
+        while WAITS in ids and not (Path(self.settings.options["marks"]) / "go").exists():
+            time.sleep(0.02)
         if HANGS in ids:
             time.sleep(60)
         if REFUSES in ids:

@@ -61,6 +61,7 @@ def worker_pid(engine: RemoteEngine) -> int:
     assert isinstance(engine._place, Managed)
     state = read_state(engine._place._directory)
     assert state is not None
+    assert state.pid, "0 would be all of our own processes"
     return state.pid
 
 
@@ -120,6 +121,138 @@ def test_a_sample_that_kills_the_engine_is_quarantined_alone(start: Start, fake:
     assert isinstance(second, Quarantined)
     assert second.reason.startswith("failed 3 times, the last time: the fake worker at http://127.0.0.1:")
     check_right(fake, [samples[0], samples[2]], [first, third], store)
+
+
+def asked(marks: Path) -> list[list[list[int]]]:
+    """What the workers were asked to capture together, by the samples' tokens."""
+    path = marks / "asked"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [[ids for _, *ids in json.loads(line)] for line in lines]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_samples_are_asked_for_together_once_more_and_then_alone(
+    start: Start, fake: ModuleType, tmp_path: Path
+) -> None:
+    engine, store = start(options={"marks": str(tmp_path)}), MemoryStore()
+    samples = [[1, 2], [3, fake.DIES], [5, 6]]
+    assert [isinstance(each, Quarantined) for each in ask(engine, samples, store)] == [False, True, False]
+    assert asked(tmp_path) == [samples, samples, [samples[0]], [samples[1]], [samples[2]]]
+
+
+def in_threads(work: Callable[[int], None], count: int) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_an_engine_that_several_threads_lose_is_lost_once(
+    start: Start, fake: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each asks the next engine for its own samples, together as before; and one more is started, not one for each."""
+    engine = start(options={"marks": str(tmp_path)}, directory=tmp_path / "engine")
+    groups = [[[number, fake.WAITS], [number, 7, 8]] for number in range(1, 5)]
+
+    def work(number: int) -> None:
+        store = MemoryStore()
+        check_right(fake, groups[number], ask(engine, groups[number], store), store)
+        done.append(number)
+
+    done: list[int] = []
+    with caplog.at_level(logging.WARNING, logger="torchspec.core.workers.remote_engine"):
+        threads = in_threads(work, len(groups))
+        wait_for(lambda: len(asked(tmp_path)) == len(groups))
+        os.kill(worker_pid(engine), signal.SIGKILL)
+        (tmp_path / "go").touch()
+        for thread in threads:
+            thread.join(60)
+    assert sorted(done) == [0, 1, 2, 3]
+    told = [record for record in caplog.records if record.name == "torchspec.core.workers.remote_engine"]
+    assert len(told) == 1, caplog.text
+    calls = asked(tmp_path)
+    assert sorted(calls[:4]) == sorted(calls[4:]) == groups
+    state = read_state(tmp_path / "engine")
+    assert state is not None
+    assert state.generation == 2
+
+
+def test_a_thread_whose_sample_kills_the_engine_takes_no_other_with_it(
+    start: Start, fake: ModuleType, tmp_path: Path
+) -> None:
+    engine, store = start(), MemoryStore()
+    found: dict[int, list[Captured]] = {}
+    groups = [[[1, fake.DIES], [2]], [[3, 4], [5]]]
+
+    def work(number: int) -> None:
+        batch = [CaptureRequest(record_id=f"{number}-{n}", input_ids=ids) for n, ids in enumerate(groups[number])]
+        found[number] = engine.capture(batch, TAPS, store)
+
+    for thread in in_threads(work, 2):
+        thread.join(60)
+    assert isinstance(found[0][0], Quarantined)
+    check_right(fake, [[2], *groups[1]], [found[0][1], *found[1]], store)
+
+
+PARTS = (((0, 2),), ((1, 3), (4, 5)))
+
+
+def parts_of(ids: Sequence[int], part: int, name: str = "run-0") -> CaptureRequest:
+    return CaptureRequest(record_id=name, input_ids=ids, parts=PARTS, part=part)
+
+
+def check_part(fake: ModuleType, ids: Sequence[int], part: int, found: Sequence[Captured], store: MemoryStore) -> None:
+    (ref,) = found
+    assert isinstance(ref, RecordRef), ref
+    got, whole = store.get(ref), fake.features_of(ids, TAPS, store.get(ref).last_TH.shape[1])
+    rows = [row for start, stop in PARTS[part] for row in range(start, stop)]
+    assert got.input_ids_T.tolist() == [ids[row] for row in rows]
+    assert torch.equal(got.taps_TNH, whole.taps_TNH[rows])
+    assert torch.equal(got.last_TH, whole.last_TH[rows])
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_ranks_take_parts_of_one_capture(
+    engine: Engine, start: Start, fake: ModuleType, tmp_path: Path, killed: bool
+) -> None:
+    """Made once; and once more by the next engine where the first was killed over it."""
+    ranks = [start(options={"marks": str(tmp_path)}, directory=tmp_path / "engine", rank=rank) for rank in range(2)]
+    stores = [MemoryStore(), MemoryStore()]
+    ids = [1, 2, fake.WAITS, 4, 5]
+    found: dict[int, list[Captured]] = {}
+
+    def work(rank: int) -> None:
+        found[rank] = ranks[rank].capture([parts_of(ids, rank)], TAPS, stores[rank])
+
+    threads = in_threads(work, 2)
+    wait_for(lambda: len(asked(tmp_path)) == 1)
+    if killed:
+        os.kill(worker_pid(ranks[0]), signal.SIGKILL)
+    (tmp_path / "go").touch()
+    for thread in threads:
+        thread.join(60)
+    for rank in range(2):
+        check_part(fake, ids, rank, found[rank], stores[rank])
+    session = ranks[0]._session
+    assert session is not None
+    assert session.store is not None
+    if not killed:  # else one of them may have asked the second engine alone, and the other not at all
+        assert asked(tmp_path) == [[ids]]
+        assert session.store.usage().records == 0
+
+
+def test_a_part_of_other_tokens_is_not_let_in(start: Start, fake: ModuleType) -> None:
+    engine, store = start(), MemoryStore()
+    (found,) = engine.capture([parts_of([1, 2, 3, 4, fake.OTHER], 1)], TAPS, store)
+    assert isinstance(found, Quarantined)
+    assert found.reason.endswith("fake captured other tokens than it was given")
+    assert len(store) == 0
 
 
 def test_reasons_of_the_engine_reach_the_quarantine(start: Start, fake: ModuleType) -> None:

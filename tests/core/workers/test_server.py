@@ -18,6 +18,7 @@ import torch
 
 from torchspec.core.errors import TargetError
 from torchspec.core.features.conformance import sample_features
+from torchspec.core.features.memory import MemoryStore
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features, RecordRef
@@ -233,6 +234,23 @@ def test_an_unknown_path(served: Served) -> None:
         (protocol.CAPTURE, {"samples": [{"id": "a", "input_ids": [1.0]}], "seconds": 1}, "list of token ids"),
         (protocol.CAPTURE, {"samples": [{"id": "a", "input_ids": [-1]}], "seconds": 1}, "list of token ids"),
         (protocol.CAPTURE, {"samples": [{"id": "a", "input_ids": [True]}], "seconds": 1}, "list of token ids"),
+        *(
+            (protocol.CAPTURE, {"samples": [{"id": "a", "input_ids": [1, 2, 3], **wrong}], "seconds": 1}, complaint)
+            for wrong, complaint in (
+                ({"parts": [[[0, 1]], [[1, 3]]], "part": 2}, "'part' must be one of 2, got 2"),
+                ({"parts": [[[0, 1]]], "part": -1}, "'part' must be one of 1, got -1"),
+                ({"parts": [[[0, 1]]], "part": True}, "'part' must be one of 1, got True"),
+                ({"parts": [[]]}, "a part must be a list of [start, stop) within 3 tokens, got []"),
+                ({"parts": [[[2, 2]]]}, "within 3 tokens, got [[2, 2]]"),
+                ({"parts": [[[0, 4]]]}, "within 3 tokens, got [[0, 4]]"),
+                ({"parts": [[[-1, 2]]]}, "within 3 tokens, got [[-1, 2]]"),
+                ({"parts": [[[0, 1, 2]]]}, "within 3 tokens, got [[0, 1, 2]]"),
+                ({"parts": [[0, 1]]}, "within 3 tokens, got [0, 1]"),
+                ({"parts": [[[0.0, 1]]]}, "within 3 tokens, got [[0.0, 1]]"),
+                ({"parts": [7]}, "within 3 tokens, got 7"),
+                ({"parts": 7}, "'parts' must be"),
+            )
+        ),
         (protocol.WRITE, {"prompts": [], "seconds": 1}, "'stop' must be"),
         (
             protocol.WRITE,
@@ -287,6 +305,97 @@ def test_good_refused_and_short_samples_of_one_capture(served: Served) -> None:
         assert served.store.get(ref).input_ids_T.tolist() == ids
         served.store.remove(ref)
     assert served.store.usage().records == 0
+
+
+def part_of_sample(part: int, ids: list[int], name: str = "shared-0") -> dict[str, Any]:
+    """Of a sample that two callers share."""
+    return {"id": name, "input_ids": ids, "parts": [[[0, 2], [3, 4]], [[2, len(ids)]]], "part": part}
+
+
+def taken(store: SharedMemoryStore, result: dict[str, Any]) -> Features:
+    """What an answer refers to, out of the store."""
+    ref = RecordRef(record_id=result["id"], length=result["length"], checksum=result["checksum"])
+    found = store.get(ref)
+    store.remove(ref)
+    return found
+
+
+@pytest.mark.parametrize("landing", ["where callers take it from", "in the engine's process"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_callers_of_parts_share_one_capture(served: Served, landing: str, order: tuple[int, int]) -> None:
+    """Each takes the rows that it asked for, and when both have nothing is left of the whole."""
+    assert served.store is not None
+    if landing == "in the engine's process":
+        own = MemoryStore()
+        served.runner.store = served.worker.landing = served.worker.captures._landing = own  # type: ignore[assignment]
+    ids = [10, 11, 12, 13, 14]
+    whole, rows = features(ids), {0: [0, 1, 3], 1: [2, 3, 4]}
+    for number, part in enumerate(order):
+        status, answer = served.ask(protocol.CAPTURE, samples=[part_of_sample(part, ids)], seconds=5)
+        assert status == 200
+        (result,) = answer["results"]
+        held = {RecordRef(record_id=result["id"], length=3, checksum=result["checksum"]): rows[part]}
+        for ref, wanted in held.items():
+            got = served.store.get(ref)
+            assert got.input_ids_T.tolist() == [ids[row] for row in wanted]
+            assert torch.equal(got.taps_TNH, whole.taps_TNH[wanted])
+            assert torch.equal(got.last_TH, whole.last_TH[wanted])
+            served.store.remove(ref)
+        whole_left = 1 - number
+        assert len(served.runner.captured) == 1
+        assert served.store.usage().records + (len(own) if landing == "in the engine's process" else 0) == whole_left
+
+
+def test_callers_who_ask_at_the_same_time(served: Served) -> None:
+    """While the engine is at it; samples without parts between them."""
+    assert served.store is not None
+    ids = [STUCK, 11, 12, 13, 14]
+    answers: dict[int, tuple[int, dict[str, Any]]] = {}
+
+    def call(part: int) -> None:
+        samples = [{"id": f"own-{part}", "input_ids": [7, part]}, part_of_sample(part, ids)]
+        answers[part] = served.ask(protocol.CAPTURE, samples=samples, seconds=10)
+
+    callers = [threading.Thread(target=call, args=(part,)) for part in (0, 1)]
+    for caller in callers:
+        caller.start()
+    deadline = time.monotonic() + 5
+    while len(served.runner.captured) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    served.runner.let_go.set()
+    for caller in callers:
+        caller.join(10)
+    assert sorted(served.runner.captured) == ["own-0", "own-1", "shared-0"]
+    for part, rows in ((0, [0, 1, 3]), (1, [2, 3, 4])):
+        own, shared = answers[part][1]["results"]
+        assert taken(served.store, own).input_ids_T.tolist() == [7, part]
+        assert taken(served.store, shared).input_ids_T.tolist() == [ids[row] for row in rows]
+    assert served.store.usage().records == 0
+
+
+def test_what_cannot_be_captured_is_said_to_both_and_tried_again_under_another_name(served: Served) -> None:
+    ids = [REFUSED, 11, 12, 13]
+    for attempt in range(2):
+        for part in (0, 1):
+            sample = part_of_sample(part, ids, f"shared-{attempt}")
+            _, answer = served.ask(protocol.CAPTURE, samples=[sample], seconds=5)
+            assert answer["results"] == [{"id": f"shared-{attempt}", "reason": "hidden states that are not finite"}]
+
+
+def test_only_a_callers_own_rows_need_room(served: Served) -> None:
+    """What all the callers take together would not fit at once."""
+    assert served.store is not None
+    length = MOST * 8 // 10
+    half = length // 2
+    sample = {"id": "long", "input_ids": [1] * length, "parts": [[[0, half]], [[half, length]]]}
+    own = MemoryStore()
+    served.runner.store = served.worker.landing = served.worker.captures._landing = own  # type: ignore[assignment]
+    for part, rows in ((0, half), (1, length - half)):
+        status, answer = served.ask(protocol.CAPTURE, samples=[{**sample, "part": part}], seconds=1)
+        assert status == 200
+        assert answer["results"][0]["length"] == rows
+    status, answer = served.ask(protocol.CAPTURE, samples=[{**sample, "id": "more", "part": 0}], seconds=0.1)
+    assert status == 507
 
 
 def test_an_engine_that_does_not_come_back(served: Served) -> None:

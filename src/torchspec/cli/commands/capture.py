@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torchspec.core.config.fields import FLAGS
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import ConfigError
 
-OPTIONS = ("target.path", "data.train", "output", "device", "backend", "engine.python", "engine.url", "algorithm")
+OPTIONS = ("target.path", "data.train", "device", "backend", "engine.python", "engine.url", "algorithm")
 
 _INTRODUCTION = """\
 Have the target read every sample of the data and write its hidden states into a directory, one record for each sample.
@@ -56,6 +57,9 @@ class CaptureDisplay(ProgressDisplay):
 def parser() -> Parser:
     made = Parser("capture", _INTRODUCTION, usage="torchspec capture [options] [section.key=value ...]")
     add_options(made, RunConfig, {path: FLAGS[path] for path in OPTIONS})
+    made.add_argument(
+        "--output", metavar="PATH", default=argparse.SUPPRESS, help="the directory of the features [required]"
+    )
     made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, a training's if you like")
     made.epilog = "`torchspec train --help` lists the settings (section.key=value)."
     return made

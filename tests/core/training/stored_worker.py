@@ -1,0 +1,106 @@
+"""Ranks that share sequences and read captured features: `stored_worker.py cells.json results/ ranks port`.
+
+The ranks are forks of one process; each runs every cell: the turns of a plan through a `StoredFeed`. Rank r writes what
+came of a cell to `<name>.<r>.safetensors` and `.json`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed as dist
+
+from torchspec.core import registry
+from torchspec.core.features.manifest import Manifest
+from torchspec.core.parallel import mesh
+from torchspec.core.settings import Launch
+from torchspec.core.training.capturing import Documents
+from torchspec.core.training.plan import Cut, Plan, Shares
+from torchspec.core.training.stored import StoredFeatures, StoredFeed
+
+Cell = dict[str, Any]
+DEADLINE = timedelta(seconds=60)
+
+
+def load_made_up() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("made_up", Path(__file__).with_name("made_up.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["made_up"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(made_up: ModuleType, cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
+    samples = made_up.Ragged(cell["lengths"])
+    plan = Plan(
+        samples.lengths, Cut(**cell["cut"]), Shares(indices=context.captured_with, of=context.data_size),
+        batch_size=cell["batch_size"], bucket_size=1, seed=0,
+    )  # fmt: skip
+    directory = Path(cell["features"])
+    features = StoredFeatures(directory=directory, manifest=Manifest.load(directory), budget=cell["budget"])
+    feed = StoredFeed(made_up.model(cell["halo"]), context, features)
+    feed.start(plan, samples, 0, plan.steps_per_epoch)
+    tensors, turns = {}, []
+    for turn in plan.turns_from(0, plan.steps_per_epoch):
+        loaded = {index: Documents.of(each, samples, turn.some) for index, each in turn.micro_batches.items()}
+        rows, holes = feed.rows(turn, loaded)
+        tensors |= {f"{len(turns)}.{name}": each.contiguous() for name, each in made_up.tensors(rows).items()}
+        mine = loaded[context.data_rank]
+        turns.append({"indices": mine.indices, "packs": mine.packs, "some": turn.some, "holes": holes})
+    feed.close()
+    place = results / f"{cell['name']}.{context.rank}"
+    save_file(tensors, f"{place}.safetensors")
+    place = [context.data_rank, context.sequence_rank]
+    (results / f"{cell['name']}.{context.rank}.json").write_text(json.dumps({"place": place, "turns": turns}))
+
+
+def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    made_up = load_made_up()
+    launch = Launch(rank=rank, local_rank=rank, world_size=ranks)
+    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=DEADLINE)
+    contexts: dict[tuple[int, int], mesh.ParallelContext] = {}
+    for cell in cells:
+        shape = (cell["ulysses"], cell["ring"])
+        if shape not in contexts:
+            contexts[shape] = mesh.start(registry.load_device("cpu"), launch, DEADLINE, ulysses=shape[0], ring=shape[1])
+        run(made_up, cell, results, contexts[shape])
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    cells, results, ranks, port = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *map(int, sys.argv[3:])
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                rank_main(cells, results, rank, ranks, port)
+                code = 0
+            except Exception:  # noqa: BLE001 - a fork must not go on as its parent
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    failed = [child for child in children if os.waitpid(child, 0)[1]]  # all are waited for
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
