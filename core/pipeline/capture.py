@@ -90,9 +90,9 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
         if len(kept) == len(data) and (store.root / MANIFEST).is_file():
             logger.info("every sample of the data is captured in %s", store.root)
             return _outcome(store, len(data), kept, kept, {}, 0)
+        (store.root / MANIFEST).unlink(missing_ok=True)
         if len(kept) < len(data):
             _check_room(checked, store.root, data, kept, torch_device)
-        (store.root / MANIFEST).unlink(missing_ok=True)
         session = _Session(checked, store, data, kept)
         wanted = [] if len(kept) == len(data) else groups_of(checked, cut, sequence_ranks(config), data)
         if wanted:

@@ -288,6 +288,24 @@ def test_a_capture_takes_no_directory_of_something_else(make: Make, tmp_path: Pa
 Disk = namedtuple("Disk", "total used free")
 
 
+@pytest.mark.parametrize("harm", ["damaged", "gone"])
+def test_a_manifest_never_outlives_what_it_promises(
+    make: Make, features: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """Though nothing could be made again."""
+    record = features / "00000007.features.safetensors"
+    content = record.read_bytes()
+    record.unlink()
+    if harm == "damaged":
+        record.write_bytes(flipped(content, -9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(total=0, used=0, free=0))
+    with pytest.raises(FeatureStoreError, match="name an output with more room"):
+        capture(make(features))
+    assert not (features / "manifest.json").exists()
+    with pytest.raises(FeatureStoreError, match="has not finished"):
+        Manifest.load(features)
+
+
 def test_a_disk_without_room_is_known_before_anything_is_captured(
     make: Make, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

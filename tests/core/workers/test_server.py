@@ -467,3 +467,23 @@ def test_only_posts_are_answered(writing: Served) -> None:
     connection.request("GET", protocol.HELLO, headers={"Authorization": f"Bearer {TOKEN}"})
     assert connection.getresponse().status == 501
     connection.close()
+
+
+def test_usage_counts_work_and_what_waits(served: Served) -> None:
+    assert served.store is not None
+    before = served.ask(protocol.USAGE)[1]
+    assert (before["tokens"], before["busy_seconds"], before["records"]) == (0, 0, 0)
+    asked = threading.Thread(target=lambda: served.capture([STUCK, 1, 2], [4, 5]))
+    asked.start()
+    time.sleep(0.3)
+    during = served.ask(protocol.USAGE)[1]
+    assert 0.2 < during["busy_seconds"] <= during["seconds"], "work that goes on counts"
+    assert during["tokens"] == 2, "only what is done"
+    served.runner.let_go.set()
+    asked.join()
+    after = served.ask(protocol.USAGE)[1]
+    assert (after["tokens"], after["records"]) == (5, 2)
+    assert after["nbytes"] > 0
+    served.capture([REFUSED, 1])
+    assert served.ask(protocol.USAGE)[1]["tokens"] == 5, "a sample that failed is no work done"
+    assert served.ask(protocol.USAGE)[1]["busy_seconds"] < served.ask(protocol.USAGE)[1]["seconds"]
