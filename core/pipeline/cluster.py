@@ -237,6 +237,9 @@ class Driver:
             log = str(self.config.output / LOGS / f"rank-{number}.log")
             rank = _Rank(number=number, actor=actor)
             self._ranks.append(rank)
+            if number == 0:
+                metrics = str(self.config.output / run_dir.METRICS)
+                self._ask(actor.export, metrics, self.config.output.name, seconds=120)
             self._ask(actor.start, torchspec_command(["train", *self.words]), environment, place, log, seconds=120)
 
     def _wait(self) -> int:

@@ -19,6 +19,7 @@ from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig, run_schema
 from torchspec.core.interfaces.engine import StartedEngine
 from torchspec.core.pipeline import assembly, hosted, topology
+from torchspec.core.pipeline.exporter import Exporter
 
 TAIL_BYTES = 4000
 
@@ -75,6 +76,7 @@ class RankAgent:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Path | None = None
+        self._exporter: Exporter | None = None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], place: Mapping[str, Any], log: str) -> int:
         """-> its process number. `place`: arguments of `settings.rank_environment`."""
@@ -92,6 +94,10 @@ class RankAgent:
                 start_new_session=True,
             )
         return self._process.pid
+
+    def export(self, metrics: str, run: str) -> None:
+        """The run's figures through Ray's own exporter, as long as this actor lives."""
+        self._exporter = Exporter(Path(metrics), run)
 
     def code(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""

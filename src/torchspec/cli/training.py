@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.core.config.schema import RunConfig
@@ -54,5 +54,21 @@ def latest_figures(metrics: Path) -> str:
         if isinstance(row, dict) and row.get("kind") == "train" and row.get("loss") is not None:
             length = row.get("simulated_acceptance_length")  # null where no text was long enough for a round
             accepted = "" if length is None else f"simulated acceptance {length:.2f}, "
-            return f"loss {row['loss']:.3f}, {accepted}{row['tokens_per_second']:.0f} tokens/s"
+            return f"loss {row['loss']:.3f}, {accepted}{row['tokens_per_second']:.0f} tokens/s{_flow(row)}"
     return ""
+
+
+def _flow(row: dict[str, Any]) -> str:
+    """Of a pipeline: what the trainer waited, what is held for it, what the engines do."""
+    flow = row.get("pipeline")
+    if not flow:
+        return ""
+    waited = row.get("time", {}).get("capture", 0.0) / row["step_seconds"]
+    text = f"; waited {waited:.0%}, {flow['turns_ahead']} passes ahead in {flow['held_bytes'] / 1e6:.0f} MB"
+    engines = flow.get("engines") or []
+    if engines:
+        speed = sum(engine["tokens_per_second"] * engine["busy"] for engine in engines)
+        busy = sum(engine["busy"] for engine in engines) / len(engines)
+        stored = sum(engine["nbytes"] for engine in engines) / 1e6
+        text += f"; engines {speed:.0f} tokens/s, {busy:.0%} busy, {stored:.0f} MB in their stores"
+    return text
