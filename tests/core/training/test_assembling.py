@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -79,6 +79,7 @@ def micro_batches(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
 SHAPES = st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (2, 3)])
 
 
+@settings(deadline=None)  # cores are shared
 @given(micro_batches(), SHAPES, st.integers(0, 5), st.data())
 def test_each_ranks_rows_of_parts_are_those_looked_up(
     made_up: ModuleType,
@@ -104,6 +105,7 @@ def test_each_ranks_rows_of_parts_are_those_looked_up(
         assert (rows.layout, rows.norm_state, rows.sequence) == (layout, "post_norm", sharing)
 
 
+@settings(deadline=None)
 @given(micro_batches(), st.sampled_from(["pre_norm", "post_norm"]), st.data())
 def test_whole_documents_where_nobody_shares(
     made_up: ModuleType, batch: tuple[list[int], list[list[int]]], state: Any, data: st.DataObject

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from torchspec.core.errors import DamagedRecordError, FeatureStoreError, MissingRecordError
+from torchspec.core.errors import DamagedRecordError, FeatureStoreError, MissingRecordError, TargetError
 from torchspec.core.features.directory import SUFFIX, DirectoryStore
 from torchspec.core.features.manifest import Lost, Manifest, record_name
 from torchspec.core.features.stored_rows import read_rows
@@ -247,7 +247,7 @@ def test_a_disk_that_does_not_answer_ends_the_run(
     feed, plan = StoredFeed(made_up.model(0), context, features), plan_of(LENGTHS, CUTS[0])
     feed.start(plan, samples, 0, plan.steps_per_epoch)
     turn = plan.turns(0)[0]
-    with pytest.raises(FeatureStoreError, match="did not bring a record"):
+    with pytest.raises(TargetError, match=f"did not come within 0 s: is the disk of {directory} there"):
         feed.rows(turn, {0: Documents.of(turn.micro_batches[0], samples, turn.some)})
     feed.close()
     features.gate.set()
