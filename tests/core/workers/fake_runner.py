@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,12 @@ class FakeRunner:
             if mark.exists():
                 raise TargetError("it was here before")
             mark.write_text("")
+        if "killed" in settings.options:
+            count = Path(settings.options["killed"][0])
+            times = int(count.read_text()) if count.exists() else 0
+            count.write_text(str(times + 1))
+            if times < settings.options["killed"][1]:
+                os.kill(os.getpid(), signal.SIGKILL)
         if "exits" in settings.options:
             print("the engine says why", flush=True)
             os._exit(3)

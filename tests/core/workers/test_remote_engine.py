@@ -349,6 +349,17 @@ def test_the_token_is_for_this_user_alone(start: Start, tmp_path: Path) -> None:
     assert state.token not in (tmp_path / "fake.log").read_text()
 
 
+def test_one_that_is_killed_while_it_starts_is_started_again(start: Start, fake: ModuleType, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    engine, store = start(options={"killed": [str(count), 2]}), MemoryStore()
+    check_right(fake, [[5, 6]], ask(engine, [[5, 6]], store), store)
+    assert count.read_text() == "3"
+    count.unlink()
+    with pytest.raises(TargetError, match="ended while it started \\(signal SIGKILL\\)"):
+        start(options={"killed": [str(count), 9]})
+    assert count.read_text() == "3", "not for ever"
+
+
 def test_it_gives_up_when_the_next_one_does_not_start(start: Start, tmp_path: Path) -> None:
     """For every rank, with the reason."""
     marks = tmp_path / "marks"
