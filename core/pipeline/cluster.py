@@ -99,6 +99,7 @@ def _connect(ray: Any, config: RunConfig, engines: int, trainers: int) -> None:
         need += trainers * config.ray.cpus_per_trainer
         cpus = max(settings.cores(), int(need) + 1)
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        options["_system_config"] = {"worker_niceness": 0}  # what runs below its actors is the run itself
     else:
         options["address"] = config.ray.address
     try:
@@ -198,7 +199,7 @@ class Driver:
 
     def _await_room(self, wants: Sequence[Mapping[str, float]]) -> None:
         ready, start, seconds = self._group.ready(), time.monotonic(), self.config.ray.start_timeout
-        while not self.ray.wait([ready], timeout=BETWEEN_WORDS)[0]:
+        while not self.ray.wait([ready], timeout=min(BETWEEN_WORDS, seconds))[0]:
             passed = time.monotonic() - start
             total = {name: sum(want.get(name, 0) for want in wants) for want in wants for name in want}
             there = {name: count for name, count in self.ray.cluster_resources().items() if name in total}

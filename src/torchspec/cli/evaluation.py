@@ -15,6 +15,7 @@ from torchspec.cli.target import Target
 from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, Variant, best_length, compare
 from torchspec.core.decoding.measure import PromptLike
 from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
+from torchspec.core.errors import CheckpointError
 from torchspec.core.export.layout import CONFIG, read_draft
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
@@ -92,7 +93,11 @@ def _draft(given: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
         return read_draft(given, target)
     from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild
 
-    rebuilt = rebuild(find_checkpoint(given), target=target.path, trust_remote_code=target.trust_remote_code)
+    try:
+        checkpoint = find_checkpoint(given)
+    except CheckpointError as error:
+        raise CheckpointError(f"{given} has no {CONFIG}, so it is no exported draft; and {error}") from error
+    rebuilt = rebuild(checkpoint, target=target.path, trust_remote_code=target.trust_remote_code)
     return rebuilt.algorithm, rebuilt.draft
 
 

@@ -24,15 +24,17 @@ LIMIT = 240.0
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
-@pytest.fixture
-def start(tiny_target: Path, conversations: Path, tmp_path: Path) -> Start:
+@pytest.fixture(scope="module")
+def start(tiny_target: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """start(output, words...): `torchspec train` of 12 steps in a process of its own; its log is OUTPUT.log."""
+
+    cache = tmp_path_factory.mktemp("cache")
 
     def run(output: Path, *words: str) -> subprocess.Popen[bytes]:
         settings = [
             "--device=cpu", f"--target={tiny_target}", f"--data={conversations / 'train.jsonl'}", f"--output={output}",
             "train.batch_size=4", "train.micro_batch_size=2", "train.epochs=3", "train.checkpoint_every=2",
-            "draft.vocab_size=128", "draft.unroll=2", f"data.cache_dir={tmp_path / 'cache'}",
+            "draft.vocab_size=128", "draft.unroll=2", f"data.cache_dir={cache}",
         ]  # fmt: skip
         with Path(f"{output}.log").open("ab") as log:
             return subprocess.Popen(
@@ -45,6 +47,14 @@ def start(tiny_target: Path, conversations: Path, tmp_path: Path) -> Start:
             )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def alone(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    assert ended(start(output), output)[0] == 0
+    return output
 
 
 def ended(process: subprocess.Popen[bytes], output: Path) -> tuple[int, str]:
@@ -85,10 +95,9 @@ def check_ledger(output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_numbers_and_a_rank_and_an_engine_that_are_killed(start: Start, tmp_path: Path) -> None:
+def test_the_same_numbers_and_a_rank_and_an_engine_that_are_killed(start: Start, alone: Path, tmp_path: Path) -> None:
     pytest.importorskip("mooncake.store", exc_type=ImportError, reason='pip install "torchspec[mooncake]"')
-    alone, apart = tmp_path / "alone", tmp_path / "apart"
-    assert ended(start(alone), alone)[0] == 0
+    apart = tmp_path / "apart"
     words = ("--topology=disaggregated", "--engines=2", "pipeline.store=mooncake", "engine.store_mb=64")
     process = start(apart, *words, "pipeline.prefetch_mb=1")
     metrics = apart / "metrics.jsonl"
@@ -107,10 +116,11 @@ def test_the_same_numbers_and_a_rank_and_an_engine_that_are_killed(start: Start,
 
 
 @pytest.mark.slow
-def test_a_signal_stops_it_with_a_checkpoint_and_the_same_command_goes_on(start: Start, tmp_path: Path) -> None:
-    alone, apart = tmp_path / "alone", tmp_path / "apart"
-    assert ended(start(alone, "--nproc=2"), alone)[0] == 0
-    words = ("--topology=disaggregated", "--trainers=2")
+def test_a_signal_stops_it_with_a_checkpoint_and_the_same_command_goes_on(
+    start: Start, alone: Path, tmp_path: Path
+) -> None:
+    apart = tmp_path / "apart"
+    words = ("--topology=disaggregated",)
     process = start(apart, *words)
     wait_for(lambda: (apart / "metrics.jsonl").exists() and (apart / "metrics.jsonl").read_text(), process)
     process.send_signal(signal.SIGTERM)
