@@ -61,9 +61,6 @@ class EngineAgent:
             return "failed", self._error
         return ("ready" if self._engine is not None else "starting"), ""
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def close(self) -> None:
         self._thread.join(timeout=1.0)
         if self._engine is not None:
