@@ -35,10 +35,11 @@ def main() -> int:
         data = write_conversations(place / "data.jsonl", options.steps * 4, 300)
         common = [
             "--device", "cpu", "--target", "embedded", "--data", str(data), "train.batch_size=4",
-            "train.micro_batch_size=4", f"train.max_steps={options.steps}", "train.checkpoint_every=1000",
-            "data.max_length=1024", "draft.vocab_size=2000", f"data.cache_dir={place / 'cache'}",
+            "train.micro_batch_size=4", "data.max_length=1024", "draft.vocab_size=2000",
+            f"data.cache_dir={place / 'cache'}",
         ]  # fmt: skip
         captured = train(place / "features", common, command="capture")
+        common += [f"train.max_steps={options.steps}", "train.checkpoint_every=1000"]
         cases = {
             "inprocess": (1, ()),
             "colocated, engine and trainer on one thread": (1, ("--topology", "colocated")),

@@ -20,6 +20,7 @@ FLAGS = {
     "pipeline.engines": "--engines",
     "engine.tensor_parallel": "--engine-tp",
     "pipeline.trainers": "--trainers",
+    "on_policy.enabled": "--on-policy",
     "engine.python": "--engine-python",
     "engine.url": "--engine-url",
     "algorithm": "--algorithm",

@@ -178,6 +178,20 @@ class PipelineConfig(Section):
     )
 
 
+class OnPolicyConfig(Section):
+    """Answers that the target writes while the draft is trained, in place of those of the data."""
+
+    enabled: bool = Field(
+        False, description="learn from what the target writes now; the data bring the prompts (docs/on-policy.md)"
+    )
+    max_new_tokens: Positive = Field(512, description="tokens of an answer, as far as data.max_length has room")
+    temperature: Temperature = Field(0.0, description="0: greedy")
+    draft_length: Annotated[int, Field(ge=0)] = Field(
+        0, description="tokens that the draft of the training drafts per round (chain); 0: the target writes alone"
+    )
+    push_every: Positive = Field(50, description="steps between handing the draft to those that write with it")
+
+
 class RayConfig(Section):
     """The cluster on which a disaggregated run places its processes."""
 
@@ -243,6 +257,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
     pipeline: PipelineConfig = Field(default_factory=lambda: PipelineConfig())
+    on_policy: OnPolicyConfig = Field(default_factory=lambda: OnPolicyConfig())
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
     mooncake: MooncakeConfig = Field(default_factory=lambda: MooncakeConfig())
     parallel: ParallelConfig = Field(default_factory=lambda: ParallelConfig())

@@ -65,7 +65,9 @@ def ingredients(
 
 def treatment(tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings) -> dict[str, Any]:
     """Of the ingredients those that are known without reading the files."""
-    relevant = {name: value for name, value in asdict(settings).items() if name != "cache_dir"}
+    relevant = {name: value for name, value in asdict(settings).items() if name not in ("cache_dir", "answer_tokens")}
+    if settings.answer_tokens is not None:
+        relevant["prompts"] = True
     return {
         "rules": _RULES_VERSION,
         "format": FORMAT_VERSION,

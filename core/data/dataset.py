@@ -11,6 +11,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,15 @@ from torchspec.core.data.token_file import (
 from torchspec.core.data.tokenise import tokenise
 from torchspec.core.interfaces.algorithm import TrainingSample
 
-__all__ = ["DataReport", "DatasetSettings", "Prompt", "TokenDataset", "load_dataset", "load_prompts"]
+__all__ = [
+    "DataReport",
+    "DatasetSettings",
+    "Prompt",
+    "TokenDataset",
+    "load_dataset",
+    "load_prompts",
+    "planned_lengths",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +49,19 @@ logger = logging.getLogger(__name__)
 class TokenDataset(Dataset[TrainingSample]):
     """Tokenised samples in the order of the files, read from the cache when asked for.
 
-    lengths          tokens of each sample
+    lengths          tokens of each sample; of a prompt, with its answer as long as it may become
     report           what became of the rows
     token_counts_V   int64, how often each id is supervised, for choosing a draft vocabulary
     ingredients      everything the data depends on, as JSON
     fingerprint      its hex digest; equal digests mean equal samples
     """
 
-    def __init__(self, data: TokenData, files: tuple[Path, ...], ingredients: dict[str, Any]) -> None:
+    def __init__(
+        self, data: TokenData, files: tuple[Path, ...], ingredients: dict[str, Any], settings: DatasetSettings
+    ) -> None:
         self._data = data
         self._bounds: list[int] = data.offsets.tolist()
-        self.lengths: list[int] = data.offsets.diff().tolist()
+        self.lengths: list[int] = planned_lengths(data.offsets, settings).tolist()
         self.report = DataReport.from_json(data.facts, files)
         self.token_counts_V: Tensor = data.token_counts_V
         self.ingredients = ingredients
@@ -68,6 +79,14 @@ class TokenDataset(Dataset[TrainingSample]):
             input_ids_T=self._data.input_ids[part].long(),
             loss_mask_T=self._data.loss_mask[part].bool(),
         )
+
+
+def planned_lengths(offsets: Tensor, settings: DatasetSettings) -> Tensor:
+    """int64, of each sample, from where they begin and end."""
+    lengths: Tensor = offsets.diff()
+    return (
+        lengths if settings.answer_tokens is None else (lengths + settings.answer_tokens).clamp_max(settings.max_length)
+    )
 
 
 def load_dataset(
@@ -100,7 +119,7 @@ def load_dataset(
         columns = {column: Column(letters, None) for column, letters in COLUMNS.items()}
         facts = _fill(columns, reader, tokenizer, settings, progress)
         data = in_memory(columns, facts)
-    dataset = TokenDataset(data, reader.files, facts_of_data)
+    dataset = TokenDataset(data, reader.files, facts_of_data, settings)
     if dataset.report.bad_count or dataset.report.filtered:
         logger.warning("%s", dataset.report.describe())
     return dataset
@@ -117,15 +136,14 @@ def _fill(
     renderer = Renderer(tokenizer, settings.last_turn_only)
     tally, unique, sample_ids, lengths = Tally(), UniqueIds(), [], []
     counts_V = np.zeros(renderer.id_limit, dtype=np.int64)
-    for outcome in tokenise(reader, renderer, renderer.prepare, progress):
+    prompts = settings.answer_tokens is not None
+    for outcome in tokenise(reader, renderer, renderer.prompt if prompts else renderer.prepare, progress):
         if isinstance(outcome, BadRow):
             tally.refuse(outcome)
             continue
         row, whole = outcome
-        sample = Rendered(
-            input_ids=whole.input_ids[: settings.max_length], loss_mask=whole.loss_mask[: settings.max_length]
-        )
-        if sample.loss_mask.sum() < settings.min_supervised_tokens:
+        sample = whole if prompts else _cut(whole, settings)
+        if not _usable(sample, settings):
             tally.filtered += 1
             continue
         tally.keep(sample)
@@ -137,14 +155,36 @@ def _fill(
         lengths.append(sample.input_ids.size)
     report = tally.report()
     if not sample_ids:
-        raise nothing_left(
-            report,
-            f"have fewer than {settings.min_supervised_tokens} supervised tokens in the first {settings.max_length}",
-        )
+        few = f"have fewer than {settings.min_supervised_tokens} supervised tokens in the first {settings.max_length}"
+        raise nothing_left(report, f"leave no room for an answer in {settings.max_length} tokens" if prompts else few)
+    if prompts:
+        _count_answers(counts_V, RowReader(reader.files), renderer, settings)
     columns["offsets"].append(np.cumsum([0, *lengths]))
     columns["token_counts"].append(counts_V)
     columns["sample_ids"].append(np.frombuffer(json.dumps(sample_ids).encode(), dtype=np.uint8))
     return report.to_json(reader.files)
+
+
+def _cut(whole: Rendered, settings: DatasetSettings) -> Rendered:
+    first = slice(settings.max_length)
+    return Rendered(input_ids=whole.input_ids[first], loss_mask=whole.loss_mask[first])
+
+
+def _usable(sample: Rendered, settings: DatasetSettings) -> bool:
+    """Enough of it is supervised; of a prompt, enough can be. A prompt is never cut: it would ask something else."""
+    if settings.answer_tokens is None:
+        return bool(sample.loss_mask.sum() >= settings.min_supervised_tokens)
+    return sample.input_ids.size + settings.min_supervised_tokens <= settings.max_length
+
+
+def _count_answers(
+    counts_V: npt.NDArray[np.int64], reader: RowReader, renderer: Renderer, settings: DatasetSettings
+) -> None:
+    """How often each id is in the answers that the data do hold: the best that is known of those to come."""
+    for outcome in tokenise(reader, renderer, renderer.prepare, None):
+        if not isinstance(outcome, BadRow):
+            sample = _cut(outcome[1], settings)
+            np.add.at(counts_V, sample.input_ids[sample.loss_mask], 1)
 
 
 def _columns(stack: ExitStack, directory: Path) -> dict[str, Column]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchspec.core.config.schema import DataConfig
+from torchspec.core.config.schema import DataConfig, RunConfig
 from torchspec.core.data.chat import LastTurnOnly, Rendered
 from torchspec.core.data.rows import BadRow
 from torchspec.core.errors import DataError
@@ -24,13 +24,21 @@ class DatasetSettings:
     """Which part of the data is used.
 
     `last_turn_only` concerns conversations: pre-rendered and tokenised rows have no turns and keep their whole mask.
-    `cache_dir` None is the user's cache.
+    `answer_tokens`: samples are prompts alone, whose answers of at most so many tokens are written later; None: they
+    are whole and have their answers. `cache_dir` None is the user's cache.
     """
 
     max_length: int = 2048
     min_supervised_tokens: int = 1
     last_turn_only: LastTurnOnly = "auto"
+    answer_tokens: int | None = None
     cache_dir: Path | None = None
+
+    @classmethod
+    def of_training(cls, config: RunConfig) -> DatasetSettings:
+        """Of what a run trains on."""
+        written = config.on_policy
+        return replace(cls.from_config(config.data), answer_tokens=written.max_new_tokens if written.enabled else None)
 
     @classmethod
     def from_config(cls, config: DataConfig) -> DatasetSettings:

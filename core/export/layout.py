@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,14 @@ def write_draft(
     hold this draft, CheckpointError when the written files fail the check or cannot be written.
     """
     check_replaceable(directory)
-    state = {name: _stored(tensor, dtype) for name, tensor in draft.state_dict().items()}
-    files = algorithm.to_files(state, layout)
+    files = algorithm.to_files(stored_state(draft.state_dict(), dtype), layout)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write a draft into {directory.parent}: {error.strerror}") from error
     try:
-        save_tensors(files.tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
+        save_files(files, aside)
         outcome = check_files(algorithm, draft, read_files(aside), context.head, context.device, context.probe)
         _open_to_readers(aside)
         _replace(aside, directory)
@@ -81,6 +80,17 @@ def write_draft(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return outcome
+
+
+def stored_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """As files hold it: copies on the CPU, contiguous, floating tensors in `dtype`."""
+    return {name: _stored(tensor, dtype) for name, tensor in state.items()}
+
+
+def save_files(files: DraftFiles, directory: Path) -> None:
+    """What `read_files` reads."""
+    save_tensors(files.tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(files.config, indent=2) + "\n")
 
 
 def check_replaceable(directory: Path) -> None:
@@ -166,7 +176,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU and contiguous; floating tensors in `dtype`."""
     kept = tensor.detach().cpu()
     return (kept.to(dtype) if kept.is_floating_point() else kept).clone().contiguous()
 

@@ -51,8 +51,8 @@ class PooledStore:
     must be let go before that process frees it.
 
     What `get` verifies: the record's own file in full (ids, facts, row sums, checksum), the buffer's generation, and
-    the content of 16 rows spread over the record, first and last included. A full reading costs half as much as the
-    copy and finds what memory of one machine does not do: change by itself.
+    the content of 16 rows spread over the record, first and last included. To sum up all of them costs half as much as
+    the copy, and finds what memory of one machine does not do: change by itself.
     """
 
     def __init__(self, memory: SharedMemory, *, root: Path | None = None, capacity: int | None = None) -> None:
@@ -187,9 +187,9 @@ class PooledStore:
         self._home.close()
 
     def _write(self, path: Path, record_id: str, features: Features, buffer: Buffer) -> RecordRef:
-        sums_T = fill(buffer, features)
+        sums_R = fill(buffer, features)
         self._memory.synchronize()
-        content, digest = written(record_id, buffer, features, sums_T)
+        content, digest = written(record_id, buffer, features, sums_R)
         aside = self.root / f"{secrets.token_hex(8)}.aside"
         try:
             aside.write_bytes(content)
@@ -202,7 +202,7 @@ class PooledStore:
             raise
         finally:
             aside.unlink(missing_ok=True)
-        return RecordRef(record_id=record_id, length=len(sums_T), checksum=digest)
+        return RecordRef(record_id=record_id, length=len(features.last_TH), checksum=digest)
 
     def _read(self, record: Record, let_go: Callable[[], None]) -> Features:
         if self._memory.reads_in_place:

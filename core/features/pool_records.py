@@ -1,9 +1,9 @@
 """A record of a pool: its tensors in a buffer, and the file that says what they are.
 
 A buffer begins with its generation, then come the taps and the last hidden states. The file is a line of JSON and then
-the ids and the row sums, both int64 [T].
+the ids [T] and the row sums of R rows spread over the record, first and last included, all int64.
 
-Shape letters: T tokens of the sample, N taps, H target hidden size, R rows that are looked at, U bytes.
+Shape letters: T tokens of the sample, N taps, H target hidden size, R rows that are summed, U bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +22,9 @@ from torchspec.core.features.checksums import checksum, row_sums
 from torchspec.core.features.pool_buffers import Buffer
 from torchspec.core.interfaces.features import Features, RecordRef
 
-FORMAT = 1
+FORMAT = 2
 _ALIGNMENT = 64  # of each tensor; the first so many bytes of a buffer hold its generation
-_CHUNK_BYTES = 1 << 19  # summed while a cache has them; fewer cost more calls than they save
 _SAMPLED_ROWS = 16
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -37,15 +34,19 @@ def record_bytes(features: Features) -> int:
 
 
 def fill(buffer: Buffer, features: Features) -> Tensor:
-    """Copy a record into its buffer -> its row sums [T], on the host. On an accelerator the copy is only queued."""
+    """Copy a record into its buffer -> the row sums [R] of the copy. On an accelerator both are only queued."""
     buffer.memory_U[:8].view(torch.int64).fill_(buffer.generation)
     shape = (*features.taps_TNH.shape[:2], features.last_TH.shape[1])
-    return _copied(features, *_views(buffer.memory_U, shape, features.last_TH.dtype))
+    taps_TNH, last_TH = _views(buffer.memory_U, shape, features.last_TH.dtype)
+    taps_TNH.copy_(features.taps_TNH)
+    last_TH.copy_(features.last_TH)
+    return _sums(replace(features, taps_TNH=taps_TNH, last_TH=last_TH))
 
 
-def written(record_id: str, buffer: Buffer, features: Features, sums_T: Tensor) -> tuple[bytes, str]:
+def written(record_id: str, buffer: Buffer, features: Features, sums_R: Tensor) -> tuple[bytes, str]:
     """-> the content of the record's file, the record's checksum."""
-    digest = checksum(features, sums_T)
+    sums_R = sums_R.cpu()
+    digest = checksum(features, sums_R)
     facts = {
         "format": FORMAT,
         "record_id": record_id,
@@ -59,7 +60,7 @@ def written(record_id: str, buffer: Buffer, features: Features, sums_T: Tensor) 
         "norm_state": features.norm_state,
         "checksum": digest,
     }
-    rows = torch.stack([features.input_ids_T.detach().cpu(), sums_T]).numpy().tobytes()
+    rows = torch.cat([features.input_ids_T.detach().cpu(), sums_R]).numpy().tobytes()
     return json.dumps(facts).encode() + b"\n" + rows, digest
 
 
@@ -71,7 +72,7 @@ class Record:
     handle: str
     facts: dict[str, Any]
     input_ids_T: Tensor
-    sums_T: Tensor
+    sums_R: Tensor
 
     @classmethod
     def of(cls, data: bytes) -> Record:
@@ -80,11 +81,15 @@ class Record:
         if facts["format"] != FORMAT:
             raise ValueError(f"it is of format {facts['format']}, this torchspec reads {FORMAT}")
         length = int(facts["shape"][0])
-        if length < 1 or len(rest) != 16 * length:
+        if length < 1 or len(rest) != 8 * (length + min(length, _SAMPLED_ROWS)):
             raise ValueError(f"{len(rest)} bytes of ids and row sums for {length} tokens")
-        ids_T, sums_T = torch.frombuffer(bytearray(rest), dtype=torch.int64).view(2, length)
+        numbers = torch.frombuffer(bytearray(rest), dtype=torch.int64)
         return cls(
-            buffer=int(facts["buffer"]), handle=str(facts["handle"]), facts=facts, input_ids_T=ids_T, sums_T=sums_T
+            buffer=int(facts["buffer"]),
+            handle=str(facts["handle"]),
+            facts=facts,
+            input_ids_T=numbers[:length],
+            sums_R=numbers[length:],
         )
 
     def check(self, ref: RecordRef, path: Path) -> None:
@@ -118,15 +123,8 @@ class Record:
         return features
 
     def check_content(self, features: Features, path: Path) -> None:
-        length = len(self.input_ids_T)
-        count = min(length, _SAMPLED_ROWS)
-        rows_R = torch.arange(count) * (length - 1) // max(count - 1, 1)
-        at_R = rows_R.to(features.last_TH.device)
-        taps_RNH, last_RH = (each.index_select(0, at_R) for each in (features.taps_TNH, features.last_TH))
-        sample = replace(features, taps_TNH=taps_RNH, last_TH=last_RH)
-        if checksum(features, self.sums_T) != self.facts["checksum"] or not torch.equal(
-            row_sums(sample).cpu(), self.sums_T[rows_R]
-        ):
+        whole = checksum(features, self.sums_R) == self.facts["checksum"]
+        if not whole or not torch.equal(_sums(features).cpu(), self.sums_R):
             raise DamagedRecordError(
                 f"record {self.facts['record_id']!r} in {path} changed since it was written (checksum)"
             )
@@ -149,25 +147,10 @@ def _views(memory_U: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) ->
     return taps_TNH, last_TH
 
 
-def _copied(features: Features, taps_TNH: Tensor, last_TH: Tensor) -> Tensor:
-    """Copy into a buffer's views -> the row sums [T], on the host; a CPU adds up what its cache still has."""
-    pairs = [(features.taps_TNH, taps_TNH), (features.last_TH, last_TH)]
-    in_cache = features.last_TH.device.type == taps_TNH.device.type == "cpu"
-    if not in_cache or any(to[0].nbytes % 8 for _, to in pairs):
-        for given, to in pairs:
-            to.copy_(given)
-        return row_sums(features).cpu()
-    sums_T, part_T = np.zeros((2, len(last_TH)), dtype=np.int64)
-    for given, to in pairs:
-        if not to.numel():
-            continue
-        whole = _INTEGERS[to.dtype.itemsize]  # numpy, whose calls cost least, has no bfloat16
-        source, target = given.view(whole).numpy(), to.view(whole).numpy()
-        words = to.flatten(1).view(torch.int64).numpy()
-        rows = max(1, _CHUNK_BYTES // words[0].nbytes)
-        for first in range(0, len(words), rows):
-            piece = slice(first, first + rows)
-            target[piece] = source[piece]
-            np.add.reduce(words[piece], axis=1, out=part_T[piece])
-        sums_T += part_T
-    return torch.from_numpy(sums_T)
+def _sums(features: Features) -> Tensor:
+    """Row sums [R], on the features' device."""
+    length = len(features.last_TH)
+    count = min(length, _SAMPLED_ROWS)
+    rows_R = (torch.arange(count) * (length - 1) // max(count - 1, 1)).to(features.last_TH.device)
+    taps_RNH, last_RH = (each.index_select(0, rows_R) for each in (features.taps_TNH, features.last_TH))
+    return row_sums(replace(features, taps_TNH=taps_RNH, last_TH=last_RH))

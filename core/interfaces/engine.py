@@ -200,6 +200,17 @@ class ServedText:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftSource:
+    """Where a training leaves the draft that it trains (`core.decoding.pushed`), for the target to write with.
+
+    `length`: tokens drafted per round.
+    """
+
+    directory: Path
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServingCounters:
     """A serving engine's own counters: drafting rounds, drafted and accepted tokens, and rounds per position that
     accepted at least so many (None where it does not count them)."""
@@ -230,8 +241,8 @@ class ServingEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineUsage:
-    """Of an engine in a worker since it started: seconds, those in which it had work, captured tokens; and the records
-    and bytes of features that wait there to be taken."""
+    """Of an engine in a worker since it started: seconds, those in which it had work, tokens captured or written; and
+    the records and bytes of features that wait there to be taken."""
 
     seconds: float
     busy_seconds: float
@@ -241,10 +252,22 @@ class EngineUsage:
 
 
 class StreamedEngine(TargetEngine, Protocol):
-    """An engine in a worker, from which several threads may capture. `room`: bytes of features that may wait there."""
+    """An engine in a worker, which several threads may ask. `room`: bytes of features that may wait there."""
 
     @property
     def room(self) -> int: ...
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        source: DraftSource | None = None,
+    ) -> list[ServedText]:
+        """As `generate`; with the newest draft of `source`, if there is one by now. TargetError where it cannot."""
+        ...
 
     def usage(self) -> EngineUsage:
         """TargetError when it cannot say now."""

@@ -8,7 +8,9 @@ from importlib import metadata
 from typing import Any
 
 from torchspec.core import registry, settings
-from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, StreamedEngine
+from torchspec.core.decoding.pushed import PushedDraft
+from torchspec.core.interfaces.engine import DraftSource, EngineOptions, StartedEngine, StreamedEngine
+from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import starting
 from torchspec.core.workers.hosted import HostedRunner
@@ -45,7 +47,21 @@ def make_runner(wanted: WorkerSettings) -> HostedRunner:
         vocab_size=spec.vocab_size,
         norm_state="post_norm",
     )
-    return HostedRunner(engine, wanted.taps, facts)
+
+    def follow(source: DraftSource) -> PushedDraft:
+        dtype = running_dtype(wanted.dtype, spec.dtype, torch_device)
+        return PushedDraft(
+            source.directory,
+            spec,
+            lambda: load_target_head(
+                wanted.target, dtype=dtype, device=torch_device, trust_remote_code=wanted.trust_remote_code
+            ),
+            device,
+            torch_device,
+        )
+
+    stepped = "decode" in registry.backends().spec(name).capabilities
+    return HostedRunner(engine, wanted.taps, facts, follow if stepped else None)
 
 
 def start(backend: str, options: EngineOptions) -> StartedEngine:

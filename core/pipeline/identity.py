@@ -53,7 +53,7 @@ def known_facts(
     known = _known_identity(config, algorithm, target)
     facts: dict[str, Any] = {"identity": {**(saved.get("identity") or {}), **known}}
     if "data" in saved:
-        treatment = cache.treatment(tokenizer, DatasetSettings.from_config(config.data))
+        treatment = cache.treatment(tokenizer, DatasetSettings.of_training(config))
         facts["data"] = {**saved["data"], **_plain(treatment), "files": [file.name for file in config.data.train]}
     return facts
 

@@ -111,7 +111,7 @@ def _train_in(
         longest = max(map(int, data.train.lengths))
         model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context, longest))
         setup = assembly.build_setup(config, model, target, data, start, context, progress)
-        feed = context.agree(lambda: assembly.build_feed(model, target, context))
+        feed = context.agree(lambda: assembly.build_feed(config, model, target, context))
         trainer = Trainer(model, data.train, setup, context, feed)
         if resumed is not None:
             trainer.resume(resumed)
@@ -139,7 +139,7 @@ def _train_in(
 def _tell_changes(resumed: Path, facts: dict[str, Any]) -> None:
     """Settings that may change between sessions, such as a longer run, are used and named."""
     saved = checkpoint_files.read_json(resumed / checkpoint.DRAFT)["config"]
-    for section in ("train", "parallel", "eval", "precision", "target"):
+    for section in ("train", "parallel", "eval", "precision", "target", "on_policy"):
         for line in checkpoint.differences(saved.get(section), facts["config"].get(section), section):
             logger.warning("changed since the checkpoint and used from here on: %s", line)
 

@@ -14,7 +14,7 @@ from torchspec.core import registry
 from torchspec.core.attention.volume import Traffic
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.data import cache
-from torchspec.core.data.dataset import DatasetSettings
+from torchspec.core.data.dataset import DatasetSettings, planned_lengths
 from torchspec.core.data.rows import RowReader
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import Device, DeviceSpec
@@ -142,10 +142,10 @@ def subject_of(
 
 def cached_lengths(config: RunConfig, reader: RowReader, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
     """Tokens of every sample, if the data have been tokenised with these settings before."""
-    reading = DatasetSettings.from_config(config.data)
+    reading = DatasetSettings.of_training(config)
     entry = cache.entry_path(reading, cache.fingerprint(reader.files, tokenizer, reading, None))
     cached = cache.find(entry, None) if entry.exists() else None
-    return None if cached is None else cached.offsets.diff()
+    return None if cached is None else planned_lengths(cached.offsets, reading)
 
 
 def lengths_of(lengths: torch.Tensor | None) -> Lengths | None:

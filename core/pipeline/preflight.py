@@ -32,6 +32,7 @@ from torchspec.core.pipeline.assembly import create_algorithm, initial_path
 from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
 from torchspec.core.pipeline.identity import known_facts
 from torchspec.core.pipeline.offline import check_stored
+from torchspec.core.pipeline.on_policy import on_policy_problems
 from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.plan_advice import memory_problems
 from torchspec.core.pipeline.plan_load import Lengths, Subject, cached_lengths, lengths_of, subject_of
@@ -115,6 +116,7 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
         _check_initial(config, algorithm, target, problems)
         config, sources = _fit_length(config, target, problems)
     problems += topology_problems(config, device, backend)
+    problems += on_policy_problems(config, backend)
     problems += parallel_problems(config, ranks.all, algorithm=algorithm, backend=backend, target=target)
     if tokenizer is not None:
         own = config.target.chat_template is None
@@ -176,7 +178,10 @@ def _check_head(target: TargetSpec) -> None:
 def _check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """One of the first conversations rendered; rows that the template refuses are for the report on the data."""
     renderer = Renderer(tokenizer)
-    for files, prepare in ((config.data.train, renderer.prepare), (config.data.validation, renderer.prompt)):
+    for files, prepare in (
+        (config.data.train, renderer.prompt if config.on_policy.enabled else renderer.prepare),
+        (config.data.validation, renderer.prompt),
+    ):
         row = _first_conversation(files)
         if row is not None:
             with suppress(RowError):

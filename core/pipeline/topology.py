@@ -16,6 +16,7 @@ from torchspec.core.pipeline.topology_fit import choose_store, engines_in_all
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.streaming import StreamingFeed
+from torchspec.core.training.written import Writing
 
 PREFETCH_MB = 500
 ATTEMPTS = 3
@@ -31,8 +32,8 @@ class Streaming:
     budget: int
     patience: float
 
-    def feed(self, model: Model, context: ParallelContext) -> Feed:
-        """Collective: the ranks agree on a name for what they ask for."""
+    def feed(self, model: Model, context: ParallelContext, writing: Writing | None = None) -> Feed:
+        """Collective: the ranks agree on a name for what they ask for. With `writing` the engines write the answers."""
         return StreamingFeed(
             model,
             context,
@@ -40,6 +41,7 @@ class Streaming:
             name=context.broadcast(secrets.token_hex(4)),
             budget=self.budget,
             patience=self.patience,
+            writing=writing,
         )
 
     def close(self) -> None:

@@ -5,16 +5,13 @@ What is on its way counts against the budget as what has arrived does.
 
 from __future__ import annotations
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 
-from torchspec.core.errors import TargetError
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.engine import Rows
 from torchspec.core.interfaces.features import Features, Quarantined
@@ -22,11 +19,9 @@ from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.assembling import assembled, parts_of
 from torchspec.core.training.capturing import Documents, Model, Samples
 from torchspec.core.training.feed import Flow
+from torchspec.core.training.patience import awaited
 from torchspec.core.training.plan import Plan, Turn
-
-logger = logging.getLogger(__name__)
-
-FIRST_WORD, BETWEEN_WORDS = 15.0, 30.0
+from torchspec.core.training.source import Given, Source
 
 Found = dict[int, Features | Quarantined]
 """Of a document's number."""
@@ -37,6 +32,7 @@ class _Asked:
     """A turn whose features are on their way, in any number of pieces."""
 
     turn: Turn
+    documents: Documents
     nbytes: int
     pieces: Sequence[Future[Found]]
 
@@ -45,7 +41,14 @@ class AheadFeed(ABC):
     """Implements `Feed` but for `whole`, with `_ask` of whoever brings the features."""
 
     def __init__(
-        self, model: Model, context: ParallelContext, *, budget: int, patience: float, late: str, threads: int
+        self,
+        model: Model,
+        context: ParallelContext,
+        *,
+        budget: int,
+        patience: float,
+        late: str,
+        threads: int,
     ) -> None:
         """`budget`: bytes of features that this rank may have asked for and not used. `patience`: seconds that the
         features of one turn may be waited for; `late` says then what to look at. `threads` ask."""
@@ -53,8 +56,8 @@ class AheadFeed(ABC):
         self._budget, self._patience, self._late = budget, patience, late
         self._sequence = context.sequence_group(model.exchange)
         self._calls = ThreadPoolExecutor(threads, thread_name_prefix="features")
-        self._coming: Iterator[Turn] = iter(())
-        self._next: Turn | None = None
+        self._source: Source = Given()
+        self._next: tuple[Turn, Documents] | None = None
         self._asked: deque[_Asked] = deque()
         self._samples: Samples | None = None
         embedding_VH = model.head.embedding_VH
@@ -67,9 +70,15 @@ class AheadFeed(ABC):
 
     def start(self, plan: Plan, samples: Samples, step: int, stop: int) -> None:
         self._samples = samples
-        self._coming = plan.turns_from(step, stop)
-        self._next = next(self._coming, None)
+        self._source.start(plan, samples, self._context.data_rank, step, stop)
         self._ask_ahead()
+
+    def load(self, turn: Turn, samples: Samples) -> Mapping[int, Documents]:
+        self._source.refresh()
+        self._ask_ahead()
+        asked = self._asked[0]
+        assert (asked.turn.step, asked.turn.number) == (turn.step, turn.number), "turns are used in order"
+        return {self._context.data_rank: asked.documents}
 
     def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
         asked = self._asked.popleft()
@@ -90,7 +99,8 @@ class AheadFeed(ABC):
 
     def close(self) -> None:
         """Nothing more is asked for; what is on its way is not waited for."""
-        self._coming, self._next = iter(()), None
+        self._next = None
+        self._source.close()
         self._asked.clear()
         self._calls.shutdown(wait=False, cancel_futures=True)
 
@@ -104,18 +114,19 @@ class AheadFeed(ABC):
         return sum(asked.nbytes for asked in self._asked)
 
     def _ask_ahead(self) -> None:
-        """As far as the budget goes; at least one turn, however large it is."""
-        assert self._samples is not None
-        while self._next is not None:
-            turn = self._next
-            documents = Documents.of(turn.micro_batches[self._context.data_rank], self._samples, turn.some)
+        """As far as the documents are there and the budget goes; at least one turn, however large it is."""
+        while True:
+            self._next = self._next or self._source.pop()
+            if self._next is None:
+                return
+            turn, documents = self._next
             parts = self._parts(documents)
             nbytes = sum(stop - start for each in parts for start, stop in each[self._rank]) * self._token_bytes
             if self._asked and self._held + nbytes > self._budget:
                 return
             pieces = self._ask(turn, documents, parts) if documents.real else ()
-            self._asked.append(_Asked(turn=turn, nbytes=nbytes, pieces=pieces))
-            self._next = next(self._coming, None)
+            self._asked.append(_Asked(turn=turn, documents=documents, nbytes=nbytes, pieces=pieces))
+            self._next = None
 
     def _parts(self, documents: Documents) -> Sequence[Sequence[Rows]]:
         """Of the real documents."""
@@ -126,21 +137,4 @@ class AheadFeed(ABC):
         return [[((0, sample.input_ids_T.numel()),)] for sample in documents.samples]
 
     def _awaited(self, piece: Future[Found], turn: Turn, start: float) -> Found:
-        pause = FIRST_WORD
-        while True:
-            passed = time.monotonic() - start
-            try:
-                return piece.result(timeout=max(0.0, min(pause, self._patience - passed)))
-            except NotYet:
-                if piece.done():
-                    raise  # of the work itself
-                passed = time.monotonic() - start
-                if passed >= self._patience:
-                    raise TargetError(
-                        f"the features of step {turn.step + 1} did not come within {passed:.0f} s: {self._late}"
-                    ) from None
-                logger.info(
-                    "waiting for the features of step %d, %.0f s of at most %.0f s",
-                    turn.step + 1, passed, self._patience,
-                )  # fmt: skip
-                pause = BETWEEN_WORDS
+        return awaited(piece, f"the features of step {turn.step + 1}", start, self._patience, self._late)

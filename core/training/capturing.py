@@ -7,7 +7,7 @@ collectives are those that were planned, and nothing of it is supervised.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,13 +18,17 @@ from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.features.rows import FeatureRows, Packs, TokenRows
 from torchspec.core.features.spread import Hidden, spread_features
 from torchspec.core.interfaces.algorithm import KEEP_ALL, Algorithm, StepMemory, TrainingSample
-from torchspec.core.interfaces.engine import CaptureRequest, TargetEngine
+from torchspec.core.interfaces.engine import CaptureRequest, ServedText, TargetEngine
 from torchspec.core.interfaces.features import Features, NormState, Quarantined
 from torchspec.core.interfaces.target import TargetHead
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.parallel.sequence import Exchange, SequenceGroup
 
 STAND_IN_TOKENS = 16
+
+
+Texts = Mapping[int, ServedText | str]
+"""Of a document's number; or why there is none."""
 
 
 class Samples(Protocol):
@@ -55,11 +59,20 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """The samples of one micro-batch; without `indices` they stand in for none."""
+    """The samples of one micro-batch; without `indices` they stand in for none.
+
+    `texts`: what the target wrote for each of them, by their numbers, where it is asked to.
+    """
 
     indices: tuple[int, ...]
     samples: Sequence[TrainingSample]
     packs: Packs
+    texts: Texts = field(default_factory=dict)
+
+    @property
+    def unwritten(self) -> dict[int, str]:
+        """Those for which nothing was written -> why."""
+        return {number: text for number, text in self.texts.items() if isinstance(text, str)}
 
     @property
     def real(self) -> Sequence[TrainingSample]:

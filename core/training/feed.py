@@ -12,6 +12,7 @@ from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.capturing import Documents, Model, Samples, capture, captured_rows
 from torchspec.core.training.plan import Plan, Turn
+from torchspec.core.training.written import WrittenNow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Feed(Protocol):
         """The steps from `step` to before `stop` come, in order: `rows` will be asked for each of their turns."""
         ...
 
+    def load(self, turn: Turn, samples: Samples) -> Mapping[int, Documents]:
+        """The turn's micro-batches, before `rows` of the same turn."""
+        ...
+
     def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
         """This rank's share of the turn, and its holes: number of a document -> why there are no features of it.
 
@@ -57,13 +62,17 @@ class Feed(Protocol):
 
 
 class DirectFeed:
-    """The model's engine makes them when they are asked for."""
+    """The model's engine makes them when they are asked for; `written` has it write the answers before."""
 
-    def __init__(self, model: Model, context: ParallelContext) -> None:
-        self._model, self._context = model, context
+    def __init__(self, model: Model, context: ParallelContext, written: WrittenNow | None = None) -> None:
+        self._model, self._context, self._written = model, context, written
 
     def start(self, plan: Plan, samples: Samples, step: int, stop: int) -> None:
         """Nothing is made ahead."""
+
+    def load(self, turn: Turn, samples: Samples) -> Mapping[int, Documents]:
+        given = {index: Documents.of(part, samples, turn.some) for index, part in turn.micro_batches.items()}
+        return given if self._written is None else self._written(turn.step, given)
 
     def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
         return captured_rows(self._model, loaded, self._context)

@@ -22,9 +22,13 @@ from torchspec.core.training.capturing import Documents, Model, assigned
 from torchspec.core.training.feed import Flow
 from torchspec.core.training.meter import Meter
 from torchspec.core.training.plan import Turn
+from torchspec.core.training.source import WrittenAhead
+from torchspec.core.training.written import Writing
 
 CALLS_PER_ENGINE = 2
 """One is computed while the features of another are on their way."""
+TEXTS_AHEAD = 2
+"""Texts are begun for so many times the features that may be asked for ahead: of a turn they are there before these."""
 
 
 class StreamingFeed(AheadFeed):
@@ -43,8 +47,10 @@ class StreamingFeed(AheadFeed):
         name: str,
         budget: int,
         patience: float,
+        writing: Writing | None = None,
     ) -> None:
-        """`budget` and `patience` as of `AheadFeed`; the engines' own deadlines end before."""
+        """`budget` and `patience` as of `AheadFeed`; the engines' own deadlines end before. With `writing` the engines
+        write the answers first."""
         super().__init__(
             model,
             context,
@@ -53,6 +59,15 @@ class StreamingFeed(AheadFeed):
             late="every engine's own deadline is over; its log may say more",
             threads=CALLS_PER_ENGINE * len(engines),
         )
+        if writing is not None:
+            self._source = WrittenAhead(
+                engines,
+                writing,
+                context,
+                tokens_ahead=TEXTS_AHEAD * budget // self._token_bytes,
+                patience=patience,
+                calls=CALLS_PER_ENGINE,
+            )
         self._engines, self._name = engines, name
         self._count = 0
         self._meter = Meter(engines)

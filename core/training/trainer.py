@@ -56,7 +56,8 @@ class Setup:
 
     `validate` decodes with the draft as it is and returns a metrics row holding `acceptance_length`; None: not here.
     `serve`: checkpoints are validated in a serving engine instead, by `served`, which the main rank has.
-    `validate_every` 0: only at the end.
+    `validate_every` 0: only at the end. `on_policy`: the target writes the answers; `push`, collective, hands it the
+    draft after a step, every `push_every` steps.
     """
 
     config: TrainConfig
@@ -69,6 +70,9 @@ class Setup:
     validate_every: int = 0
     serve: bool = False
     served: ServedChecks | None = None
+    on_policy: bool = False
+    push: Callable[[int], None] | None = None
+    push_every: int = 1
 
 
 @dataclass(kw_only=True)
@@ -146,6 +150,8 @@ class Trainer:
         `ledger` gets a row for every step: what became of its samples."""
         config, counters = self.setup.config, self.counters
         received = 0
+        if self.setup.push is not None:  # what an earlier session left there may be of a later step
+            self.setup.push(counters.step)
         self.feed.start(self.plan, self.samples, counters.step, self.total_steps)
         if self._validation_due():  # the run ended between this step's checkpoint and its validation
             received = self._validate(log, stop)
@@ -157,6 +163,8 @@ class Trainer:
                 log.write(row)
             if progress is not None:
                 progress("train", counters.step, self.total_steps)
+            if self.setup.push is not None and counters.step % self.setup.push_every == 0:
+                self.setup.push(counters.step)
             received = self._agreed_signal(stop)
             due = self._validation_due() and not received
             serve = self._serving_due() and not received
@@ -225,6 +233,7 @@ class Trainer:
             "time": phases,
             "memory": self._memory(),
             **({} if flow is None else {"pipeline": asdict(flow)}),
+            **({"on_policy": result.sums.written.to_json()} if self.setup.on_policy else {}),
         }
 
     def _quarantine(self, result: WindowResult, batch: Sequence[int]) -> dict[str, str]:

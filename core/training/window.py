@@ -7,7 +7,7 @@ micro-batches and ranks, and the trainer divides once by the denominator of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,34 @@ from torch.distributed.tensor import DTensor
 
 from torchspec.core.interfaces.algorithm import StepResult
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training.capturing import Documents, Model, Samples
+from torchspec.core.training.capturing import Model, Samples, Texts
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.offload import offloaded
 from torchspec.core.training.plan import Turn
 from torchspec.core.training.timing import StepTimer
+
+
+@dataclass
+class WrittenCounts:
+    """Texts and their tokens; of those that were written with a draft, its rounds and the tokens accepted in them."""
+
+    texts: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    accepted: int = 0
+
+    def add(self, texts: Texts) -> None:
+        for text in texts.values():
+            if not isinstance(text, str):
+                self.texts += 1
+                self.tokens += len(text.tokens)
+                self.rounds += text.rounds or 0
+                self.accepted += text.accepted_tokens or 0
+
+    def to_json(self) -> dict[str, float]:
+        """`acceptance_length` where a draft took part: tokens of a round, the target's own included."""
+        length = {"acceptance_length": 1 + self.accepted / self.rounds} if self.rounds else {}
+        return {"texts": self.texts, "tokens": self.tokens, **length}
 
 
 @dataclass(kw_only=True)
@@ -30,12 +53,14 @@ class Sums:
     """Additive results: of this rank while they accumulate, of all ranks and on the CPU after `reduce`.
 
     `positions` are those of the rows, `tokens` and padding; `quarantined` counts samples, whose tokens are nobody's.
+    `written`: by the target, for this window.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     positions: int = 0
     quarantined: int = 0
+    written: WrittenCounts = field(default_factory=lambda: WrittenCounts())
 
     def add(self, result: StepResult, *, counts: bool = True) -> None:
         """`counts`: not so for a stand-in, whose tokens are nobody's."""
@@ -58,8 +83,15 @@ class Sums:
             shapes = [self.values[name].shape for name in names]
             pieces = torch.split(packed.cpu(), [shape.numel() for shape in shapes])
             reduced |= {n: p.reshape(s) for n, p, s in zip(names, pieces, shapes, strict=True)}
-        tokens, positions, quarantined = context.sum([self.tokens, self.positions, self.quarantined])
-        return Sums(values=reduced, tokens=tokens, positions=positions, quarantined=quarantined)
+        counts = [self.tokens, self.positions, self.quarantined]
+        tokens, positions, quarantined, *written = context.sum([*counts, *astuple(self.written)])
+        return Sums(
+            values=reduced,
+            tokens=tokens,
+            positions=positions,
+            quarantined=quarantined,
+            written=WrittenCounts(*written),
+        )
 
     @property
     def numerator(self) -> float:
@@ -107,9 +139,10 @@ def run_window(
         model.draft.set_requires_gradient_sync(number == len(turns))
         model.draft.set_is_last_backward(number == len(turns))
         with timer.phase("data"):
-            loaded = {i: Documents.of(part, samples, turn.some) for i, part in turn.micro_batches.items()}
+            loaded = feed.load(turn, samples)
         with timer.phase("capture"):
-            rows, holes = feed.rows(turn, loaded)
+            rows, missing = feed.rows(turn, loaded)
+            holes = loaded[context.data_rank].unwritten | missing
         with timer.phase("forward"), offloaded(model.draft, activations=model.offload_activations):
             result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
         with timer.phase("backward"):
@@ -121,6 +154,7 @@ def run_window(
             sums.tokens += sum(sample.input_ids_T.numel() for sample in kept)
             sums.positions += len(mine.packs) * rows.layout.padded
             sums.quarantined += len(holes)
+            sums.written.add(mine.texts)
         if mine.indices:
             quarantined |= {mine.indices[number]: reason for number, reason in holes.items()}
         numerators.append((list(mine.indices), result.numerator.detach()))

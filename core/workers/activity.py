@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class Activity:
-    """Of captures. `begin` and `end` come from any thread."""
+    """Of captures and texts. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -16,6 +21,16 @@ class Activity:
         self._busy_from = 0.0
         self._busy = 0.0
         self._tokens = 0
+
+    def follow(self, work: Future[Result], tokens: Callable[[Result], int]) -> None:
+        """It works from now on until `work` is done, which then was so many tokens."""
+
+        def done(work: Future[Result]) -> None:
+            failed = work.cancelled() or work.exception() is not None
+            self.end(0 if failed else tokens(work.result()))
+
+        self.begin()
+        work.add_done_callback(done)
 
     def begin(self) -> None:
         with self._lock:
@@ -32,7 +47,7 @@ class Activity:
                 self._busy += time.monotonic() - self._busy_from
 
     def told(self) -> dict[str, float]:
-        """Since the start: seconds, those with work, and captured tokens."""
+        """Since the start: seconds, those with work, and tokens captured or written."""
         with self._lock:
             now = time.monotonic()
             busy = self._busy + (now - self._busy_from if self._working else 0.0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from torchspec.core.errors import FeatureStoreError
 from torchspec.core.interfaces.engine import CaptureRequest
@@ -47,7 +48,7 @@ class Captures:
             self._sweep()
             new = [request for request in requests if request.record_id not in self._known]
             for request, future in zip(new, self._begin(new) if new else [], strict=True):
-                self._watch(future, len(request.input_ids))
+                self.activity.follow(future, partial(_tokens_of, request))
                 callers = max(1, len(request.parts))
                 self._known[request.record_id] = Capture(request=request, future=future, left=callers, until=until)
             found = [self._known[request.record_id] for request in requests]
@@ -63,14 +64,6 @@ class Captures:
                 self._known.pop(capture.request.record_id, None)
                 if not keep:
                     self._drop(capture)
-
-    def _watch(self, future: Future[None], tokens: int) -> None:
-        def done(future: Future[None]) -> None:
-            failed = future.cancelled() or future.exception() is not None
-            self.activity.end(0 if failed else tokens)
-
-        self.activity.begin()
-        future.add_done_callback(done)
 
     def _sweep(self) -> None:
         now = time.monotonic()
@@ -93,3 +86,7 @@ class Captures:
         """Of a finished one."""
         assert self._landing is not None
         return self._landing.find(capture.request.record_id)
+
+
+def _tokens_of(request: CaptureRequest, _: None) -> int:
+    return len(request.input_ids)

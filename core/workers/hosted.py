@@ -9,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from torchspec.core.decoding.pushed import PushedDraft
+from torchspec.core.decoding.writing import Follow, TextWriter
 from torchspec.core.errors import TargetError
 from torchspec.core.features.memory import MemoryStore
-from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters, TargetEngine
+from torchspec.core.interfaces.engine import (
+    CaptureRequest,
+    DraftSource,
+    ServedText,
+    ServingCounters,
+    TargetEngine,
+)
 from torchspec.core.interfaces.features import Quarantined
 from torchspec.core.workers.runner import Ask, Facts, Landing
 
@@ -21,8 +29,11 @@ class HostedRunner:
 
     landing: Landing | None
 
-    def __init__(self, engine: TargetEngine, taps: Sequence[int], facts: Facts) -> None:
+    def __init__(self, engine: TargetEngine, taps: Sequence[int], facts: Facts, follow: Follow | None = None) -> None:
+        """`follow` opens drafts to write with; None: the engine cannot."""
         self.facts = facts
+        self._drafts = follow is not None
+        self._writer = TextWriter(engine, follow or _no_drafts)
         self._store = MemoryStore()
         self.landing = self._store
         self._engine, self._taps = engine, tuple(taps)
@@ -47,14 +58,32 @@ class HostedRunner:
             else:
                 future.set_result(None)
 
-    def write(self, ask: Ask) -> Future[ServedText]:
-        return self._thread.submit(self._write, ask)
+    def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        if not self._drafts and any(ask.source is not None for ask in asks):
+            raise TargetError(f"{self.facts.engine} writes without drafts: it cannot be stepped token by token")
+        futures: list[Future[ServedText]] = [Future() for _ in asks]
+        self._thread.submit(self._write, list(asks), futures)
+        return futures
 
-    def _write(self, ask: Ask) -> ServedText:
-        (tokens,) = self._engine.generate(
-            [ask.input_ids], max_new_tokens=ask.max_new_tokens, temperature=ask.temperature, seed=ask.seed
-        )
-        return ServedText(tokens=tuple(tokens))
+    def _write(self, asks: Sequence[Ask], futures: Sequence[Future[ServedText]]) -> None:
+        wanted = [(a, f) for a, f in zip(asks, futures, strict=True) if f.set_running_or_notify_cancel()]
+        if not wanted:
+            return
+        first = wanted[0][0]
+        try:
+            texts = self._writer.write(
+                [ask.input_ids for ask, _ in wanted],
+                max_new_tokens=first.max_new_tokens,
+                temperature=first.temperature,
+                seed=first.common_seed,
+                source=first.source,
+            )
+        except Exception as error:  # it must reach whoever waits, whatever it is  # noqa: BLE001
+            for _, future in wanted:
+                future.set_exception(TargetError(str(error) or type(error).__name__))
+            return
+        for (_, future), text in zip(wanted, texts, strict=True):
+            future.set_result(text)
 
     def counters(self) -> ServingCounters:
         raise TargetError(f"{self.facts.engine} serves no drafts, so it counts nothing")
@@ -62,3 +91,7 @@ class HostedRunner:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
+
+
+def _no_drafts(source: DraftSource) -> PushedDraft:
+    raise AssertionError(source)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-PROTOCOL = 2
+PROTOCOL = 3
 TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
 MOST_BYTES = 256 << 20
 """Of one message: the token ids of a batch of very long sequences."""

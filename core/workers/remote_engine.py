@@ -26,6 +26,7 @@ from torchspec.core.errors import FeatureStoreError, StoreLostError, TargetError
 from torchspec.core.interfaces.engine import (
     CaptureRequest,
     DecodeSession,
+    DraftSource,
     EngineOptions,
     EngineUsage,
     ServedText,
@@ -164,15 +165,30 @@ class RemoteEngine:
     def decode(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[ServedText]:
-        """See `ServingEngine`. Asked again of the next engine when one dies; TargetError the third time."""
+        """See `ServingEngine`."""
+        return self.write(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        source: DraftSource | None = None,
+    ) -> list[ServedText]:
+        """See `StreamedEngine`. Asked again of the next engine when one dies; TargetError the third time."""
         if not prompts:
             return []
-        message = {
+        message: dict[str, Any] = {
             "prompts": [{"input_ids": list(ids), "seed": prompt_seed(seed, ids)} for ids in prompts],
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
+            "seed": seed,
             "stop": list(self._spec.eos_token_ids),
         }
+        if source is not None:
+            message["source"] = {"directory": str(source.directory.resolve()), "length": source.length}
         for attempt in range(1, MOST_FAILURES + 1):
             try:
                 _, answer = self._call(protocol.WRITE, message, f"text for {len(prompts)} prompts")

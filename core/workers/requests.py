@@ -1,11 +1,13 @@
-"""Samples to capture, as messages bring them."""
+"""Samples to capture and texts to write, as messages bring them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from torchspec.core.interfaces.engine import CaptureRequest, Rows
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, Rows
 from torchspec.core.workers.protocol import ProtocolError, field, record_id, token_ids
+from torchspec.core.workers.runner import Ask
 
 
 def capture_request(message: Any) -> CaptureRequest:
@@ -16,6 +18,28 @@ def capture_request(message: Any) -> CaptureRequest:
     if parts and not (type(part) is int and 0 <= part < len(parts)):
         raise ProtocolError(f"'part' must be one of {len(parts)}, got {part!r}")
     return CaptureRequest(record_id=name, input_ids=ids, parts=parts, part=part)
+
+
+def asks_of(message: Any) -> list[Ask]:
+    """Of a request for text."""
+    stop, source = field(message, "stop", list), None
+    if "source" in message:
+        given = field(message, "source", dict)
+        source = DraftSource(directory=Path(field(given, "directory", str)), length=field(given, "length", int))
+        if source.length < 1:
+            raise ProtocolError(f"a source drafts at least 1 token, got {source.length}")
+    return [
+        Ask(
+            input_ids=token_ids(each),
+            max_new_tokens=field(message, "max_new_tokens", int),
+            temperature=float(field(message, "temperature", (int, float))),
+            seed=field(each, "seed", int),
+            stop=stop,
+            common_seed=field(message, "seed", int) if "seed" in message else 0,
+            source=source,
+        )
+        for each in field(message, "prompts", list)
+    ]
 
 
 def _rows(value: Any, tokens: int) -> Rows:

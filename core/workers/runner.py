@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.errors import TargetError
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, ServedText, ServingCounters
 from torchspec.core.interfaces.features import FeatureStore, NormState, RecordRef
 
 
@@ -61,13 +62,19 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """Text to write after `input_ids`: greedy at temperature 0; the first of `stop` ends it and is part of it."""
+    """Text to write after `input_ids`: greedy at temperature 0; the first of `stop` ends it and is part of it.
+
+    `seed` is this text's own, `common_seed` that of all texts asked for together: `seed` was made from it and the ids.
+    `source`: drafts to write with.
+    """
 
     input_ids: Sequence[int]
     max_new_tokens: int
     temperature: float
     seed: int
     stop: Sequence[int]
+    common_seed: int = 0
+    source: DraftSource | None = None
 
 
 class Landing(FeatureStore, Protocol):
@@ -89,8 +96,16 @@ class Runner(Protocol):
         """Each is done when its record is in the store; fails with an error whose text is for people."""
         ...
 
-    def write(self, ask: Ask) -> Future[ServedText]: ...
+    def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        """Of one request: they differ in their ids and seeds alone. TargetError when it cannot use their `source`."""
+        ...
 
     def counters(self) -> ServingCounters: ...
 
     def close(self) -> None: ...
+
+
+def refuse_sources(engine: str, asks: Sequence[Ask]) -> None:
+    """For runners whose engine takes no drafts while it runs."""
+    if any(ask.source is not None for ask in asks):
+        raise TargetError(f"{engine} takes no drafts while it runs, so it writes alone")

@@ -23,9 +23,9 @@ from torchspec.core.workers import protocol
 from torchspec.core.workers.admission import Admission
 from torchspec.core.workers.captures import Capture, Captures
 from torchspec.core.workers.delivery import put_in_time
-from torchspec.core.workers.protocol import PROTOCOL, ProtocolError, field, token_ids
-from torchspec.core.workers.requests import capture_request
-from torchspec.core.workers.runner import Ask, Landing, Runner, WorkerSettings
+from torchspec.core.workers.protocol import PROTOCOL, ProtocolError, field
+from torchspec.core.workers.requests import asks_of, capture_request
+from torchspec.core.workers.runner import Landing, Runner, WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -129,18 +129,9 @@ class Worker:
     def write(self, message: dict[str, Any]) -> dict[str, Any]:
         """New tokens for each prompt."""
         deadline = time.monotonic() + field(message, "seconds", (int, float))
-        stop = field(message, "stop", list)
-        asks = [
-            Ask(
-                input_ids=token_ids(each),
-                max_new_tokens=field(message, "max_new_tokens", int),
-                temperature=float(field(message, "temperature", (int, float))),
-                seed=field(each, "seed", int),
-                stop=stop,
-            )
-            for each in field(message, "prompts", list)
-        ]
-        work = [self.runner.write(ask) for ask in asks]
+        work = self.runner.write(asks_of(message))
+        for future in work:
+            self.captures.activity.follow(future, lambda text: len(text.tokens))
         return {"results": [asdict(_wait(future, deadline)) for future in work]}
 
     def counters(self, _: dict[str, Any]) -> dict[str, Any]:

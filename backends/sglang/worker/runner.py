@@ -16,7 +16,7 @@ from torchspec.backends.sglang.worker.orders import request_id
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
 from torchspec.core.errors import FeatureStoreError, TorchspecError, UnavailableError
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
-from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_sources
 
 
 class SglangError(TorchspecError):
@@ -54,8 +54,9 @@ class SglangRunner:
             for each in samples
         ]
 
-    def write(self, ask: Ask) -> Future[ServedText]:
-        return asyncio.run_coroutine_threadsafe(self._write(ask), self._loop)
+    def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        refuse_sources(self.facts.engine, asks)
+        return [asyncio.run_coroutine_threadsafe(self._write(ask), self._loop) for ask in asks]
 
     def counters(self) -> ServingCounters:
         with self._counting:

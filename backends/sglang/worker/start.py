@@ -88,16 +88,16 @@ def _prove(runner: SglangRunner, settings: WorkerSettings) -> None:
         _prove_capture(runner, settings)
     prompt = (0, 1)
     if settings.draft is not None:
-        written = runner.write(Ask(input_ids=prompt, max_new_tokens=4, temperature=0.0, seed=0, stop=()))
+        (written,) = runner.write([Ask(input_ids=prompt, max_new_tokens=4, temperature=0.0, seed=0, stop=())])
         if written.result(_PROOF_SECONDS).accepted is None:
             raise _not_loaded(runner, "a text was written with the draft and its rounds were not reported")
         return
     # Hot, so that two draws of eight tokens are the same only if their seeds are what decides; and in batches of two
     # kinds, which must not matter.
     ask = Ask(input_ids=prompt, max_new_tokens=8, temperature=100.0, seed=1, stop=())
-    alone = runner.write(ask).result(_PROOF_SECONDS)
-    greedy = runner.write(Ask(input_ids=prompt, max_new_tokens=12, temperature=0.0, seed=0, stop=()))
-    beside = runner.write(ask).result(_PROOF_SECONDS)
+    alone = runner.write([ask])[0].result(_PROOF_SECONDS)
+    (greedy,) = runner.write([Ask(input_ids=prompt, max_new_tokens=12, temperature=0.0, seed=0, stop=())])
+    beside = runner.write([ask])[0].result(_PROOF_SECONDS)
     greedy.result(_PROOF_SECONDS)
     if alone.tokens != beside.tokens:
         raise _not_loaded(runner, "two texts of one seed differ")

@@ -23,7 +23,7 @@ from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
 from torchspec.core.settings import set_defaults
 from torchspec.core.workers.reports import failure_of
-from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_sources
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,11 @@ class VllmRunner:
 
         return self._submit(begin, future)
 
-    def write(self, ask: Ask) -> Future[ServedText]:
+    def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        refuse_sources(self.facts.engine, asks)
+        return [self._write(ask) for ask in asks]
+
+    def _write(self, ask: Ask) -> Future[ServedText]:
         future: Future[ServedText] = Future()
 
         def begin() -> None:

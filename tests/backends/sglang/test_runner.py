@@ -121,7 +121,7 @@ def test_reasons_reach_the_client(
     with pytest.raises(FeatureStoreError, match="row 7 is not finite"):
         captured(runner, "a", [1]).result(SECONDS)
     with pytest.raises(SglangError, match="row 7 is not finite"):
-        runner.write(ask()).result(SECONDS)
+        runner.write([ask()])[0].result(SECONDS)
 
 
 @pytest.mark.parametrize("ids", [[], [100], [-1], [0] * 33])
@@ -129,7 +129,7 @@ def test_prompts_that_do_not_fit_are_never_asked(
     engine: Engine, start: Callable[..., SglangRunner], ids: list[int]
 ) -> None:
     runner = start()
-    for future in (captured(runner, "a", ids), runner.write(ask(input_ids=ids))):
+    for future in (captured(runner, "a", ids), runner.write([ask(input_ids=ids)])[0]):
         with pytest.raises(SglangError, match="a prompt"):
             future.result(SECONDS)
     assert engine.asked == []
@@ -138,11 +138,11 @@ def test_prompts_that_do_not_fit_are_never_asked(
 def test_text_goes_on_to_its_own_stop_tokens(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     engine.answer = lambda asked: finished([7, 8], {"type": "stop", "matched": 8})
     runner = start()
-    assert runner.write(ask(stop=(8, 9))).result(SECONDS) == ServedText(tokens=(7, 8))
+    assert runner.write([ask(stop=(8, 9))])[0].result(SECONDS) == ServedText(tokens=(7, 8))
     with pytest.raises(SglangError, match="where nobody asked"):
-        runner.write(ask(stop=(9,))).result(SECONDS)
+        runner.write([ask(stop=(9,))])[0].result(SECONDS)
     with pytest.raises(SglangError, match="where nobody asked"):
-        runner.write(ask()).result(SECONDS)
+        runner.write([ask()])[0].result(SECONDS)
     with_stop, _, without = (asked["sampling_params"] for asked in engine.asked)
     assert (with_stop["stop_token_ids"], with_stop["ignore_eos"]) == ([8, 9], False)
     assert without["ignore_eos"] is True
@@ -150,7 +150,7 @@ def test_text_goes_on_to_its_own_stop_tokens(engine: Engine, start: Callable[...
 
 def test_text_ends_with_the_context(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     engine.answer = lambda asked: finished([1])
-    start().write(ask(input_ids=[1] * 30, max_new_tokens=50)).result(SECONDS)
+    start().write([ask(input_ids=[1] * 30, max_new_tokens=50)])[0].result(SECONDS)
     assert engine.asked[0]["sampling_params"]["max_new_tokens"] == 2
 
 
@@ -162,7 +162,7 @@ def test_seeds_are_of_the_prompt(engine: Engine, start: Callable[..., SglangRunn
         for seed, ids in ((1, [5, 6]), (1, [5, 6]), (2, [5, 6]), (1, [56]))
     ]
     for each in asks:
-        runner.write(each).result(SECONDS)
+        runner.write([each])[0].result(SECONDS)
     seeds = [asked["sampling_params"]["sampling_seed"] for asked in engine.asked]
     assert seeds[0] == seeds[1]
     assert len(set(seeds)) == 3
@@ -173,10 +173,10 @@ def test_rounds_are_counted(engine: Engine, start: Callable[..., SglangRunner]) 
     noted = iter([[None, 2, None, None, 0], [None, 3]])
     engine.answer = lambda asked: finished([1, 2, 3], **{ACCEPTED: next(noted)})
     runner = start(taps=(), draft=Path("d"), draft_length=3)
-    assert runner.write(ask()).result(SECONDS) == ServedText(
+    assert runner.write([ask()])[0].result(SECONDS) == ServedText(
         tokens=(1, 2, 3), accepted=(2, 0), rounds=2, accepted_tokens=2
     )
-    assert runner.write(ask()).result(SECONDS).accepted == (3,)
+    assert runner.write([ask()])[0].result(SECONDS).accepted == (3,)
     assert runner.counters() == ServingCounters(rounds=3, drafted=9, accepted=5, per_position=(2, 2, 1))
     runner.forget_counters()
     assert runner.counters() == ServingCounters(rounds=0, drafted=0, accepted=0, per_position=(0, 0, 0))
@@ -185,15 +185,15 @@ def test_rounds_are_counted(engine: Engine, start: Callable[..., SglangRunner]) 
 def test_one_token_needs_no_round(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     engine.answer = lambda asked: finished([1])
     runner = start(taps=(), draft=Path("d"), draft_length=3)
-    assert runner.write(ask(max_new_tokens=1)).result(SECONDS).rounds == 0
+    assert runner.write([ask(max_new_tokens=1)])[0].result(SECONDS).rounds == 0
     engine.answer = lambda asked: finished([1, 2])  # the plug-in is not there
-    assert runner.write(ask()).result(SECONDS).accepted is None
+    assert runner.write([ask()])[0].result(SECONDS).accepted is None
 
 
 def test_what_sglang_would_do_greedily_is_not_sampled(engine: Engine, start: Callable[..., SglangRunner]) -> None:
     runner = start(taps=(), draft=Path("d"), draft_length=3)
     with pytest.raises(SglangError, match="greedily on a CPU"):
-        runner.write(ask(temperature=0.5)).result(SECONDS)
+        runner.write([ask(temperature=0.5)])[0].result(SECONDS)
     with pytest.raises(FeatureStoreError, match="without layers to capture"):
         captured(runner, "a", [1]).result(SECONDS)
 

@@ -254,8 +254,8 @@ def test_every_setting_is_described_and_typed() -> None:
     assert type_text(settings(schema)["train.decay_fraction"]) == "a number >= 0.0 and <= 1.0"
     assert choices(settings(schema)["train.resume"]) == ("auto", "never")
     assert set(sections(schema)) == {
-        "target", "data", "train", "engine", "pipeline", "ray", "mooncake", "parallel", "precision", "eval",
-        "eval.serving", "draft",
+        "target", "data", "train", "engine", "pipeline", "on_policy", "ray", "mooncake", "parallel", "precision",
+        "eval", "eval.serving", "draft",
     }  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,17 @@ from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
 
 WORDS = ["the", "quick", "brown", "fox", "returns", "value", "of", "function", "and", "list", "all", "values"]
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """runs.py."""
+    spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchspec.core import registry
 from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import ConfigError
-from torchspec.core.pipeline.inprocess import train
 from torchspec.core.pipeline.topology import devices_of, engines_here
 from torchspec.core.pipeline.topology_fit import choose_store, topology_problems
 from torchspec.core.training.checkpoint_files import read_json
 from torchspec.core.workers.supervisor import read_state
 
-Row = dict[str, Any]
 COLOCATED = "pipeline.topology=colocated"
 
 
@@ -48,41 +42,6 @@ def values(tiny_target: Path, conversations: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture
 def configured(values: dict[str, Any], tmp_path: Path) -> Callable[..., RunConfig]:
     return lambda *words: load_config(values={**values, "output": str(tmp_path / "run")}, overrides=words)[0]
-
-
-def alone(
-    values: dict[str, Any], run: Path, *words: str, progress: Callable[[str, int, int], None] | None = None
-) -> Path:
-    config, provenance = load_config(values={**values, "output": str(run)}, overrides=words)
-    train(config, provenance=provenance, progress=progress)
-    return run
-
-
-def two_ranks(values: dict[str, Any], jobs: dict[Path, tuple[str, ...]]) -> None:
-    """A run for each directory, one after the other."""
-    stores = [
-        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)) for _ in jobs
-    ]
-    told = [
-        {"values": {**values, "output": str(run)}, "words": words, "port": store.port}
-        for (run, words), store in zip(jobs.items(), stores, strict=True)
-    ]
-    file = next(iter(jobs)).with_suffix(".json")
-    file.write_text(json.dumps(told))
-    command = [sys.executable, str(Path(__file__).with_name("topology_worker.py")), str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-
-
-def rows(run: Path, kind: str = "train") -> list[Row]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if row["kind"] == kind]
-
-
-def figures(run: Path) -> list[tuple[Any, ...]]:
-    """Of every step, to the last bit."""
-    return [tuple(row[name] for name in ("step", "loss", "grad_norm", "tokens", "samples")) for row in rows(run)]
 
 
 # What goes with which topology.
@@ -123,11 +82,10 @@ def test_an_engine_whose_processes_write_files_shares_no_buffers(configured: Cal
     assert complaints(config) == {"pipeline.store": "the processes of vllm write into files"}
 
 
-def test_a_run_with_such_a_setting_is_refused_before_it_starts(
-    values: dict[str, Any], tmp_path: Path
+def test_a_run_with_such_a_setting_is_refused_before_it_starts(runs: ModuleType, values: dict[str, Any], tmp_path: Path
 ) -> None:  # fmt: skip
     with pytest.raises(ConfigError, match=r"pipeline\.engines.*means nothing with pipeline\.topology=inprocess"):
-        alone(values, tmp_path / "run", "pipeline.engines=2")
+        runs.alone(values, tmp_path / "run", "pipeline.engines=2")
     assert not (tmp_path / "run").exists()
 
 
@@ -164,14 +122,14 @@ STEPS = 12
 
 @pytest.mark.slow
 def test_one_rank_with_an_engine_beside_it_that_is_killed(
-    values: dict[str, Any], conversations: Path, tmp_path: Path
+    runs: ModuleType, values: dict[str, Any], conversations: Path, tmp_path: Path
 ) -> None:
     """In the middle of the run, while more features are to be made: nothing is lost, and all comes out the same.
 
     Checkpoints are measured by processes of their own, and the best of them is exported.
     """
     words = ("train.epochs=3", "train.checkpoint_every=6")
-    expected = alone(values, tmp_path / "inprocess", *words)
+    expected = runs.alone(values, tmp_path / "inprocess", *words)
     run, killed = tmp_path / "colocated", set()
 
     def progress(stage: str, step: int, total: int) -> None:
@@ -184,17 +142,17 @@ def test_one_rank_with_an_engine_beside_it_that_is_killed(
             os.kill(state.pid, signal.SIGKILL)
 
     validation = (f"data.validation=[{conversations / 'validation.jsonl'}]", "eval.every=6")
-    alone(values, run, *words, COLOCATED, "pipeline.prefetch_mb=1", *validation, progress=progress)
+    runs.alone(values, run, *words, COLOCATED, "pipeline.prefetch_mb=1", *validation, progress=progress)
     assert len(killed) == 1
-    assert len({row["loss"] for row in rows(expected)}) == STEPS
-    assert figures(run) == figures(expected)
-    assert not any("quarantined" in row for row in rows(run))
+    assert len({row["loss"] for row in runs.rows(expected)}) == STEPS
+    assert runs.figures(run) == runs.figures(expected)
+    assert not any("quarantined" in row for row in runs.rows(run))
     (state,) = [read_state(directory) for directory in (run / "engine").glob("*/engine-0")]
     assert state is not None
     assert (state.state, state.generation) == ("closed", 2), "the engine was lost before the last features were made"
 
-    assert rows(run, "validation") == []
-    served = {row["step"]: row["acceptance_length"] for row in rows(run, "served")}
+    assert runs.rows(run, "validation") == []
+    served = {row["step"]: row["acceptance_length"] for row in runs.rows(run, "served")}
     assert served.keys() == {6, 12}
     best = max(served, key=lambda step: (served[step], -step))
     assert read_json(run / "checkpoints" / "best.json")["step"] == best
@@ -202,13 +160,13 @@ def test_one_rank_with_an_engine_beside_it_that_is_killed(
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_packed_sequences(values: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_that_share_packed_sequences(runs: ModuleType, values: dict[str, Any], tmp_path: Path) -> None:
     """With an engine each, whose rows they both read; documents of which one of them reads nothing among them."""
     values = {**values, "train": {**values["train"], "tokens_per_rank": 64}}
     del values["train"]["micro_batch_size"]
     words = ("parallel.ulysses=2", "train.epochs=2")
     expected, run = tmp_path / "inprocess", tmp_path / "colocated"
-    two_ranks(values, {expected: words, run: (*words, COLOCATED)})
+    runs.two_ranks(values, {expected: words, run: (*words, COLOCATED)})
     assert len(list((run / "engine").glob("*/engine-*/worker.json"))) == 2
-    assert len({row["loss"] for row in rows(expected)}) == 8
-    assert figures(run) == figures(expected)
+    assert len({row["loss"] for row in runs.rows(expected)}) == 8
+    assert runs.figures(run) == runs.figures(expected)

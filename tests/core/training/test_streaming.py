@@ -15,7 +15,7 @@ from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.engine import CaptureRequest
 from torchspec.core.interfaces.features import Captured, Features, FeatureSink, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training import ahead
+from torchspec.core.training import patience
 from torchspec.core.training.capturing import Documents
 from torchspec.core.training.feed import Flow
 from torchspec.core.training.plan import Cut, Plan, Shares, Turn
@@ -209,8 +209,8 @@ def test_an_error_of_the_engine_is_raised_where_its_features_are_used(make_run: 
 def test_an_engine_that_never_answers_is_waited_for_with_patience(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "FIRST_WORD", 0.05)
-    monkeypatch.setattr(ahead, "BETWEEN_WORDS", 0.05)
+    monkeypatch.setattr(patience, "FIRST_WORD", 0.05)
+    monkeypatch.setattr(patience, "BETWEEN_WORDS", 0.05)
     run = make_run(patience=0.12)
     run.start()
     with pytest.raises(TargetError, match=r"features of step 1 did not come within 0 s"):

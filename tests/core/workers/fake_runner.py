@@ -98,8 +98,8 @@ class FakeRunner:
         assert self.store is not None
         self.store.put(record_id, features_of(ids, self.settings.taps, self.facts.hidden_size))
 
-    def write(self, ask: Ask) -> Future[ServedText]:
-        return self.pool.submit(self._write, ask)
+    def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        return [self.pool.submit(self._write, ask) for ask in asks]
 
     def _write(self, ask: Ask) -> ServedText:
         if DIES in ask.input_ids:

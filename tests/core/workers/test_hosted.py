@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from torchspec.core.errors import TargetError
 from torchspec.core.features.conformance import sample_features
-from torchspec.core.interfaces.engine import CaptureRequest
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource
 from torchspec.core.interfaces.features import Captured, Features, FeatureSink, Quarantined
 from torchspec.core.workers.hosted import HostedRunner
 from torchspec.core.workers.runner import Ask, Facts
@@ -124,15 +125,45 @@ def test_what_nobody_waits_for_any_more_is_not_captured(runner: HostedRunner, en
     assert alone.cancel()
     engine.go.release(9)
     assert wanted.result(5) is None
-    assert runner.write(Ask(input_ids=[5], max_new_tokens=3, temperature=0.5, seed=8, stop=[])).result(5).tokens == (6,)
+    (text,) = runner.write([Ask(input_ids=[5], max_new_tokens=3, temperature=0.5, seed=1, common_seed=8, stop=[])])
+    assert text.result(5).tokens == (6,)
     assert [names for names, _ in engine.calls] == [["first0"], ["s1"]]
 
 
 def test_text_without_counters(runner: HostedRunner) -> None:
-    asks = [Ask(input_ids=[1, number], max_new_tokens=3, temperature=0.5, seed=8, stop=[]) for number in (4, 7)]
-    assert [runner.write(ask).result(5).tokens for ask in asks] == [(5,), (8,)]
+    """Together, with the seed from which each one's own was made."""
+    asks = [
+        Ask(input_ids=[1, number], max_new_tokens=3, temperature=0.5, seed=number, common_seed=8, stop=[])
+        for number in (4, 7)
+    ]
+    assert [text.result(5).tokens for text in runner.write(asks)] == [(5,), (8,)]
     with pytest.raises(TargetError, match="plain serves no drafts"):
         runner.counters()
+
+
+def test_text_is_written_with_the_draft_of_a_training(engine: Plain) -> None:
+    """By an engine that can be stepped, which asks for the draft where it is left; others say so."""
+    followed = []
+
+    class Nothing:
+        def drafter(self) -> None:
+            """There is none yet, so the target writes alone."""
+
+    def follow(source: DraftSource) -> Nothing:
+        followed.append(source)
+        return Nothing()
+
+    source = DraftSource(directory=Path("pushed"), length=2)
+    asks = [Ask(input_ids=[4], max_new_tokens=3, temperature=0.5, seed=1, common_seed=8, stop=[], source=source)]
+    stepped = HostedRunner(engine, TAPS, FACTS, follow)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert [text.result(5).tokens for text in stepped.write(asks)] == [(5,)]
+    stepped.close()
+    assert followed == [source]
+    other = HostedRunner(engine, TAPS, FACTS)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="plain writes without drafts"):
+        other.write(asks)
+    other.close()
 
 
 def test_closing_does_not_wait_for_a_capture(engine: Plain) -> None:

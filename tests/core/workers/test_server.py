@@ -20,7 +20,7 @@ from torchspec.core.errors import TargetError
 from torchspec.core.features.conformance import sample_features
 from torchspec.core.features.memory import MemoryStore
 from torchspec.core.features.shared import SharedMemoryStore
-from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features, RecordRef
 from torchspec.core.workers import protocol
 from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
@@ -64,7 +64,10 @@ class TinyRunner:
             self.let_go.wait(20)
         self.store.put(record_id, features(ids[:-1] if SHORT in ids else ids))
 
-    def write(self, ask: Ask) -> Future[ServedText]:
+    def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        return [self.answered(ask) for ask in asks]
+
+    def answered(self, ask: Ask) -> Future[ServedText]:
         self.asked.append(ask)
         done: Future[ServedText] = Future()
         if STUCK not in ask.input_ids:
@@ -450,6 +453,18 @@ def test_text(writing: Served) -> None:
     assert [(list(each.input_ids), each.seed) for each in writing.runner.asked] == [([1, 5], 11), ([8], 12)]
     for each in writing.runner.asked:
         assert (list(each.stop), each.max_new_tokens, each.temperature) == ([2, 3], 7, 1.0)
+
+
+def test_text_with_a_draft(writing: Served) -> None:
+    """What all texts of the request share."""
+    prompts = [{"input_ids": [1, 5], "seed": 11}, {"input_ids": [8], "seed": 12}]
+    told = {"prompts": prompts, "seconds": 5, "stop": [], "max_new_tokens": 7, "temperature": 0, "seed": 9}
+    status, _ = writing.ask(protocol.WRITE, **told, source={"directory": "/run/pushed", "length": 3})
+    assert status == 200
+    source = DraftSource(directory=Path("/run/pushed"), length=3)
+    assert [(each.common_seed, each.source) for each in writing.runner.asked] == [(9, source)] * 2
+    for wrong in ({"directory": "/run/pushed"}, {"directory": "/run/pushed", "length": 0}, "/run/pushed"):
+        assert writing.ask(protocol.WRITE, **told, source=wrong)[0] == 400
 
 
 def test_counters(writing: Served) -> None:
