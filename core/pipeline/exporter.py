@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torchspec.core.report.pipeline import waited
+
 EVERY_SECONDS = 2.0
 PREFIX = "torchspec_"
 
@@ -55,7 +57,7 @@ def figures(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if name != "kind":
             yield from _numbers(name if kind == "train" else f"{kind}_{name}", value)
     if row.get("step_seconds"):
-        yield "waiting_fraction", float(row.get("time", {}).get("capture", 0.0)) / float(row["step_seconds"])
+        yield "waiting_fraction", waited(row) / float(row["step_seconds"])
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -208,6 +208,10 @@ def _charts(record: RunRecord) -> list[Chart]:
         {
             "simulated": _series(record.train, "simulated_acceptance_length"),
             "decoded": _series(record.validation, "acceptance_length"),
+            "decoded while the text was written": _series(
+                [{"step": row["step"], **row["on_policy"]} for row in record.train if row.get("on_policy")],
+                "acceptance_length",
+            ),
             **{
                 f"in {name}" if name else "decoded beside the training": _series(rows, "acceptance_length")
                 for name, rows in _by_engine(record.served).items()

@@ -15,10 +15,16 @@ WAITS, HARDLY_WAITS = 0.15, 0.05
 IDLE = 0.5
 
 
+def waited(row: Row) -> float:
+    """Seconds of a step in which the trainer waited for texts, and for features."""
+    seconds = row.get("time", {})
+    return float(seconds.get("data", 0.0)) + float(seconds.get("capture", 0.0))
+
+
 def waiting(rows: Sequence[Row]) -> Points:
     """Fraction of each step in which the trainer waited for features; of runs whose features come from elsewhere."""
     return [
-        (row["step"], float(row["time"].get("capture", 0.0)) / float(row["step_seconds"]))
+        (row["step"], waited(row) / float(row["step_seconds"]))
         for row in rows
         if row.get("pipeline") and row.get("step_seconds")
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec.cli.console import ProgressDisplay, announce
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.report.pipeline import waited
 
 if TYPE_CHECKING:
     from torchspec.core.pipeline.inprocess import RunOutcome
@@ -54,8 +55,16 @@ def latest_figures(metrics: Path) -> str:
         if isinstance(row, dict) and row.get("kind") == "train" and row.get("loss") is not None:
             length = row.get("simulated_acceptance_length")  # null where no text was long enough for a round
             accepted = "" if length is None else f"simulated acceptance {length:.2f}, "
-            return f"loss {row['loss']:.3f}, {accepted}{row['tokens_per_second']:.0f} tokens/s{_flow(row)}"
+            return (
+                f"loss {row['loss']:.3f}, {accepted}{row['tokens_per_second']:.0f} tokens/s{_written(row)}{_flow(row)}"
+            )
     return ""
+
+
+def _written(row: dict[str, Any]) -> str:
+    """On-policy: what a round brought while the step's text was written with the draft."""
+    length = row.get("on_policy", {}).get("acceptance_length")
+    return "" if length is None else f"; written with {length:.2f} tokens a round"
 
 
 def _flow(row: dict[str, Any]) -> str:
@@ -63,8 +72,8 @@ def _flow(row: dict[str, Any]) -> str:
     flow = row.get("pipeline")
     if not flow:
         return ""
-    waited = row.get("time", {}).get("capture", 0.0) / row["step_seconds"]
-    text = f"; waited {waited:.0%}, {flow['turns_ahead']} passes ahead in {flow['held_bytes'] / 1e6:.0f} MB"
+    share, held = waited(row) / row["step_seconds"], flow["held_bytes"] / 1e6
+    text = f"; waited {share:.0%}, {flow['turns_ahead']} passes ahead in {held:.0f} MB"
     engines = flow.get("engines") or []
     if engines:
         speed = sum(engine["tokens_per_second"] * engine["busy"] for engine in engines)

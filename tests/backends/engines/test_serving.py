@@ -31,9 +31,13 @@ def run_config(conversations: dict[str, Path], output: Path, **more: Any) -> dic
     }
 
 
-def losses(output: Path) -> list[float]:
+def rows_of(output: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["kind"] == "train"]
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in rows_of(output)]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,19 @@ def test_the_loss_curve_is_that_of_transformers_features(
     expected = losses(tmp_path / "hf")
     assert len(expected) == 12
     assert losses(trained)[:12] == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_on_what_the_engine_writes(engine_name: str, conversations: dict[str, Path], tmp_path: Path) -> None:
+    """Ahead of the steps, greedy: transformers' text, and so its losses up to rounding."""
+    config = run_config(conversations, tmp_path / "hf", on_policy={"enabled": True, "max_new_tokens": 24})
+    config["train"] |= {"max_steps": 3}
+    torchspec.train(config)
+    config |= {"output": tmp_path / "engine", "backend": engine_name, "pipeline": {"topology": "colocated"}}
+    torchspec.train(config)
+    expected = rows_of(tmp_path / "hf")
+    assert [row["on_policy"] for row in rows_of(tmp_path / "engine")] == [row["on_policy"] for row in expected]
+    assert all(row["on_policy"]["texts"] == 8 for row in expected)
+    assert losses(tmp_path / "engine") == pytest.approx(losses(tmp_path / "hf"), rel=1e-4)
 
 
 def evaluate(draft: Path, engine: str, conversations: dict[str, Path], output: Path, *more: str) -> int:
