@@ -104,6 +104,16 @@ def rank_environment(*, rank: int, world_size: int, address: str, port: int) -> 
     }
 
 
+def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for one that it starts, with these variables."""
+    return {**os.environ, **variables}
+
+
+def is_set(variable: str) -> bool:
+    """Whether the user gave this variable, of somebody else's, a value."""
+    return bool(os.environ.get(variable))
+
+
 def handed_on(names: Sequence[str] = ("OMP_NUM_THREADS",)) -> dict[str, str]:
     """Variables of this process that hold for those it has started elsewhere."""
     return {name: os.environ[name] for name in names if name in os.environ}

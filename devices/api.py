@@ -10,6 +10,7 @@ from torchspec.core.interfaces.device import (
     DeviceSpec,
     FusedOps,
     MemoryStats,
+    Multiplexer,
     Runtime,
     SharedMemory,
 )
@@ -22,7 +23,7 @@ from torchspec.core.ops.distillation import (
     TileTeacher,
     TileTerms,
 )
-from torchspec.core.settings import Launch, launch, malloc_is_tuned
+from torchspec.core.settings import Launch, environment_with, is_set, launch, malloc_is_tuned
 
 __all__ = [
     "API_VERSION",
@@ -38,6 +39,7 @@ __all__ = [
     "Launch",
     "MaskSpec",
     "MemoryStats",
+    "Multiplexer",
     "Runtime",
     "SharedMemory",
     "TilePairs",
@@ -45,6 +47,8 @@ __all__ = [
     "TileTerms",
     "TorchspecError",
     "UnavailableError",
+    "environment_with",
+    "is_set",
     "launch",
     "malloc_is_tuned",
 ]

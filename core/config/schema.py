@@ -173,6 +173,11 @@ class PipelineConfig(Section):
         "that engine and trainer share on their device (a CPU's: shared memory, used again and again); mooncake: "
         "between machines; auto: by topology and engine",
     )
+    multiplex: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="colocated: have a service of the device's own (CUDA: MPS) run engine and trainer at the same "
+        "time; auto: where there is one and torchspec starts the ranks",
+    )
     prefetch_mb: Positive | None = Field(
         None, description="features that a rank may ask for ahead of their use, in 1e6 bytes; default: 500"
     )

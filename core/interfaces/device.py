@@ -5,7 +5,7 @@ Shape letters: B batch, Q query rows, S key rows, Hq query heads, Hk key/value h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +58,10 @@ class Runtime(Protocol):
     def synchronize(self) -> None: ...
     def memory(self) -> MemoryStats: ...
     def reset_peak_memory(self) -> None: ...
+    def limit_memory(self, fraction: float) -> None:
+        """Of the bound device's memory: what this process allocates beyond it is refused as if there were no more."""
+        ...
+
     def manual_seed(self, seed: int) -> None:
         """Seed the host's generator and this device's."""
         ...
@@ -214,9 +218,24 @@ class SharedMemory(Protocol):
         ...
 
 
+class Multiplexer(Protocol):
+    """A service through which several processes compute on one device at the same time, instead of by turns."""
+
+    def available(self) -> Availability: ...
+
+    def start(self, directory: Path) -> Callable[[], None]:
+        """Start one of its own in this empty directory -> what stops it. It does not outlive this process, however that
+        ends. UnavailableError with the reason when it does not start."""
+        ...
+
+    def environment(self, directory: Path) -> Mapping[str, str]:
+        """Variables of the processes that are to use it, from their beginning."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A loaded adapter. `shared_memory` is None where a device has none."""
+    """A loaded adapter. `shared_memory` and `multiplexer` are None where a device has none."""
 
     name: str
     runtime: Runtime
@@ -224,6 +243,7 @@ class Device:
     attention: Attention
     ops: FusedOps = field(default_factory=FusedOps)
     shared_memory: SharedMemory | None = None
+    multiplexer: Multiplexer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ def make_runner(wanted: WorkerSettings) -> HostedRunner:
     name = options.pop(BACKEND)
     device = registry.load_device(wanted.device)
     torch_device = device.runtime.bind(0)
+    if wanted.memory_fraction is not None:
+        device.runtime.limit_memory(wanted.memory_fraction)
     engine = registry.load_engine(
         name,
         EngineOptions(

@@ -23,6 +23,7 @@ from torchspec.core.pipeline.launch import follow_launcher
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
+from torchspec.core.pipeline.topology_fit import trainer_fraction
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.ledger import balance, read_ledger
@@ -75,6 +76,9 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
         ring=parallel.ring,
         tensor=checked.config.target.tensor_parallel,
     )
+    fraction = trainer_fraction(checked.config, checked.device.device_type)
+    if fraction < 1:
+        context.device.runtime.limit_memory(fraction)
     try:
         with mesh.lost_peers_named():
             return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)

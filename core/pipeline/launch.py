@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -44,8 +44,15 @@ class _Rank:
     errors: IO[bytes] | None
 
 
-def launch(command: Sequence[str], nproc: int, *, shutdown_seconds: float = SHUTDOWN_SECONDS) -> int:
-    """Run `command` in `nproc` processes, with torchrun's environment variables; -> 0 or the first failure's code.
+def launch(
+    command: Sequence[str],
+    nproc: int,
+    *,
+    shutdown_seconds: float = SHUTDOWN_SECONDS,
+    variables: Mapping[str, str] | None = None,
+) -> int:
+    """Run `command` in `nproc` processes, with torchrun's environment variables and these; -> 0 or the first failure's
+    code.
 
     Rank 0 writes to this process's output; the end of another rank's errors is shown only if that rank failed.
     SIGINT and SIGTERM go to every rank; those still there after `shutdown_seconds`, or at a second signal, are killed.
@@ -56,7 +63,7 @@ def launch(command: Sequence[str], nproc: int, *, shutdown_seconds: float = SHUT
     # This process holds the rendezvous, on a port the system picks: no port is guessed and then found taken.
     store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=10))
     with contextlib.ExitStack() as stack:
-        ranks = [_start(command, number, nproc, store.port, stack) for number in range(nproc)]
+        ranks = [_start(command, number, nproc, store.port, stack, variables or {}) for number in range(nproc)]
         stack.callback(_kill, ranks)
         with _forwarding(ranks) as received:
             return _wait(ranks, received, shutdown_seconds)
@@ -76,11 +83,18 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-def _start(command: Sequence[str], number: int, nproc: int, port: int, stack: contextlib.ExitStack) -> _Rank:
+def _start(
+    command: Sequence[str],
+    number: int,
+    nproc: int,
+    port: int,
+    stack: contextlib.ExitStack,
+    variables: Mapping[str, str],
+) -> _Rank:
     errors = None if number == 0 else stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     process = subprocess.Popen(
         list(command),
-        env=rank_environment(rank=number, world_size=nproc, address=LOOPBACK, port=port),
+        env={**rank_environment(rank=number, world_size=nproc, address=LOOPBACK, port=port), **variables},
         stdin=subprocess.DEVNULL,
         stdout=None if errors is None else subprocess.DEVNULL,
         stderr=errors,

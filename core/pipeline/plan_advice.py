@@ -14,6 +14,7 @@ from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.plan_fit import Advice, Fit
 from torchspec.core.pipeline.plan_load import Subject, least_held
+from torchspec.core.pipeline.topology_fit import engine_fraction
 
 LEAST_LENGTH = 64
 MOST_RANKS = 8
@@ -65,18 +66,18 @@ def fit_of(config: RunConfig, ranks: Ranks, subject: Subject) -> Fit:
 
 
 def memory_problems(config: RunConfig, ranks: Ranks, subject: Subject) -> list[Problem]:
-    """Of a run whose `train.memory_gb` is given."""
+    """Of a run whose `train.memory_gb` is given, or which shares its device with an engine."""
     fit = fit_of(config, ranks, subject)
     if fit.fits:
         return []
-    return [
-        Problem(
-            field="train.memory_gb",
-            value=config.train.memory_gb,
-            message=f"the run {fit.verdict()} (--dry-run shows what for)",
-            remedy="; or ".join(fit.remedies()),
-        )
-    ]
+    message = f"the run {fit.verdict()} (--dry-run shows what for)"
+    remedies = fit.remedies()
+    if config.train.memory_gb is not None:
+        remedy = "; or ".join(remedies)
+        return [Problem(field="train.memory_gb", value=config.train.memory_gb, message=message, remedy=remedy)]
+    fraction = engine_fraction(config, subject.device.device_type)
+    remedy = "; or ".join(["give the engine less of the device", *remedies])
+    return [Problem(field="engine.memory_fraction", value=fraction, message=message, remedy=remedy)]
 
 
 def _asked_once(backend: EngineSpec, target: TargetSpec) -> EngineSpec:

@@ -28,6 +28,7 @@ from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.parallel_fit import COMPUTE, choose_exchange, choose_logits, logits_ranks, row_tokens
 from torchspec.core.pipeline.plan_memory import Need, estimate
 from torchspec.core.pipeline.plan_terms import Load, Models
+from torchspec.core.pipeline.topology_fit import trainer_fraction
 
 GB = 10**9
 
@@ -62,12 +63,14 @@ class Subject:
         return estimate(self.models, load_of(config, self, ranks.all))
 
     def available(self, config: RunConfig, ranks: Ranks) -> int | None:
-        """Bytes that a rank may take: as given, else the device's; ranks on one CPU share its memory. None: unknown."""
+        """Bytes that a rank may take: as given, else the device's, without an engine's part; ranks on one CPU share its
+        memory. None: unknown."""
         if config.train.memory_gb is not None:
             return int(config.train.memory_gb * GB)
         if not self.total:
             return None
-        return self.total // ranks.here if self.on_host else self.total
+        share = int(self.total * trainer_fraction(config, self.device.device_type))
+        return self.total // ranks.here if self.on_host else share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.plan_advice import memory_problems
 from torchspec.core.pipeline.plan_load import Lengths, Subject, cached_lengths, lengths_of, subject_of
 from torchspec.core.pipeline.rebuild import initial_problems
-from torchspec.core.pipeline.topology_fit import topology_problems
+from torchspec.core.pipeline.topology_fit import topology_problems, trainer_fraction
 from torchspec.core.training.checkpoint import DRAFT, refuse_other_run
 from torchspec.core.training.checkpoint_files import MANIFEST, directory_of, read_json, steps_on_disk
 
@@ -82,7 +82,8 @@ class _Problems(list[Problem]):
 def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     """Raises ConfigError with every problem found. Reads headers, configuration and the first rows of data.
 
-    A run whose plan exceeds a given `train.memory_gb` is refused; a plan of it (`to_run` false) says so itself.
+    A run whose plan exceeds a given `train.memory_gb`, or what an engine leaves of a device that they share, is
+    refused; a plan of it (`to_run` false) says so itself.
     Needs no other rank: asked before any process waits for another.
     """
     problems = _Problems(environment.problems(config.model_dump()))
@@ -143,7 +144,8 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
         config=config, sources=sources, device=device, target=target, weights=weights, algorithm=algorithm,
         tokenizer=tokenizer, reader=reader,
     )  # fmt: skip
-    if to_run and config.train.memory_gb is not None:
+    shared = trainer_fraction(config, device.device_type) < 1
+    if to_run and (shared or config.train.memory_gb is not None):
         lengths = lengths_of(cached_lengths(config, reader, tokenizer))
         too_large = memory_problems(config, ranks, checked.subject(lengths))
         if too_large:

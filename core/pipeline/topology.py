@@ -12,7 +12,7 @@ from torchspec.core.config.schema import RunConfig
 from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, StreamedEngine
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import hosted
-from torchspec.core.pipeline.topology_fit import choose_store, engines_in_all
+from torchspec.core.pipeline.topology_fit import choose_store, engine_fraction, engines_in_all
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.streaming import StreamingFeed
@@ -63,7 +63,12 @@ def colocated(config: RunConfig, options: EngineOptions, context: ParallelContex
             local_rank=0,
             streamed=True,
             directory=options.directory / engine_name(number),
-            process=replace(options.process, devices=devices_of(number, size), delivery={"kind": store}),
+            process=replace(
+                options.process,
+                devices=devices_of(number, size),
+                delivery={"kind": store},
+                memory_fraction=engine_fraction(config, options.device.runtime.device_type),
+            ),
         )
         for number in range(count)
     ]

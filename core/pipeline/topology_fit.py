@@ -11,11 +11,31 @@ from torchspec.core.pipeline.served_checks import given
 
 APPLIES = {
     "inprocess": frozenset({"topology"}),
-    "colocated": frozenset({"topology", "engines", "store", "prefetch_mb"}),
+    "colocated": frozenset({"topology", "engines", "store", "prefetch_mb", "multiplex"}),
     "disaggregated": frozenset({"topology", "engines", "trainers", "store", "prefetch_mb"}),
     "offline": frozenset({"topology", "features", "prefetch_mb"}),
 }
 """Settings of the `pipeline` section that mean something, by topology."""
+
+
+ENGINE_FRACTION, RESERVE_FRACTION, LEAST_FRACTION = 0.5, 0.05, 0.05
+"""Of a device that engine and trainer share: the engine's, unless said; what neither counts (contexts, kernels); and
+less than which no trainer can use."""
+
+
+def engine_fraction(config: RunConfig, device_type: str) -> float | None:
+    """Of each device's memory, for the engine; None: as the engine does by itself."""
+    given = config.engine.memory_fraction
+    if given is None and config.pipeline.topology == "colocated" and device_type != "cpu":
+        return ENGINE_FRACTION
+    return given
+
+
+def trainer_fraction(config: RunConfig, device_type: str) -> float:
+    """Of the memory of the device that a rank may have."""
+    if config.pipeline.topology != "colocated" or device_type == "cpu":
+        return 1.0
+    return 1.0 - (engine_fraction(config, device_type) or 0.0) - RESERVE_FRACTION
 
 
 def engines_in_all(config: RunConfig) -> int:
@@ -74,7 +94,19 @@ def topology_problems(config: RunConfig, device: DeviceSpec | None, backend: Eng
     if config.engine.url is not None:
         message = "is for pipeline.topology=inprocess: other topologies start their engines themselves"
         found.append(Problem(field="engine.url", value=config.engine.url, message=message, remedy="leave it out"))
-    return [*found, *_store_problems(config, device, backend)]
+    return [*found, *_memory_problems(config, device, backend), *_store_problems(config, device, backend)]
+
+
+def _memory_problems(config: RunConfig, device: DeviceSpec | None, backend: EngineSpec | None) -> list[Problem]:
+    given, message, remedy = config.engine.memory_fraction, "", ""
+    if given is None or device is None:
+        return []
+    if device.device_type == "cpu" and backend is not None and backend.start is None:
+        message, remedy = f"backend {backend.name} shares a CPU's memory with everybody", "leave it out"
+    elif trainer_fraction(config, device.device_type) < LEAST_FRACTION:
+        most = 1 - RESERVE_FRACTION - LEAST_FRACTION
+        message, remedy = "leaves the trainer no memory on the device that they share", f"give at most {most:g}"
+    return [Problem(field="engine.memory_fraction", value=given, message=message, remedy=remedy)] if message else []
 
 
 def _store_problems(config: RunConfig, device: DeviceSpec | None, backend: EngineSpec | None) -> list[Problem]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchspec.devices.api import MemoryStats, malloc_is_tuned
+from torchspec.devices.api import MemoryStats, UnavailableError, malloc_is_tuned
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -72,6 +72,9 @@ class CpuRuntime:
             _CLEAR_REFS.write_text("5")
         except OSError:
             return  # memory() documents what the peak then means
+
+    def limit_memory(self, fraction: float) -> None:
+        raise UnavailableError("a process cannot be kept to a part of the memory of a CPU")
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)

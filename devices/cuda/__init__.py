@@ -43,6 +43,7 @@ def _load() -> Device:
     from torchspec.devices._tiled_attention import TiledAttention
     from torchspec.devices.cuda.attention import ladder
     from torchspec.devices.cuda.ipc import CudaSharedMemory
+    from torchspec.devices.cuda.mps import CudaMps
     from torchspec.devices.cuda.ops import CudaOps
     from torchspec.devices.cuda.runtime import CudaRuntime
 
@@ -53,6 +54,7 @@ def _load() -> Device:
         attention=TiledAttention(ladder(torch.cuda.get_device_capability()), temporary_bytes=256 << 20),
         ops=CudaOps(),
         shared_memory=CudaSharedMemory(),
+        multiplexer=CudaMps(),
     )
 
 

@@ -41,6 +41,9 @@ class CudaRuntime:
     def reset_peak_memory(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
+    def limit_memory(self, fraction: float) -> None:
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 

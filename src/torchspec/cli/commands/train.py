@@ -89,6 +89,9 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError([*problems, *error.problems]) from error
     if nproc > 1 and here.world_size > 1:
         problems.append(Problem(field="--nproc", value=nproc, message="a launcher has already started the ranks"))
+    if config.pipeline.multiplex == "on" and here.world_size > 1 and launcher() is None:
+        message, remedy = "only ranks that torchspec starts can have it", "start them with --nproc, or leave it at auto"
+        problems.append(Problem(field="pipeline.multiplex", value="on", message=message, remedy=remedy))
     if problems:
         raise ConfigError(problems)
     if dry_run and not first:
@@ -109,12 +112,15 @@ def run(words: Sequence[str]) -> int:
         from torchspec.core.pipeline.plan import make_plan
 
         return _show_plan(make_plan(config, provenance, ranks), as_json)
-    if nproc > 1:
+    if nproc > 1 or (here.world_size == 1 and launcher() is None and config.pipeline.topology == "colocated"):
         from torchspec.core.pipeline.launch import launch, torchspec_command
+        from torchspec.core.pipeline.multiplexing import multiplexed
         from torchspec.core.pipeline.preflight import check
 
-        check(config, ranks)
-        return launch(torchspec_command(["train", *_without_nproc(words)]), nproc)
+        checked = check(config, ranks)
+        with multiplexed(checked.config, checked.device.name) as variables:
+            if nproc > 1 or variables:  # they must be there before the device is used, so a lone rank is started too
+                return launch(torchspec_command(["train", *_without_nproc(words)]), nproc, variables=variables)
     if apart and launcher() is None:
         from torchspec.core.pipeline import cluster
         from torchspec.core.pipeline.preflight import check
