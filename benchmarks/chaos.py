@@ -37,10 +37,11 @@ ATTEMPTS = 6
 LIMIT = 240.0
 """Seconds that one command may take: a wait without an end is a failure too."""
 
-COMMON = [
-    "--device", "cpu", "--target", "embedded", "train.batch_size=4", "train.micro_batch_size=2", "train.epochs=2",
-    "train.checkpoint_every=3", "data.max_length=96", "draft.vocab_size=500", "draft.unroll=2", "seed=1",
+CAPTURED = [
+    "--device", "cpu", "--target", "embedded", "train.batch_size=4", "train.micro_batch_size=2", "data.max_length=96",
+    "draft.vocab_size=500", "draft.unroll=2", "seed=1",
 ]  # fmt: skip
+COMMON = [*CAPTURED, "train.epochs=2", "train.checkpoint_every=3"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Chaos:
     def undisturbed(self, name: str) -> None:
         """How long it takes, and what its numbers are."""
         if name == "offline" and not self.features.exists():
-            words = [*COMMON, "--data", str(self.data), "--output", str(self.features)]
+            words = [*CAPTURED, "--data", str(self.data), "--output", str(self.features)]
             subprocess.run([sys.executable, "-P", "-m", "torchspec", "capture", *words], check=True, cwd=self.place)
         output, log = self.place / f"undisturbed-{name}", self.place / f"undisturbed-{name}.log"
         begin = time.monotonic()
