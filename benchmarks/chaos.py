@@ -34,7 +34,7 @@ from torchspec.core.training.ledger import balance, read_ledger
 MARK = "TORCHSPEC_CHAOS"
 SAMPLES, STEPS, STEPS_PER_EPOCH = 40, 20, 10
 ATTEMPTS = 6
-LIMIT = 240.0
+LIMIT = 600.0
 """Seconds that one command may take: a wait without an end is a failure too."""
 
 CAPTURED = [

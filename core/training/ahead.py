@@ -23,6 +23,9 @@ from torchspec.core.training.patience import awaited
 from torchspec.core.training.plan import Plan, Turn
 from torchspec.core.training.source import Given, Source
 
+MOST_TURNS = 128
+"""Asked for at a time, however small they are: so many keep every engine busy, and more are only more to keep."""
+
 Found = dict[int, Features | Quarantined]
 """Of a document's number."""
 
@@ -114,7 +117,8 @@ class AheadFeed(ABC):
         return sum(asked.nbytes for asked in self._asked)
 
     def _ask_ahead(self) -> None:
-        """As far as the documents are there and the budget goes; at least one turn, however large it is."""
+        """As far as the documents are there, the budget goes, and no further than is of use; at least one turn, however
+        large it is."""
         while True:
             self._next = self._next or self._source.pop()
             if self._next is None:
@@ -122,7 +126,7 @@ class AheadFeed(ABC):
             turn, documents = self._next
             parts = self._parts(documents)
             nbytes = sum(stop - start for each in parts for start, stop in each[self._rank]) * self._token_bytes
-            if self._asked and self._held + nbytes > self._budget:
+            if self._asked and (self._held + nbytes > self._budget or len(self._asked) >= MOST_TURNS):
                 return
             pieces = self._ask(turn, documents, parts) if documents.real else ()
             self._asked.append(_Asked(turn=turn, documents=documents, nbytes=nbytes, pieces=pieces))

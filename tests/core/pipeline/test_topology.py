@@ -170,3 +170,19 @@ def test_two_ranks_that_share_packed_sequences(runs: ModuleType, values: dict[st
     assert len(list((run / "engine").glob("*/engine-*/worker.json"))) == 2
     assert len({row["loss"] for row in runs.rows(expected)}) == 8
     assert runs.figures(run) == runs.figures(expected)
+
+
+@pytest.mark.slow
+def test_ranks_and_engines_may_change_when_a_run_goes_on(
+    runs: ModuleType, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two ranks that share sequences, with an engine each; then one that has two engines; then no engine beside it."""
+    words = ("train.epochs=3", "train.schedule=constant")
+    expected = runs.alone(values, tmp_path / "whole", *words)
+    run = tmp_path / "run"
+    runs.two_ranks(values, {run: (*words, COLOCATED, "parallel.ulysses=2", "train.max_steps=5")})
+    runs.alone(values, run, *words, COLOCATED, "pipeline.engines=2", "train.max_steps=9")
+    runs.alone(values, run, *words)
+    assert [row["loss"] for row in runs.rows(run)] == pytest.approx([row["loss"] for row in runs.rows(expected)], 1e-5)
+    assert [row["samples"] for row in runs.rows(run)] == [row["samples"] for row in runs.rows(expected)]
+    assert read_json(run / "ledger.json")["wrong"] == []

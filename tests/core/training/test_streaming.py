@@ -15,7 +15,7 @@ from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.engine import CaptureRequest
 from torchspec.core.interfaces.features import Captured, Features, FeatureSink, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training import patience
+from torchspec.core.training import ahead, patience
 from torchspec.core.training.capturing import Documents
 from torchspec.core.training.feed import Flow
 from torchspec.core.training.plan import Cut, Plan, Shares, Turn
@@ -204,6 +204,18 @@ def test_an_error_of_the_engine_is_raised_where_its_features_are_used(make_run: 
     with pytest.raises(type(error), match=str(error)):
         run.rows(1)
     assert time.monotonic() - started < 5
+
+
+def test_no_more_is_asked_for_than_keeps_engines_busy(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "MOST_TURNS", 2)
+    run = make_run()
+    run.open()
+    run.start()
+    for used in range(STEPS):
+        flow = run.feed.flow()
+        assert flow is not None
+        assert flow.turns_ahead == min(2, STEPS - used)
+        run.rows(used)
 
 
 def test_an_engine_that_never_answers_is_waited_for_with_patience(
