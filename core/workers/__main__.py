@@ -126,7 +126,8 @@ def _failed(options: argparse.Namespace, reason: str) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1 << 16):  # not through sys.stdin, whose lock a thread that waits there would hold at exit
+        pass
     os.killpg(os.getpgrp(), signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
 
 
