@@ -46,7 +46,7 @@ COMMON = [*CAPTURED, "train.epochs=2", "train.checkpoint_every=3"]
 
 @dataclass(frozen=True)
 class Topology:
-    """`like`: whose numbers it must have; `victims`: kinds of process, as `kind_of` names them."""
+    """`like`: whose numbers it must have; `victims`: kinds of process, as `Process.kind` names them."""
 
     words: tuple[str, ...]
     like: str

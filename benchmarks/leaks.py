@@ -4,7 +4,7 @@ python benchmarks/leaks.py --json benchmarks/results/leaks.json
 
 Each topology trains on short samples, a step each. While it runs, the resident memory of all its processes is read
 together with the step that it has come to; a process's growth is the slope of a straight line through what was read
-after the first fifth of the steps, in which caches fill. Memory is what a process does not share: anonymous pages.
+after the first fifth of the steps, in which caches fill. Memory is anonymous and shared pages, not those of files.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ from runs import write_conversations
 TOPOLOGIES = {
     "inprocess": (),
     "colocated": ("--topology", "colocated"),
+    "colocated, on-policy": (
+        "--topology",
+        "colocated",
+        "--on-policy",
+        "on_policy.max_new_tokens=4",
+        "on_policy.draft_length=2",
+    ),
     "disaggregated, Mooncake": ("--topology", "disaggregated", "pipeline.store=mooncake", "engine.store_mb=100"),
 }
 LIMIT = 1.0
@@ -37,15 +44,14 @@ EVERY = 1.0
 SAMPLES = 500
 
 
-def anonymous(pid: int) -> float | None:
+def resident(pid: int) -> float | None:
     """Megabytes; None when it is gone."""
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024 / 1e6
+        lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     except OSError:
-        pass
-    return None
+        return None
+    sizes = [int(line[1]) for line in lines if line and line[0] in ("RssAnon:", "RssShmem:")]
+    return sum(sizes) * 1024 / 1e6 if sizes else None
 
 
 def steps_in(run: Path) -> int:
@@ -77,7 +83,7 @@ def watched(command: list[str], run: Path, mark: str) -> dict[str, list[tuple[in
             time.sleep(EVERY)
             step = steps_in(run)
             for each in processes(mark) if step else ():
-                size = anonymous(each.pid)
+                size = resident(each.pid)
                 if size is not None:
                     found[f"{name_of(each, driver.pid)} {each.pid}"].append((step, size))
     finally:
@@ -124,7 +130,7 @@ def main() -> int:
                 if rate is not None
             }
             print(f"{name}, {time.monotonic() - begin:.0f} s: {json.dumps(told[name], indent=2)}", flush=True)
-    worst = max(each["growth"] for rows in told.values() for each in rows.values())
+    worst = max((each["growth"] for rows in told.values() for each in rows.values()), default=float("nan"))
     body = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(),

@@ -20,6 +20,10 @@ class TargetError(TorchspecError):
     """The target model directory is missing something or is of a kind that is not supported."""
 
 
+class LostOnTextError(TargetError):
+    """An engine that died, or did not answer, every time that it was asked to write for the same prompts."""
+
+
 class CheckpointError(TorchspecError):
     """A checkpoint or exported draft is missing, truncated, or belongs to something else."""
 

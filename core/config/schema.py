@@ -133,7 +133,10 @@ class EngineConfig(Section):
     url: str | None = Field(None, description="address of a worker that is running already (docs/engines.md)")
     tensor_parallel: Positive = Field(1, description="devices over which the engine splits the target")
     memory_fraction: float | None = Field(
-        None, gt=0, le=1, description="of each device's memory, for the engine; default: the engine's own"
+        None,
+        gt=0,
+        le=1,
+        description="of each device's memory, for the engine; default: its own, or 0.5 (colocated)",
     )
     store_mb: Positive | None = Field(
         None, description="features that may wait to be taken, in 1e6 bytes; default: 2000, or what shared memory has"

@@ -50,6 +50,7 @@ class TokenDataset(Dataset[TrainingSample]):
     """Tokenised samples in the order of the files, read from the cache when asked for.
 
     lengths          tokens of each sample; of a prompt, with its answer as long as it may become
+    own_lengths      tokens of each sample as it is here
     report           what became of the rows
     token_counts_V   int64, how often each id is supervised, for choosing a draft vocabulary
     ingredients      everything the data depends on, as JSON
@@ -62,6 +63,7 @@ class TokenDataset(Dataset[TrainingSample]):
         self._data = data
         self._bounds: list[int] = data.offsets.tolist()
         self.lengths: list[int] = planned_lengths(data.offsets, settings).tolist()
+        self.own_lengths: list[int] = data.offsets.diff().tolist()
         self.report = DataReport.from_json(data.facts, files)
         self.token_counts_V: Tensor = data.token_counts_V
         self.ingredients = ingredients
@@ -137,7 +139,9 @@ def _fill(
     tally, unique, sample_ids, lengths = Tally(), UniqueIds(), [], []
     counts_V = np.zeros(renderer.id_limit, dtype=np.int64)
     prompts = settings.answer_tokens is not None
+    usable = bytearray()  # of every row
     for outcome in tokenise(reader, renderer, renderer.prompt if prompts else renderer.prepare, progress):
+        usable.append(False)
         if isinstance(outcome, BadRow):
             tally.refuse(outcome)
             continue
@@ -146,6 +150,7 @@ def _fill(
         if not _usable(sample, settings):
             tally.filtered += 1
             continue
+        usable[-1] = True
         tally.keep(sample)
         tally.truncated += whole.input_ids.size > settings.max_length
         columns["input_ids"].append(sample.input_ids)
@@ -158,7 +163,7 @@ def _fill(
         few = f"have fewer than {settings.min_supervised_tokens} supervised tokens in the first {settings.max_length}"
         raise nothing_left(report, f"leave no room for an answer in {settings.max_length} tokens" if prompts else few)
     if prompts:
-        _count_answers(counts_V, RowReader(reader.files), renderer, settings)
+        _count_answers(counts_V, RowReader(reader.files), renderer, settings, usable)
     columns["offsets"].append(np.cumsum([0, *lengths]))
     columns["token_counts"].append(counts_V)
     columns["sample_ids"].append(np.frombuffer(json.dumps(sample_ids).encode(), dtype=np.uint8))
@@ -178,11 +183,15 @@ def _usable(sample: Rendered, settings: DatasetSettings) -> bool:
 
 
 def _count_answers(
-    counts_V: npt.NDArray[np.int64], reader: RowReader, renderer: Renderer, settings: DatasetSettings
+    counts_V: npt.NDArray[np.int64],
+    reader: RowReader,
+    renderer: Renderer,
+    settings: DatasetSettings,
+    usable: Sequence[int],
 ) -> None:
-    """How often each id is in the answers that the data do hold: the best that is known of those to come."""
-    for outcome in tokenise(reader, renderer, renderer.prepare, None):
-        if not isinstance(outcome, BadRow):
+    """How often each id is in the answers that usable rows do hold: the best that is known of those to come."""
+    for outcome, used in zip(tokenise(reader, renderer, renderer.prepare, None), usable, strict=True):
+        if used and not isinstance(outcome, BadRow):
             sample = _cut(outcome[1], settings)
             np.add.at(counts_V, sample.input_ids[sample.loss_mask], 1)
 

@@ -78,7 +78,8 @@ class DataReport:
         parts += [f"{self.truncated} of them cut to the maximum length"] if self.truncated else []
         parts += [f"{self.filtered} filtered"] if self.filtered else []
         parts += [f"{self.bad_count} bad"] if self.bad_count else []
-        parts.append(f"{self.tokens} tokens, {self.supervised_tokens} supervised")
+        supervised = f", {self.supervised_tokens} supervised" if self.supervised_tokens else ""
+        parts.append(f"{self.tokens} tokens{supervised}")
         shown = [f"  {row}" for row in self.bad[:bad_rows]]
         if self.bad_count > len(shown) and shown:
             shown.append(f"  and {self.bad_count - len(shown)} more")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from torchspec.core.errors import CheckpointError
@@ -34,21 +35,44 @@ def push(
     directory: Path, algorithm: Algorithm, state: Mapping[str, Tensor], step: int, dtype: torch.dtype = torch.float32
 ) -> None:
     """Make the draft with this (unsharded) state the one to use. CheckpointError when it cannot be written."""
-    folder = directory / f"{_FOLDER}{step}"
+    folder = _folder(directory, step)
     aside = directory / f".{secrets.token_hex(4)}"
     try:
         aside.mkdir(parents=True)
         save_files(algorithm.to_files(stored_state(state, dtype), algorithm.layouts[0]), aside)
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier session
         aside.rename(folder)
-        aside.write_text(folder.name)
-        aside.replace(directory / CURRENT)
-    except OSError as error:
-        raise CheckpointError(f"cannot hand the draft over in {directory}: {error.strerror or error}") from error
-    steps = sorted(int(path.name.removeprefix(_FOLDER)) for path in directory.glob(f"{_FOLDER}*"))
-    kept = [each for each in steps if each <= step][-KEPT:]
-    for old in set(steps) - set(kept):
-        shutil.rmtree(directory / f"{_FOLDER}{old}", ignore_errors=True)
+        _name(directory, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"cannot hand the draft over in {directory}: {error}") from error
+    for old in _steps(directory)[:-KEPT]:
+        shutil.rmtree(_folder(directory, old), ignore_errors=True)
+
+
+def return_to(directory: Path, step: int) -> None:
+    """Make the draft of this step the one to use again; none where it is not there. Later ones go."""
+    folder = _folder(directory, step)
+    if folder.is_dir():
+        _name(directory, folder)
+    else:
+        (directory / CURRENT).unlink(missing_ok=True)
+    for later in [each for each in _steps(directory) if each > step]:
+        shutil.rmtree(_folder(directory, later), ignore_errors=True)
+
+
+def _folder(directory: Path, step: int) -> Path:
+    return directory / f"{_FOLDER}{step}"
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix(_FOLDER)) for path in directory.glob(f"{_FOLDER}*"))
+
+
+def _name(directory: Path, folder: Path) -> None:
+    aside = directory / f".{secrets.token_hex(4)}"
+    aside.write_text(folder.name)
+    aside.replace(directory / CURRENT)
 
 
 class PushedDraft:
@@ -61,21 +85,21 @@ class PushedDraft:
         self._directory, self._target, self._device, self._place = directory, target, device, place
         self._load_head = head
         self._head: TargetHead | None = None
-        self._name = ""
+        self._seen = ("", 0)  # its name, and when it was written: a run that goes on writes the same names again
         self._drafter: Drafter | None = None
 
     def drafter(self) -> Drafter | None:
-        """With the newest draft; None before the first one."""
+        """With the draft that is named; None where none is."""
         for attempt in (1, 2):  # what was named when it was read may be gone by now, and then there is a newer one
             try:
                 name = (self._directory / CURRENT).read_text().strip()
             except FileNotFoundError:
-                break
-            if name == self._name:
-                break
+                return None
             try:
-                self._drafter = self._loaded(self._directory / name)
-                self._name = name
+                seen = (name, (self._directory / name).stat().st_mtime_ns)
+                if seen != self._seen:
+                    self._drafter = self._loaded(self._directory / name)
+                    self._seen = seen
                 break
             except (CheckpointError, OSError) as error:
                 if attempt == 2:

@@ -252,10 +252,13 @@ class EngineUsage:
 
 
 class StreamedEngine(TargetEngine, Protocol):
-    """An engine in a worker, which several threads may ask. `room`: bytes of features that may wait there."""
+    """An engine in a worker, which several threads may ask. `room`: bytes of features that may wait there. `serial`: it
+    works on one request at a time, and those that wait have their deadline, too."""
 
     @property
     def room(self) -> int: ...
+    @property
+    def serial(self) -> bool: ...
 
     def write(
         self,

@@ -27,7 +27,7 @@ from torchspec.core.models.target_spec import read_target_spec, resolve_target, 
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.offline import stored
-from torchspec.core.pipeline.on_policy import check_countable, pusher, writing_of, written_now
+from torchspec.core.pipeline.on_policy import pusher, writing_of, written_now
 from torchspec.core.pipeline.parallel_fit import LogitsForm, choose_exchange, choose_logits
 from torchspec.core.pipeline.rebuild import load_state, read_initial
 from torchspec.core.pipeline.served_checks import measured_apart, served_checks
@@ -172,8 +172,6 @@ def find_start(config: RunConfig, algorithm: Algorithm, target: TargetSpec, data
     if path is not None:
         state, vocabulary = read_initial(path, target)
         return Start(vocabulary=vocabulary, state=state, checkpoint=None)
-    if config.on_policy.enabled:
-        check_countable(algorithm, target, int(data.train.token_counts_V.sum()))
     vocabulary = build_vocabulary(data.train.token_counts_V, algorithm.vocabulary_size, target.vocab_size)
     return Start(vocabulary=vocabulary, state=None, checkpoint=resumed)
 
@@ -212,7 +210,7 @@ def build_feed(config: RunConfig, model: Model, target: Target, context: Paralle
         return target.stored.feed(model, context)
     if target.streaming is None:
         return DirectFeed(model, context, written_now(config, model, target.spec, context))
-    return target.streaming.feed(model, context, writing_of(config))
+    return target.streaming.feed(model, context, writing_of(config, target.spec))
 
 
 def step_memory(config: TrainConfig, logits: LogitsForm = "off") -> StepMemory:
@@ -260,6 +258,7 @@ def build_setup(
         validate_every=config.eval.every,
         serve=engine is not None,
         served=served,
+        alike=data.train.own_lengths if config.on_policy.enabled else None,
         on_policy=config.on_policy.enabled,
         push=pusher(config, model, context),
         push_every=config.on_policy.push_every,

@@ -62,6 +62,7 @@ def run(config: RunConfig, words: Sequence[str], say: Say) -> int:
         ) from error
     engines, trainers = engines_in_all(config), trainers_in_all(config)
     device = registry.choose_device(config.device, settings.default_device())[0]
+    run_dir.open_run(config).lock.close()  # another run's engines must stay; rank 0 takes the lock for good
     say(f"starting Ray for {engines} engine(s) and {trainers} rank(s)")
     shutil.rmtree(config.output / assembly.ENGINE, ignore_errors=True)
     alone = config.ray.address is None

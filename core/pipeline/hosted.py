@@ -48,6 +48,7 @@ def make_runner(wanted: WorkerSettings) -> HostedRunner:
         context=spec.max_position_embeddings,
         vocab_size=spec.vocab_size,
         norm_state="post_norm",
+        serial=True,
     )
 
     def follow(source: DraftSource) -> PushedDraft:

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.export.layout import ExportContext, write_draft
 from torchspec.core.export.selfcheck import Probe
 from torchspec.core.interfaces.features import Quarantined
@@ -20,9 +22,11 @@ from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.launch import follow_launcher
+from torchspec.core.pipeline.on_policy import check_countable, resume_pushed
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
+from torchspec.core.pipeline.topology import patience_of
 from torchspec.core.pipeline.topology_fit import trainer_fraction
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.feed import Feed
@@ -34,6 +38,8 @@ from torchspec.core.training.trackers import TensorBoard, check_tensorboard
 from torchspec.core.training.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
+
+MARGIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,7 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
     Raises TorchspecError for everything a user can act on.
     """
     follow_launcher()
+    _refuse_unled(config)
     place = settings.launch()
     checked = check(config, Ranks(all=place.world_size, here=place.local_world_size, launched=place.world_size > 1))
     parallel = checked.config.parallel
@@ -75,6 +82,7 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
         ulysses=parallel.ulysses,
         ring=parallel.ring,
         tensor=checked.config.target.tensor_parallel,
+        timeout=_deadline(checked.config),
     )
     fraction = trainer_fraction(checked.config, checked.device.device_type)
     if fraction < 1:
@@ -84,6 +92,27 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
             return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)
     finally:
         mesh.shutdown(context)
+
+
+def _deadline(config: RunConfig) -> timedelta:
+    """Of collectives: a rank may have to wait for engines, and the others then wait for it."""
+    return max(mesh.DEADLINE, timedelta(seconds=patience_of(config.engine) + MARGIN_SECONDS))
+
+
+def _refuse_unled(config: RunConfig) -> None:
+    """ConfigError for what only `torchspec train` can start, before its ranks."""
+    if settings.launcher() is not None:
+        return
+    remedy = "start it with `torchspec train`"
+    problems = []
+    if config.pipeline.topology == "disaggregated":
+        message = "has engines that nobody has started"
+        problems.append(Problem(field="pipeline.topology", value="disaggregated", message=message, remedy=remedy))
+    if config.pipeline.topology == "colocated" and config.pipeline.multiplex == "on":
+        message = "must be there before the processes that use it"
+        problems.append(Problem(field="pipeline.multiplex", value="on", message=message, remedy=remedy))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _train(
@@ -110,6 +139,8 @@ def _train_in(
     checkpoints = config.output / run_dir.CHECKPOINTS
     resumed = checkpoint.choose(checkpoints, context)
     data = assembly.load_data(config, checked.tokenizer, context, progress)
+    if config.on_policy.enabled:
+        check_countable(algorithm, checked.target, data.train.token_counts_V)
     with _loaded(config, context, progress) as target:
         start = context.agree(lambda: assembly.find_start(config, algorithm, target.spec, data, resumed))
         longest = max(map(int, data.train.lengths))
@@ -121,6 +152,8 @@ def _train_in(
             trainer.resume(resumed)
             logger.info("resuming at step %d of %d from %s", trainer.counters.step, trainer.total_steps, resumed)
             _tell_changes(resumed, setup.facts)
+        if config.on_policy.enabled:
+            context.main_only(lambda: resume_pushed(config, trainer.counters.step))
         probe = context.agree(lambda: _probe(trainer.feed, data, context))
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start, probe))
         try:

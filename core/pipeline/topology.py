@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from torchspec.core import registry
-from torchspec.core.config.schema import RunConfig
+from torchspec.core.config.schema import EngineConfig, RunConfig
 from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, StreamedEngine
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import hosted
@@ -101,13 +101,17 @@ def _attached(
     engine ever waits for room that a rank will only make when it has got what it waits for."""
     engines = [hosted.attach(config.backend, its) for its in each]
     most = min(engine.room for engine in engines) // (2 * ranks)
-    process = config.engine
     return Streaming(
         engines=engines,
         started=started,
         budget=min((config.pipeline.prefetch_mb or PREFETCH_MB) * 1_000_000, most),
-        patience=ATTEMPTS * (process.start_timeout + process.call_timeout),
+        patience=patience_of(config.engine),
     )
+
+
+def patience_of(engine: EngineConfig) -> float:
+    """Seconds after which every attempt has failed."""
+    return ATTEMPTS * (engine.start_timeout + engine.call_timeout)
 
 
 def engine_name(number: int) -> str:

@@ -59,9 +59,19 @@ class Plan:
     """The global batches of every step, and how this rank cuts them. Steps count from 0, over the epochs."""
 
     def __init__(
-        self, lengths: Sequence[int], cut: Cut, shares: Shares, *, batch_size: int, bucket_size: int, seed: int
+        self,
+        lengths: Sequence[int],
+        cut: Cut,
+        shares: Shares,
+        *,
+        batch_size: int,
+        bucket_size: int,
+        seed: int,
+        alike: Sequence[int] | None = None,
     ) -> None:
+        """`lengths` are what samples may become; `alike`: lengths by which similar ones share a batch, if others."""
         self.lengths, self.cut, self.shares = lengths, cut, shares
+        self._alike = lengths if alike is None else alike
         self.steps_per_epoch = math.ceil(len(lengths) / batch_size)
         self._batch_size, self._bucket_size, self._seed = batch_size, bucket_size, seed
         self._epochs: dict[int, list[list[int]]] = {}
@@ -97,7 +107,7 @@ class Plan:
             # Whoever looks ahead reaches the next epoch before the present one has ended.
             self._epochs = {known: batches for known, batches in self._epochs.items() if abs(known - epoch) == 1}
             self._epochs[epoch] = global_batches(
-                self.lengths,
+                self._alike,
                 batch_size=self._batch_size,
                 bucket_size=self._bucket_size,
                 seed=self._seed,

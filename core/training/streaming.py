@@ -27,6 +27,8 @@ from torchspec.core.training.written import Writing
 
 CALLS_PER_ENGINE = 2
 """One is computed while the features of another are on their way."""
+TEXT_CALLS = 4
+"""Of an engine that writes many texts at a time."""
 TEXTS_AHEAD = 2
 """Texts are begun for so many times the features that may be asked for ahead: of a turn they are there before these."""
 
@@ -66,7 +68,7 @@ class StreamingFeed(AheadFeed):
                 context,
                 tokens_ahead=TEXTS_AHEAD * budget // self._token_bytes,
                 patience=patience,
-                calls=CALLS_PER_ENGINE,
+                calls=1 if any(engine.serial for engine in engines) else TEXT_CALLS,
             )
         self._engines, self._name = engines, name
         self._count = 0

@@ -25,6 +25,7 @@ from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model, Samples
 from torchspec.core.training.checkpoint_files import directory_of, steps_on_disk
 from torchspec.core.training.feed import DirectFeed, Feed
+from torchspec.core.training.host_memory import release_heap
 from torchspec.core.training.ledger import ledger_row
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
@@ -56,8 +57,8 @@ class Setup:
 
     `validate` decodes with the draft as it is and returns a metrics row holding `acceptance_length`; None: not here.
     `serve`: checkpoints are validated in a serving engine instead, by `served`, which the main rank has.
-    `validate_every` 0: only at the end. `on_policy`: the target writes the answers; `push`, collective, hands it the
-    draft after a step, every `push_every` steps.
+    `validate_every` 0: only at the end. `alike`: see `Plan`. `on_policy`: the target writes the answers; `push`,
+    collective, hands it the draft after a step, every `push_every` steps.
     """
 
     config: TrainConfig
@@ -70,6 +71,7 @@ class Setup:
     validate_every: int = 0
     serve: bool = False
     served: ServedChecks | None = None
+    alike: Sequence[int] | None = None
     on_policy: bool = False
     push: Callable[[int], None] | None = None
     push_every: int = 1
@@ -121,6 +123,7 @@ class Trainer:
             batch_size=setup.config.batch_size,
             bucket_size=setup.bucket_size,
             seed=setup.seed,
+            alike=setup.alike,
         )
         self.optimizer = build_optimizer(self.model.draft, setup.config)
         self.schedule = Schedule.of(setup.config)
@@ -150,8 +153,6 @@ class Trainer:
         `ledger` gets a row for every step: what became of its samples."""
         config, counters = self.setup.config, self.counters
         received = 0
-        if self.setup.push is not None:  # what an earlier session left there may be of a later step
-            self.setup.push(counters.step)
         self.feed.start(self.plan, self.samples, counters.step, self.total_steps)
         if self._validation_due():  # the run ended between this step's checkpoint and its validation
             received = self._validate(log, stop)
@@ -240,7 +241,7 @@ class Trainer:
         """Sample -> why it could not be captured, for the step's row; TargetError when that happens to most of them."""
         found = {self.samples[index].sample_id: reason for index, reason in sorted(result.quarantined.items())}
         for sample_id, reason in found.items():
-            logger.warning("sample %s could not be captured and is left out of its step: %s", sample_id, reason)
+            logger.warning("sample %s is left out of its step: %s", sample_id, reason)
         counters = self.counters
         lost = counters.quarantined + len(found)
         trained = counters.samples + len(batch) - len(found)
@@ -391,6 +392,7 @@ class Trainer:
             score=self.counters.score,
         )
         checkpoint.save(self.setup.checkpoints, snapshot, self.context, self.setup.config.keep_last)
+        release_heap()
 
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"draft.{name}": tensor for name, tensor in self.model.draft.state_dict().items()}

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from torchspec.core.errors import TargetError
+from torchspec.core.errors import LostOnTextError
 from torchspec.core.interfaces.algorithm import TrainingSample
 from torchspec.core.interfaces.engine import DraftSource, ServedText
 from torchspec.core.parallel.mesh import ParallelContext
@@ -22,10 +22,12 @@ from torchspec.core.training.capturing import Documents, Texts, assigned
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How it is written. `max_length`: of prompt and answer together. `source`: the draft to write with, if any."""
+    """How it is written. `max_length`: of prompt and answer together; `context`: what the target reads at most.
+    `source`: the draft to write with, if any."""
 
     max_new_tokens: int
     max_length: int
+    context: int
     temperature: float = 0.0
     seed: int = 0
     source: DraftSource | None = None
@@ -52,32 +54,35 @@ def groups_of(prompts: Documents, ranks: int) -> list[list[int]]:
 
 
 def write_texts(author: Author, prompts: Mapping[int, TrainingSample], writing: Writing, step: int) -> Texts:
-    """For each prompt a text, or the reason of an author that failed with it alone too."""
+    """For each prompt a text, or the reason of an author that is lost on it alone too. TargetError from an author that
+    fails otherwise."""
     found: dict[int, ServedText | str] = {}
     for numbers, room in _by_room(prompts, writing):
         try:
             found |= _written(author, prompts, numbers, room, writing, step)
-        except TargetError as error:
+        except LostOnTextError as error:
             if len(numbers) == 1:
                 found[numbers[0]] = str(error)
                 continue
             for number in numbers:
                 try:
                     found |= _written(author, prompts, [number], room, writing, step)
-                except TargetError as again:
+                except LostOnTextError as again:
                     found[number] = str(again)
     return found
 
 
 def _by_room(prompts: Mapping[int, TrainingSample], writing: Writing) -> Iterator[tuple[list[int], int]]:
-    """Numbers, and how many tokens their texts may have: prompts that leave less than is asked for go alone."""
-    rooms = {number: writing.max_length - sample.input_ids_T.numel() for number, sample in prompts.items()}
-    roomy = [number for number, room in rooms.items() if room >= writing.max_new_tokens]
-    if roomy:
-        yield roomy, writing.max_new_tokens
-    for number, room in rooms.items():
-        if room < writing.max_new_tokens:
-            yield [number], room
+    """Numbers, and how many tokens are asked for together: where that is beyond the target's context a prompt goes
+    alone. What a sample has no room for is cut."""
+    lengths = {number: sample.input_ids_T.numel() for number, sample in prompts.items()}
+    rooms = {number: writing.max_length - length for number, length in lengths.items()}
+    limit = min(writing.max_new_tokens, max(rooms.values(), default=0))
+    together = [number for number, length in lengths.items() if length + limit <= writing.context]
+    if together:
+        yield together, limit
+    for number in lengths.keys() - together:
+        yield [number], min(limit, rooms[number])
 
 
 def _written(
@@ -90,7 +95,11 @@ def _written(
         seed=(writing.seed * 1_000_003 + step) % 2**31,
         source=writing.source,
     )
-    return dict(zip(numbers, texts, strict=True))
+    rooms = {number: writing.max_length - prompts[number].input_ids_T.numel() for number in numbers}
+    return {
+        number: replace(text, tokens=text.tokens[: rooms[number]]) if text.tokens else "nothing was written"
+        for number, text in zip(numbers, texts, strict=True)
+    }
 
 
 def answered(prompts: Documents, texts: Texts) -> Documents:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from torchspec.core.errors import FeatureStoreError, StoreLostError, TargetError
+from torchspec.core.errors import FeatureStoreError, LostOnTextError, StoreLostError, TargetError
 from torchspec.core.interfaces.engine import (
     CaptureRequest,
     DecodeSession,
@@ -114,6 +114,12 @@ class RemoteEngine:
         assert self._session is not None
         return int(self._session.facts["store_bytes"])
 
+    @property
+    def serial(self) -> bool:
+        """Whether it works on one request at a time."""
+        assert self._session is not None
+        return bool(self._session.facts["serial"])
+
     def describe(self) -> TargetSpec:
         return self._spec
 
@@ -177,7 +183,7 @@ class RemoteEngine:
         seed: int = 0,
         source: DraftSource | None = None,
     ) -> list[ServedText]:
-        """See `StreamedEngine`. Asked again of the next engine when one dies; TargetError the third time."""
+        """See `StreamedEngine`. Asked again of the next engine when one dies; LostOnTextError the third time."""
         if not prompts:
             return []
         message: dict[str, Any] = {
@@ -195,7 +201,7 @@ class RemoteEngine:
                 return [_text(each) for each in answer["results"]]
             except EngineLostError as error:
                 if attempt == MOST_FAILURES:
-                    raise TargetError(f"{self.name} failed {attempt} times on the same prompts: {error}") from error
+                    raise LostOnTextError(f"{self.name} failed {attempt} times on the same prompts: {error}") from error
         raise AssertionError
 
     def counters(self) -> ServingCounters:

@@ -47,7 +47,8 @@ class WorkerSettings:
 class Facts:
     """What an engine is and will do. `norm_state`: of the last hidden states it captures; `taps` as in the settings.
 
-    `layers`, `hidden_size` and `itemsize` (bytes of a hidden value) are the target's, as the engine read it.
+    `layers`, `hidden_size` and `itemsize` (bytes of a hidden value) are the target's, as the engine read it. `serial`:
+    it works on one request at a time, and others wait for it.
     """
 
     engine: str
@@ -58,6 +59,7 @@ class Facts:
     context: int
     vocab_size: int
     norm_state: NormState
+    serial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class CudaMps:
         def stop() -> None:
             pipe.close()
             try:
-                guard.wait(2 * STOP_SECONDS)
+                guard.wait(4 * STOP_SECONDS)  # it may need two of them itself, and one to look around
             except subprocess.TimeoutExpired:
                 guard.kill()
                 guard.wait()

@@ -36,6 +36,8 @@ if sys.argv[1:] == ["-f"]:
 if not (place / "control").exists():
     sys.exit("Cannot find MPS control daemon process")
 for order in sys.stdin.read().split():
+    if order == "quit" and mood == "deaf":
+        time.sleep(60)
     assert order in ("get_server_list", "quit"), order
     if order == "quit":
         (place / "quit").touch()
@@ -103,13 +105,14 @@ def test_it_runs_until_it_is_stopped(mood: Mood, tmp_path: Path) -> None:
     assert gone(pids[1])
 
 
-def test_one_that_does_not_quit_is_killed(mood: Mood, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["stubborn", "deaf"])
+def test_one_that_does_not_quit_is_killed(mood: Mood, tmp_path: Path, how: str) -> None:
     guard = subprocess.Popen(
         [sys.executable, "-P", "-c", GUARD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert guard.stdout is not None
     assert guard.stdin is not None
-    mood("stubborn")
+    mood(how)
     assert guard.stdout.readline() == "ready\n"
     pid = started(tmp_path)
     guard.stdin.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchspec.core import registry
-from torchspec.core.decoding.pushed import CURRENT, KEPT, PushedDraft, push
+from torchspec.core.decoding.pushed import CURRENT, PushedDraft, push, return_to
 from torchspec.core.decoding.writing import TextWriter
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import DraftSource, EngineOptions, TargetEngine, TargetSpec
@@ -76,11 +76,33 @@ def test_the_newest_is_read_once(pushes: Pushes, follow: Callable[[DraftSource],
     assert second is not first
 
 
-def test_older_ones_go_and_so_do_later_ones_of_another_session(pushes: Pushes, tmp_path: Path) -> None:
-    for step in (1, 2, 4, 6, 3):
+def test_older_ones_go(pushes: Pushes, tmp_path: Path) -> None:
+    for step in (2, 4, 6):
         pushes(step)
-    assert {path.name for path in (tmp_path / "pushed").iterdir()} == {CURRENT, "step-3"}, KEPT
-    assert (tmp_path / "pushed" / CURRENT).read_text() == "step-3"
+    assert {path.name for path in (tmp_path / "pushed").iterdir()} == {CURRENT, "step-4", "step-6"}
+    assert (tmp_path / "pushed" / CURRENT).read_text() == "step-6"
+
+
+def test_a_run_that_goes_on_returns_to_an_earlier_one(
+    pushes: Pushes, follow: Callable[[DraftSource], PushedDraft], tmp_path: Path
+) -> None:
+    """Later ones are not found again, and one of the same name is another one."""
+    directory = tmp_path / "pushed"
+    return_to(directory, 0)  # nothing is there
+    pushed = follow(DraftSource(directory=directory, length=2))
+    for step in (4, 6):
+        pushes(step)
+    later = pushed.drafter()
+    return_to(directory, 4)
+    assert {path.name for path in directory.iterdir()} == {CURRENT, "step-4"}
+    earlier = pushed.drafter()
+    assert earlier is not None
+    assert earlier is not later
+    pushes(6)
+    assert pushed.drafter() not in (later, earlier)
+    return_to(directory, 2)
+    assert list(directory.iterdir()) == []
+    assert pushed.drafter() is None
 
 
 def test_one_that_cannot_be_read_leaves_the_one_before(

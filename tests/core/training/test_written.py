@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from torchspec.core.errors import TargetError
+from torchspec.core.errors import LostOnTextError, TargetError
 from torchspec.core.interfaces.engine import DraftSource, ServedText
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.capturing import Documents
@@ -26,7 +26,7 @@ from torchspec.core.training.written import (
     write_texts,
 )
 
-WRITING = Writing(max_new_tokens=4, max_length=16)
+WRITING = Writing(max_new_tokens=4, max_length=16, context=18)
 LENGTHS = (5, 9, 3, 12, 7, 8, 4, 11)
 STEPS = 4
 
@@ -55,7 +55,7 @@ class Echo:
         gate = self.gates.get(prompts[0][0] // 1000)
         assert gate is None or gate.wait(20), "the test let it go too late"
         if self.refused & {token for prompt in prompts for token in prompt}:
-            raise TargetError("it will not")
+            raise LostOnTextError("it will not")
         return [
             ServedText(tokens=tuple(prompt[-1] + step for step in range(max_new_tokens)), rounds=2, accepted_tokens=1)
             for prompt in prompts
@@ -85,23 +85,49 @@ def test_an_answer_is_supervised_and_nothing_else(made_up: ModuleType) -> None:
     assert made.unwritten == {}
 
 
-def test_prompts_with_little_room_go_alone_and_get_what_there_is(made_up: ModuleType) -> None:
+def test_prompts_near_the_end_of_the_context_go_alone(made_up: ModuleType) -> None:
+    """The others are asked for together, and what a sample has no room for is cut."""
     prompts = dict(enumerate(documents(made_up, 3, 14, 12, 15).samples))
     author = Echo()
     texts = write_texts(author, prompts, WRITING, step=0)
     assert [([len(prompt) for prompt in asked], room) for asked, room, _ in author.calls] == [
-        ([3, 12], 4), ([14], 2), ([15], 1),
-    ]  # fmt: skip
+        ([3, 14, 12], 4),
+        ([15], 1),
+    ]
     assert {number: len(text.tokens) for number, text in texts.items() if isinstance(text, ServedText)} == {
         0: 4, 1: 2, 2: 4, 3: 1,
     }  # fmt: skip
+
+
+def test_no_more_is_asked_for_than_the_roomiest_has_room_for(made_up: ModuleType) -> None:
+    author = Echo()
+    texts = write_texts(author, dict(enumerate(documents(made_up, 14, 15).samples)), WRITING, step=0)
+    assert [room for _, room, _ in author.calls] == [2]
+    assert [len(text.tokens) for text in texts.values() if isinstance(text, ServedText)] == [2, 1]
+
+
+def test_an_author_that_fails_otherwise_ends_the_run(made_up: ModuleType) -> None:
+    """Nor is a text without a token one."""
+
+    class Refuses(Echo):
+        def write(self, prompts: Sequence[Sequence[int]], **_: object) -> list[ServedText]:
+            raise TargetError("was not ready within 600 s")
+
+    class Silent(Echo):
+        def write(self, prompts: Sequence[Sequence[int]], **_: object) -> list[ServedText]:
+            return [ServedText(tokens=()) for _ in prompts]
+
+    prompts = dict(enumerate(documents(made_up, 3, 5).samples))
+    with pytest.raises(TargetError, match="not ready"):
+        write_texts(Refuses(), prompts, WRITING, step=0)
+    assert write_texts(Silent(), prompts, WRITING, step=0) == dict.fromkeys(prompts, "nothing was written")
 
 
 def test_every_step_draws_anew(made_up: ModuleType) -> None:
     prompts = {0: made_up.sample(0, 3)}
     author = Echo()
     for seed, step in ((0, 0), (0, 1), (1, 0)):
-        write_texts(author, prompts, Writing(max_new_tokens=4, max_length=16, seed=seed), step)
+        write_texts(author, prompts, Writing(max_new_tokens=4, max_length=16, context=18, seed=seed), step)
     assert len({seed for _, _, seed in author.calls}) == 3
     assert all(0 <= seed < 2**31 for _, _, seed in author.calls)
 
