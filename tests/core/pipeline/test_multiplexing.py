@@ -16,6 +16,7 @@ from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import ConfigError, UnavailableError
 from torchspec.core.interfaces.device import Availability
+from torchspec.core.pipeline.inprocess import train
 from torchspec.core.pipeline.launch import launch
 from torchspec.core.pipeline.multiplexing import multiplexed
 from torchspec.core.pipeline.topology_fit import engine_fraction, topology_problems, trainer_fraction
@@ -121,6 +122,13 @@ def test_ranks_get_its_variables(tmp_path: Path) -> None:
     script = "import os, pathlib, sys; pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(os.environ['SERVICE'])"
     assert launch([sys.executable, "-c", script, str(tmp_path)], 2, variables={"SERVICE": "there"}) == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["there", "there"]
+
+
+def test_the_python_interface_starts_neither_it_nor_engines(configured: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"pipeline\.multiplex.*\n.*start it with `torchspec train`"):
+        train(configured(COLOCATED, "pipeline.multiplex=on"), provenance={})
+    with pytest.raises(ConfigError, match="has engines that nobody has started"):
+        train(configured("pipeline.topology=disaggregated"), provenance={})
 
 
 # Memory.
