@@ -14,7 +14,7 @@ Follow = Callable[[DraftSource], PushedDraft]
 
 
 class TextWriter:
-    """`follow` opens what a source leaves; it is asked once for each."""
+    """Implements `Author`. `follow` opens what a source leaves; it is asked once for each."""
 
     def __init__(self, engine: TargetEngine, follow: Follow) -> None:
         self._engine, self._follow = engine, follow
@@ -29,7 +29,7 @@ class TextWriter:
         seed: int = 0,
         source: DraftSource | None = None,
     ) -> list[ServedText]:
-        """See `StreamedEngine.write`.
+        """See `Author`.
 
         With a draft, what is drawn at temperature > 0 depends on the draft and on all the prompts as well.
         """

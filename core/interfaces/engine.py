@@ -251,14 +251,8 @@ class EngineUsage:
     nbytes: int
 
 
-class StreamedEngine(TargetEngine, Protocol):
-    """An engine in a worker, which several threads may ask. `room`: bytes of features that may wait there. `serial`: it
-    works on one request at a time, and those that wait have their deadline, too."""
-
-    @property
-    def room(self) -> int: ...
-    @property
-    def serial(self) -> bool: ...
+class Author(Protocol):
+    """A target that writes while a draft is trained."""
 
     def write(
         self,
@@ -271,6 +265,16 @@ class StreamedEngine(TargetEngine, Protocol):
     ) -> list[ServedText]:
         """As `generate`; with the newest draft of `source`, if there is one by now. TargetError where it cannot."""
         ...
+
+
+class StreamedEngine(TargetEngine, Author, Protocol):
+    """An engine in a worker, which several threads may ask. `room`: bytes of features that may wait there. `serial`: it
+    works on one request at a time, and those that wait have their deadline, too."""
+
+    @property
+    def room(self) -> int: ...
+    @property
+    def serial(self) -> bool: ...
 
     def usage(self) -> EngineUsage:
         """TargetError when it cannot say now."""

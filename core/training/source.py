@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from torchspec.core.interfaces.engine import Author
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.capturing import Documents, Samples, Texts
 from torchspec.core.training.patience import awaited
 from torchspec.core.training.plan import Plan, Turn
 from torchspec.core.training.written import (
-    Author,
     Writing,
     answered,
     groups_of,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from torchspec.core.errors import LostOnTextError
 from torchspec.core.interfaces.algorithm import TrainingSample
-from torchspec.core.interfaces.engine import DraftSource, ServedText
+from torchspec.core.interfaces.engine import Author, DraftSource, ServedText
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training.capturing import Documents, Texts, assigned
 
@@ -31,20 +31,6 @@ class Writing:
     temperature: float = 0.0
     seed: int = 0
     source: DraftSource | None = None
-
-
-class Author(Protocol):
-    """A target that writes, here or elsewhere; see `StreamedEngine.write`."""
-
-    def write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        source: DraftSource | None = None,
-    ) -> list[ServedText]: ...
 
 
 def groups_of(prompts: Documents, ranks: int) -> list[list[int]]:
