@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import VocabularyShards
 from torchspec.core.models.target_spec import load_target_config
 from torchspec.core.models.target_weights import TargetWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Names that a checkpoint may use where the target's class in transformers says `lm_head`.
 _HEAD_ALIASES = ("embed_out.weight", "output.weight")
@@ -205,6 +207,8 @@ class _Opened:
 
 def _skeleton(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The target's class without storage: it knows the names, the shapes and the kind of norm."""
+    from transformers import AutoModelForCausalLM  # seconds, which processes that read no target do without
+
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

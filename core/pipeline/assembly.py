@@ -19,12 +19,12 @@ from torchspec.core.data.dataset import DatasetSettings, Prompt, TokenDataset, l
 from torchspec.core.data.vocabulary import build_vocabulary, coverage
 from torchspec.core.decoding.measure import with_room
 from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
-from torchspec.core.interfaces.device import Device
-from torchspec.core.interfaces.engine import EngineOptions, TargetEngine, TargetSpec
+from torchspec.core.interfaces.engine import TargetEngine, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import load_target_head, load_target_head_shard
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.pipeline.engine_setup import ENGINE, engine_options
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.offline import stored
 from torchspec.core.pipeline.on_policy import pusher, writing_of, written_now
@@ -42,9 +42,6 @@ from torchspec.core.training.trainer import Setup
 from torchspec.core.training.validation import Validator
 
 logger = logging.getLogger(__name__)
-
-ENGINE = "engine"
-"""Folder of a run with its engines' logs, by machine."""
 
 ProgressSink = Callable[[str, int, int], None]
 
@@ -128,30 +125,10 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
     return Target(spec=spec, head=head, engine=registry.load_engine(config.backend, options))
 
 
-def engine_options(config: RunConfig, device: Device, directory: Path, local_rank: int = 0) -> EngineOptions:
-    """An engine that captures what this run trains on."""
-    path = resolve_target(config.target.path)
-    trusted = config.target.trust_remote_code
-    return EngineOptions(
-        target=path,
-        device=device,
-        local_rank=local_rank,
-        dtype=config.target.dtype,
-        trust_remote_code=trusted,
-        taps=create_algorithm(config, read_target_spec(path, trusted)).taps,
-        process=config.engine.process(),
-        directory=directory,
-    )
-
-
 def forget_engine(config: RunConfig, context: ParallelContext) -> None:
     """What an earlier session left must not be taken for this one's worker."""
     if context.local_rank == 0 and config.pipeline.topology != "disaggregated":
         shutil.rmtree(config.output / ENGINE / settings.host_name(), ignore_errors=True)
-
-
-def create_algorithm(config: RunConfig, target: TargetSpec) -> Algorithm:
-    return registry.algorithms().spec(config.algorithm).create(config.draft, target)
 
 
 def initial_path(config: RunConfig) -> Path | None:

@@ -27,11 +27,12 @@ from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.interfaces.engine import CaptureRequest, TargetEngine
 from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.models.target_spec import running_dtype
-from torchspec.core.pipeline.assembly import ENGINE, ProgressSink, engine_options
+from torchspec.core.pipeline.assembly import ProgressSink
 from torchspec.core.pipeline.capture_config import captured_config, sequence_ranks
 from torchspec.core.pipeline.capture_directory import Kept, claim, kept_records, opened, to_disk
 from torchspec.core.pipeline.capture_groups import cut_of, groups_facts, groups_of
 from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.engine_setup import ENGINE, engine_options
 from torchspec.core.pipeline.offline import features_identity
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.run_dir import versions

@@ -19,7 +19,8 @@ from torchspec.core.features.directory import SUFFIX, DirectoryStore
 from torchspec.core.features.manifest import CAPTURE, MANIFEST, read_json, record_name, write_json
 from torchspec.core.features.stored_rows import read_rows
 from torchspec.core.interfaces.features import NormState
-from torchspec.core.pipeline.assembly import ENGINE, ProgressSink
+from torchspec.core.pipeline.assembly import ProgressSink
+from torchspec.core.pipeline.engine_setup import ENGINE
 from torchspec.core.pipeline.offline import refuse_other_features
 from torchspec.core.training.capturing import Samples
 

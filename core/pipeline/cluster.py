@@ -28,8 +28,9 @@ from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import TorchspecError, UnavailableError
 from torchspec.core.features.mooncake import MooncakeSettings
-from torchspec.core.pipeline import assembly, run_dir
+from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.cluster_agents import EngineAgent, RankAgent, own_address
+from torchspec.core.pipeline.engine_setup import ENGINE
 from torchspec.core.pipeline.launch import LOOPBACK, PEER_SECONDS, SHUTDOWN_SECONDS, torchspec_command
 from torchspec.core.pipeline.mooncake_master import MooncakeMaster
 from torchspec.core.pipeline.topology_fit import choose_store, engines_in_all, trainers_in_all
@@ -64,7 +65,7 @@ def run(config: RunConfig, words: Sequence[str], say: Say) -> int:
     device = registry.choose_device(config.device, settings.default_device())[0]
     run_dir.open_run(config).lock.close()  # another run's engines must stay; rank 0 takes the lock for good
     say(f"starting Ray for {engines} engine(s) and {trainers} rank(s)")
-    shutil.rmtree(config.output / assembly.ENGINE, ignore_errors=True)
+    shutil.rmtree(config.output / ENGINE, ignore_errors=True)
     alone = config.ray.address is None
     _connect(ray, config, engines, trainers)
     try:

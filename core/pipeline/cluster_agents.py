@@ -18,7 +18,8 @@ from typing import IO, Any
 from torchspec.core import registry, settings
 from torchspec.core.config.schema import RunConfig, run_schema
 from torchspec.core.interfaces.engine import StartedEngine
-from torchspec.core.pipeline import assembly, hosted, topology
+from torchspec.core.pipeline import hosted
+from torchspec.core.pipeline.engine_setup import ENGINE, engine_name, engine_options
 from torchspec.core.pipeline.exporter import Exporter
 
 TAIL_BYTES = 4000
@@ -47,9 +48,9 @@ class EngineAgent:
 
     def _start(self) -> None:
         config = self._config
-        directory = config.output / assembly.ENGINE / topology.engine_name(self._number)
+        directory = config.output / ENGINE / engine_name(self._number)
         try:
-            options = assembly.engine_options(config, registry.load_device(self._device), directory)
+            options = engine_options(config, registry.load_device(self._device), directory)
             process = replace(options.process, host=self._host or own_address(), delivery=self._delivery)
             self._engine = hosted.start(config.backend, replace(options, process=process))
         except Exception as error:  # whatever it is, the driver must hear of it  # noqa: BLE001

@@ -28,8 +28,9 @@ from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline import run_dir
-from torchspec.core.pipeline.assembly import create_algorithm, initial_path
+from torchspec.core.pipeline.assembly import initial_path
 from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
+from torchspec.core.pipeline.engine_setup import create_algorithm
 from torchspec.core.pipeline.identity import known_facts
 from torchspec.core.pipeline.offline import check_stored
 from torchspec.core.pipeline.on_policy import on_policy_problems

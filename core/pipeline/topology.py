@@ -12,6 +12,7 @@ from torchspec.core.config.schema import EngineConfig, RunConfig
 from torchspec.core.interfaces.engine import EngineOptions, StartedEngine, StreamedEngine
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import hosted
+from torchspec.core.pipeline.engine_setup import engine_name
 from torchspec.core.pipeline.topology_fit import choose_store, engine_fraction, engines_in_all
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.feed import Feed
@@ -112,10 +113,6 @@ def _attached(
 def patience_of(engine: EngineConfig) -> float:
     """Seconds after which every attempt has failed."""
     return ATTEMPTS * (engine.start_timeout + engine.call_timeout)
-
-
-def engine_name(number: int) -> str:
-    return f"engine-{number}"
 
 
 def engines_here(config: RunConfig, ranks: int) -> int:

@@ -13,8 +13,8 @@ from torchspec.core import registry
 from torchspec.core.errors import ConfigError, Problem, TargetError
 from torchspec.core.interfaces.engine import EngineSpec, TargetSpec
 from torchspec.core.models.target_spec import read_target_spec
-from torchspec.core.pipeline.assembly import create_algorithm
 from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.engine_setup import create_algorithm
 from torchspec.core.pipeline.parallel_fit import (
     choose_exchange,
     choose_logits,
