@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from torchspec.core.errors import UnavailableError
-from torchspec.core.pipeline import cluster
+from torchspec.core.errors import TorchspecError, UnavailableError
+from torchspec.core.pipeline import cluster, run_dir
+from torchspec.core.pipeline.engine_setup import ENGINE
 
 pytest.importorskip("ray", reason='pip install "torchspec[ray]"')
 
@@ -173,3 +174,14 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch, make_config: Any, tmp_path
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UnavailableError, match=r"remedy: pip install 'torchspec\[ray\]'"):
         cluster.run(config, [], print)
+
+
+def test_another_run_in_the_same_directory_is_left_alone(make_config: Any, tmp_path: Path) -> None:
+    """Its engines are found through that directory."""
+    config, _ = make_config(tmp_path / "run", "pipeline.topology=disaggregated")
+    first = run_dir.open_run(config)
+    (config.output / ENGINE / "engine-0").mkdir(parents=True)
+    with pytest.raises(TorchspecError, match="another process is training in"):
+        cluster.run(config, [], print)
+    first.lock.close()
+    assert (config.output / ENGINE / "engine-0").is_dir()
