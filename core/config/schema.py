@@ -170,11 +170,11 @@ class PipelineConfig(Section):
     features: Path | None = Field(
         None, description="offline: the directory that `torchspec capture` has written features to"
     )
-    store: Literal["auto", "shared", "device", "mooncake"] = Field(
+    store: Literal["auto", "shared", "device", "mooncake", "stream"] = Field(
         "auto",
         description="how features come from engines: shared: files in the machine's shared memory; device: buffers "
         "that engine and trainer share on their device (a CPU's: shared memory, used again and again); mooncake: "
-        "between machines; auto: by topology and engine",
+        "between machines; stream: the engine's worker sends them itself; auto: by topology and engine",
     )
     multiplex: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -13,13 +13,14 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 
 from torchspec.core.errors import DamagedRecordError, FeatureStoreError, MissingRecordError, StoreFullError
 from torchspec.core.features.checks import check_features
@@ -55,7 +56,7 @@ class DirectoryStore:
     def put(self, record_id: str, features: Features) -> RecordRef:
         self._check_open()
         check_features(record_id, features)
-        path = self._path(record_id)
+        path = self.file(record_id)
         if path.exists():
             raise ValueError(f"record {record_id!r} is already stored in {self.root}: remove it before")
         self._check_room(record_id, features)
@@ -86,7 +87,7 @@ class DirectoryStore:
     def find(self, record_id: str) -> RecordRef:
         """The reference of a record that another process put, read from its header; its content is not checked."""
         self._check_open()
-        path = self._path(record_id)
+        path = self.file(record_id)
         try:
             facts = _facts(path)
             return RecordRef(record_id=record_id, length=facts["length"], checksum=facts["checksum"])
@@ -97,31 +98,19 @@ class DirectoryStore:
 
     def get(self, ref: RecordRef) -> Features:
         self._check_open()
-        path = self._path(ref.record_id)
+        path = self.file(ref.record_id)
         try:
             features, promised = _read(path)
         except FileNotFoundError:
             raise self._missing(ref.record_id) from None
         except _UNREADABLE as error:
             raise DamagedRecordError(f"record {ref.record_id!r} in {path} cannot be read: {error}") from error
-        length = len(features.input_ids_T)
-        if length != ref.length:
-            raise DamagedRecordError(
-                f"record {ref.record_id!r} in {path} has {length} tokens, its reference promises {ref.length}"
-            )
-        if promised != ref.checksum:
-            raise DamagedRecordError(
-                f"record {ref.record_id!r} in {path} is another one than its reference promises: checksum {promised}, "
-                f"promised {ref.checksum or 'none'}"
-            )
-        if checksum(features, row_sums(features)) != promised:
-            raise DamagedRecordError(f"record {ref.record_id!r} in {path} changed since it was written (checksum)")
-        return features
+        return _verified(ref, features, promised, path)
 
     def remove(self, ref: RecordRef) -> None:
         self._check_open()
         try:
-            self._path(ref.record_id).unlink()
+            self.file(ref.record_id).unlink()
         except FileNotFoundError:
             raise self._missing(ref.record_id) from None
 
@@ -134,7 +123,8 @@ class DirectoryStore:
         """The records stay."""
         self._closed = True
 
-    def _path(self, record_id: str) -> Path:
+    def file(self, record_id: str) -> Path:
+        """Where a record is, if it is there."""
         return self.root / (file_name(record_id) + SUFFIX)
 
     def _check_open(self) -> None:
@@ -158,6 +148,34 @@ class DirectoryStore:
         )
 
 
+def record_of(ref: RecordRef, data: bytes, where: object) -> Features:
+    """From the bytes of a record's file; DamagedRecordError, which names `where` they are from."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        facts = _checked(json.loads(data[8 : 8 + size])["__metadata__"])
+        tensors = load(data)
+        features = _features(facts, tensors.__getitem__)
+    except _UNREADABLE as error:
+        raise DamagedRecordError(f"record {ref.record_id!r} in {where} cannot be read: {error}") from error
+    return _verified(ref, features, facts["checksum"], where)
+
+
+def _verified(ref: RecordRef, features: Features, promised: str, where: object) -> Features:
+    length = len(features.input_ids_T)
+    if length != ref.length:
+        raise DamagedRecordError(
+            f"record {ref.record_id!r} in {where} has {length} tokens, its reference promises {ref.length}"
+        )
+    if promised != ref.checksum:
+        raise DamagedRecordError(
+            f"record {ref.record_id!r} in {where} is another one than its reference promises: checksum {promised}, "
+            f"promised {ref.checksum or 'none'}"
+        )
+    if checksum(features, row_sums(features)) != promised:
+        raise DamagedRecordError(f"record {ref.record_id!r} in {where} changed since it was written (checksum)")
+    return features
+
+
 def file_name(record_id: str) -> str:
     """A plain id as it is; of any other a readable part and a digest, so that no two share a file."""
     if _PLAIN.fullmatch(record_id) and not record_id.endswith(SUFFIX):
@@ -178,22 +196,30 @@ def _read(path: Path) -> tuple[Features, str]:
     """The record and the checksum it was written with."""
     facts = _facts(path)
     with safe_open(path, framework="pt") as file:
-        features = Features(
-            input_ids_T=file.get_tensor("input_ids"),
-            taps_TNH=file.get_tensor("taps"),
-            last_TH=file.get_tensor("last"),
-            tap_layers=tuple(facts["tap_layers"]),
-            norm_state=facts["norm_state"],
-        )
+        return _features(facts, file.get_tensor), facts["checksum"]
+
+
+def _features(facts: dict[str, Any], tensor: Callable[[str], torch.Tensor]) -> Features:
+    features = Features(
+        input_ids_T=tensor("input_ids"),
+        taps_TNH=tensor("taps"),
+        last_TH=tensor("last"),
+        tap_layers=tuple(facts["tap_layers"]),
+        norm_state=facts["norm_state"],
+    )
     check_features(facts["record_id"], features)
-    return features, facts["checksum"]
+    return features
 
 
 def _facts(path: Path) -> dict[str, Any]:
     """What the file says of itself."""
     path.stat()  # FileNotFoundError; safetensors has errors of its own for a missing file
     with safe_open(path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads((file.metadata() or {})["torchspec"])
+        return _checked(file.metadata() or {})
+
+
+def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(metadata["torchspec"])
     if facts["format"] != FORMAT:
         raise ValueError(f"it is of format {facts['format']}, this torchspec reads {FORMAT}")
     return facts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from torchspec.core import registry
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import Problem
@@ -51,14 +53,15 @@ def trainers_in_all(config: RunConfig) -> int:
 def choose_store(config: RunConfig, device: Device, backend: EngineSpec) -> str:
     """How features come from the engines: as said, else by where they are.
 
-    Buffers on the device where engine and trainer are on the same one, or it is the host; Mooncake across machines;
-    files in shared memory for engines whose own processes write.
+    Buffers on the device where engine and trainer are on the same one, or it is the host; files in shared memory for
+    engines whose own processes write. Across machines Mooncake, where this process has it and the engine shares its
+    environment; else the workers send them.
     """
     pipeline = config.pipeline
     if pipeline.store != "auto":
         return pipeline.store
     if pipeline.topology == "disaggregated" and config.ray.address is not None:
-        return "mooncake"
+        return "mooncake" if backend.start is None and mooncake_is_here() else "stream"
     memory = device.shared_memory
     near = memory is not None and (pipeline.topology == "colocated" or memory.reads_in_place)
     return "device" if near and backend.start is None else "shared"
@@ -97,6 +100,10 @@ def topology_problems(config: RunConfig, device: DeviceSpec | None, backend: Eng
     return [*found, *_memory_problems(config, device, backend), *_store_problems(config, device, backend)]
 
 
+def mooncake_is_here() -> bool:
+    return importlib.util.find_spec("mooncake") is not None
+
+
 def _memory_problems(config: RunConfig, device: DeviceSpec | None, backend: EngineSpec | None) -> list[Problem]:
     given, message, remedy = config.engine.memory_fraction, "", ""
     if given is None or device is None:
@@ -114,6 +121,8 @@ def _store_problems(config: RunConfig, device: DeviceSpec | None, backend: Engin
     store, topology, why = config.pipeline.store, config.pipeline.topology, ""
     if store == "mooncake" and topology != "disaggregated":
         why = "engine and trainer share a machine, whose memory is faster"
+    elif store == "mooncake" and backend is not None and backend.start is not None:
+        why = f"the environment of {backend.name} has no Mooncake"
     if store in ("shared", "device") and topology == "disaggregated" and config.ray.address is not None:
         why = "engines and ranks may be on different machines of the cluster"
     if store == "device" and not why and backend is not None and backend.start is not None:
@@ -126,7 +135,8 @@ def _store_problems(config: RunConfig, device: DeviceSpec | None, backend: Engin
             why = "engine and trainer are on different devices"
     if not why:
         names = given(config.mooncake) if topology == "disaggregated" else []  # else they are named already
-        if names and not (store == "mooncake" or (store == "auto" and config.ray.address is not None)):
+        across = backend is None or (backend.start is None and mooncake_is_here())
+        if names and not (store == "mooncake" or (store == "auto" and config.ray.address is not None and across)):
             message, remedy = "no Mooncake store is used", "leave it out, or give pipeline.store=mooncake"
             return [Problem(field=f"mooncake.{name}", message=message, remedy=remedy) for name in names]
         return []

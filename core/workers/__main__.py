@@ -21,7 +21,7 @@ from torchspec.core.errors import TorchspecError
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.settings import engine_token
 from torchspec.core.workers import protocol
-from torchspec.core.workers.delivery import make_delivery
+from torchspec.core.workers.delivery import STREAM, make_delivery
 from torchspec.core.workers.runner import WorkerSettings
 from torchspec.core.workers.server import Worker, make_server, shut_down
 
@@ -90,9 +90,10 @@ def serve(options: argparse.Namespace, token: str) -> int:
         module = importlib.import_module(options.runner)
         runner = module.make_runner(settings)
         wanted = json.loads(options.delivery)
-        separate = store is not None and wanted.get("kind") != "shared"
+        streamed = wanted.get("kind") == STREAM
+        separate = store is not None and not streamed and wanted.get("kind") != "shared"
         delivery = make_delivery(wanted, settings) if separate else None
-        worker = Worker(runner, settings, store, delivery)
+        worker = Worker(runner, settings, store, delivery, streamed=streamed)
         server = make_server(worker, options.host, options.port, token)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stopping.set())

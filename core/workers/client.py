@@ -74,7 +74,28 @@ class WorkerClient:
             raise TargetError(f"the {self.name} worker at {self.url} refuses us: {error}. {_TOKEN_REMEDY}")
         raise TargetError(f"the {self.name} worker at {self.url} refuses ({what}): {error}")
 
+    def fetch(self, path: str, message: dict[str, Any], *, seconds: float) -> bytes | None:
+        """The bytes that are the answer; None where there are none (410). Errors as of `call`."""
+        body = json.dumps({"protocol": protocol.PROTOCOL, "seconds": seconds, **message}).encode()
+        status, content = self._exchange(path, body, seconds)
+        if status == 200:
+            return content
+        if status == 410:
+            return None
+        said = content[:500].decode(errors="replace")
+        raise TargetError(f"the {self.name} worker at {self.url} refuses ({path}): {said}")
+
     def _post(self, path: str, body: bytes, seconds: float) -> tuple[int, dict[str, Any]]:
+        status, content = self._exchange(path, body, seconds)
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise TargetError(f"what answers at {self.url} is no worker of torchspec (status {status})")
+        return status, answer
+
+    def _exchange(self, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_SECONDS)
         try:
             connection.connect()
@@ -82,19 +103,12 @@ class WorkerClient:
             headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
             connection.request("POST", path, body, headers)
             response = connection.getresponse()
-            content = response.read()
+            return response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
             detail = str(error) or type(error).__name__
             raise EngineLostError(f"the {self.name} worker at {self.url} does not answer: {detail}") from error
         finally:
             connection.close()
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise TargetError(f"what answers at {self.url} is no worker of torchspec (status {response.status})")
-        return response.status, answer
 
 
 _TOKEN_REMEDY = f"Set {protocol.TOKEN_VARIABLE} to the token it was started with"

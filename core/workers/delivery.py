@@ -5,6 +5,7 @@ What the worker is told, and what it tells its clients, as JSON:
     {"kind": "shared"}                                    files in this machine's shared memory
     {"kind": "device"}                                    buffers shared on the device that the engine runs on
     {"kind": "mooncake", "namespace", "settings": {...}}  a Mooncake store: see `features.mooncake`
+    {"kind": "stream"}                                    the worker itself, over its protocol: needs nothing else
 
 with the "root" of the store for the first two.
 """
@@ -24,8 +25,11 @@ from torchspec.core.features.pool import PooledStore
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.features import Features, FeatureStore, RecordRef
+from torchspec.core.workers.client import WorkerClient
+from torchspec.core.workers.record_stream import RecordStream
 from torchspec.core.workers.runner import WorkerSettings
 
+STREAM = "stream"
 _POLL_SECONDS = 0.02
 
 
@@ -47,7 +51,7 @@ def make_delivery(wanted: Mapping[str, Any], settings: WorkerSettings) -> tuple[
     raise FeatureStoreError(f"no way of delivering features is called {kind!r}")
 
 
-def open_delivery(facts: Mapping[str, Any], device: Device) -> FeatureStore:
+def open_delivery(facts: Mapping[str, Any], device: Device, client: WorkerClient) -> FeatureStore:
     """A client's end; FeatureStoreError says why it cannot be had here."""
     kind = facts.get("kind")
     if kind == "shared":
@@ -57,6 +61,8 @@ def open_delivery(facts: Mapping[str, Any], device: Device) -> FeatureStore:
     if kind == "mooncake":
         given = MooncakeSettings(**facts["settings"])
         return MooncakeStore(replace(given, segment_bytes=0, hostname=own_address(given.master)), facts["namespace"])
+    if kind == STREAM:
+        return RecordStream(client)
     raise FeatureStoreError(f"the worker delivers by {kind!r}, which this torchspec does not know")
 
 

@@ -17,6 +17,7 @@ MOST_BYTES = 256 << 20
 
 HELLO, CAPTURE, WRITE, COUNTERS, STOP = "/v1/hello", "/v1/capture", "/v1/write", "/v1/counters", "/v1/stop"
 USAGE = "/v1/usage"
+RECORD, DROP = "/v1/record", "/v1/drop"
 
 
 class ProtocolError(ValueError):

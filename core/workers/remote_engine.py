@@ -44,7 +44,7 @@ from torchspec.core.interfaces.features import (
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import protocol
 from torchspec.core.workers.client import EngineLostError, WorkerClient
-from torchspec.core.workers.delivery import open_delivery, reconnect
+from torchspec.core.workers.delivery import STREAM, open_delivery, reconnect
 from torchspec.core.workers.place import Place
 from torchspec.core.workers.server import HEADER_BYTES
 
@@ -302,10 +302,10 @@ class RemoteEngine:
         """Where this worker's features are taken from."""
         if not self._options.taps:
             return None
-        known = json.dumps(facts["delivery"], sort_keys=True)
+        known = json.dumps([facts["delivery"], facts["session"] if facts["delivery"]["kind"] == STREAM else ""])
         try:
             if known not in self._stores:  # a worker that came back may deliver as the one before
-                self._stores[known] = open_delivery(facts["delivery"], self._options.device)
+                self._stores[known] = open_delivery(facts["delivery"], self._options.device, client)
             return self._stores[known]
         except FeatureStoreError as error:
             raise TargetError(

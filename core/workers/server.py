@@ -8,13 +8,21 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-from torchspec.core.errors import FeatureStoreError, StoreFullError, StoreLostError, TorchspecError
+from torchspec.core.errors import (
+    FeatureStoreError,
+    MissingRecordError,
+    StoreFullError,
+    StoreLostError,
+    TorchspecError,
+)
 from torchspec.core.features.directory import DirectoryStore
 from torchspec.core.features.parts import part_of
 from torchspec.core.interfaces.engine import CaptureRequest
@@ -22,8 +30,8 @@ from torchspec.core.interfaces.features import FeatureStore, RecordRef
 from torchspec.core.workers import protocol
 from torchspec.core.workers.admission import Admission
 from torchspec.core.workers.captures import Capture, Captures
-from torchspec.core.workers.delivery import put_in_time
-from torchspec.core.workers.protocol import PROTOCOL, ProtocolError, field
+from torchspec.core.workers.delivery import STREAM, put_in_time
+from torchspec.core.workers.protocol import PROTOCOL, ProtocolError, field, record_id
 from torchspec.core.workers.requests import asks_of, capture_request
 from torchspec.core.workers.runner import Landing, Runner, WorkerSettings
 
@@ -42,12 +50,17 @@ class Worker:
         settings: WorkerSettings,
         store: DirectoryStore | None,
         delivery: tuple[FeatureStore, dict[str, Any]] | None = None,
+        *,
+        streamed: bool = False,
     ) -> None:
-        """`delivery` None: callers take records from `store`."""
+        """`delivery` None: callers take records from `store`, which they open or, `streamed`, ask this worker for."""
         self.runner, self.settings = runner, settings
         self.landing: Landing | None = store if runner.landing is None else runner.landing
         self.delivery: FeatureStore | None = store
-        self.delivery_facts = None if store is None else {"kind": "shared", "root": str(store.root)}
+        self.delivery_facts: dict[str, Any] | None = None
+        if store is not None:
+            self.delivery_facts = {"kind": STREAM} if streamed else {"kind": "shared", "root": str(store.root)}
+        self.files = store if streamed else None
         if delivery is not None:
             self.delivery, self.delivery_facts = delivery
         self.admission = None if self.delivery is None else Admission(self.delivery, settings.store_bytes)
@@ -134,6 +147,23 @@ class Worker:
             self.captures.activity.follow(future, lambda text: len(text.tokens))
         return {"results": [asdict(_wait(future, deadline)) for future in work]}
 
+    def record(self, message: dict[str, Any]) -> Path:
+        """The file of a record."""
+        path = self._streamed().file(record_id(message))
+        if not path.exists():
+            raise MissingRecordError(f"record {message['id']!r} is not here: never captured, or already taken")
+        return path
+
+    def drop(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A record that was taken."""
+        self._streamed().file(record_id(message)).unlink(missing_ok=True)
+        return {}
+
+    def _streamed(self) -> DirectoryStore:
+        if self.files is None:
+            raise ProtocolError("this worker does not deliver records itself")
+        return self.files
+
     def counters(self, _: dict[str, Any]) -> dict[str, Any]:
         return asdict(self.runner.counters())
 
@@ -173,14 +203,27 @@ def make_server(worker: Worker, host: str, port: int, token: str) -> ThreadingHT
 
         def do_POST(self) -> None:
             status, answer = self._answer()
+            if isinstance(answer, Path):
+                try:
+                    file = answer.open("rb")
+                except FileNotFoundError:
+                    status, answer = 410, {"error": "the record has just been taken"}
+                else:
+                    with file:
+                        self._begin(status, "application/octet-stream", os.fstat(file.fileno()).st_size)
+                        self.connection.sendfile(file)
+                    return
             body = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
+            self._begin(status, "application/json", len(body))
             self.wfile.write(body)
 
-        def _answer(self) -> tuple[int, dict[str, Any]]:
+        def _begin(self, status: int, kind: str, length: int) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+
+        def _answer(self) -> tuple[int, dict[str, Any] | Path]:
             length = self.headers.get("Content-Length") or "0"
             if not protocol.authorised(dict(self.headers.items()), token):
                 self.close_connection = True  # whoever it is, its message is not read
@@ -206,6 +249,8 @@ def make_server(worker: Worker, host: str, port: int, token: str) -> ThreadingHT
                 return 400, {"error": f"not a message of this protocol: {error}"}
             except StoreLostError as error:
                 return 503, {"error": str(error)}
+            except MissingRecordError as error:
+                return 410, {"error": str(error)}
             except FeatureStoreError as error:
                 return 507, {"error": str(error)}
             except OutOfTimeError as error:
@@ -226,13 +271,15 @@ def make_server(worker: Worker, host: str, port: int, token: str) -> ThreadingHT
     return Server((host, port), Handler)
 
 
-_PATHS = {
+_PATHS: dict[str, Callable[[Worker, dict[str, Any]], dict[str, Any] | Path]] = {
     protocol.HELLO: Worker.hello,
     protocol.CAPTURE: Worker.capture,
     protocol.WRITE: Worker.write,
     protocol.COUNTERS: Worker.counters,
     protocol.STOP: Worker.stop,
     protocol.USAGE: Worker.usage,
+    protocol.RECORD: Worker.record,
+    protocol.DROP: Worker.drop,
 }
 
 

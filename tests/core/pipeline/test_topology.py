@@ -15,6 +15,7 @@ from torchspec.core import registry
 from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import ConfigError
+from torchspec.core.pipeline import topology_fit
 from torchspec.core.pipeline.topology import devices_of, engines_here
 from torchspec.core.pipeline.topology_fit import choose_store, topology_problems
 from torchspec.core.training.checkpoint_files import read_json
@@ -66,6 +67,7 @@ def complaints(config: RunConfig) -> dict[str, str]:
         ((COLOCATED, "engine.url=http://127.0.0.1:8123"), {"engine.url"}),
         ((COLOCATED, "pipeline.store=device"), set()),
         ((COLOCATED, "pipeline.store=mooncake"), {"pipeline.store"}),
+        ((COLOCATED, "pipeline.store=stream"), set()),
         (("pipeline.store=shared",), {"pipeline.store"}),
         ((COLOCATED, "pipeline.trainers=2"), {"pipeline.trainers"}),
         ((COLOCATED, "ray.restarts=1", "mooncake.protocol=rdma"), {"ray.restarts", "mooncake.protocol"}),
@@ -113,6 +115,20 @@ def test_how_features_come_on_one_machine(
 ) -> None:
     config = configured(COLOCATED, f"pipeline.store={said}")
     assert choose_store(config, registry.load_device("cpu"), registry.backends().spec(backend)) == store
+
+
+def test_how_features_come_across_machines(
+    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through Mooncake only where both ends have it."""
+    config = configured("pipeline.topology=disaggregated", "ray.address=auto")
+    device, (hf, vllm) = registry.load_device("cpu"), map(registry.backends().spec, ("hf", "vllm"))
+    for there, stores in ((True, ["mooncake", "stream"]), (False, ["stream", "stream"])):
+        monkeypatch.setattr(topology_fit, "mooncake_is_here", lambda there=there: there)
+        assert [choose_store(config, device, backend) for backend in (hf, vllm)] == stores
+    wanted = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"store": "mooncake"})})
+    (problem,) = topology_problems(wanted, registry.devices().spec("cpu"), vllm)
+    assert problem.message == "the environment of vllm has no Mooncake"
 
 
 # The training is the same.
@@ -165,11 +181,12 @@ def test_two_ranks_that_share_packed_sequences(runs: ModuleType, values: dict[st
     values = {**values, "train": {**values["train"], "tokens_per_rank": 64}}
     del values["train"]["micro_batch_size"]
     words = ("parallel.ulysses=2", "train.epochs=2")
-    expected, run = tmp_path / "inprocess", tmp_path / "colocated"
-    runs.two_ranks(values, {expected: words, run: (*words, COLOCATED)})
+    expected, run, sent = (tmp_path / name for name in ("inprocess", "colocated", "stream"))
+    streamed = (*words, COLOCATED, "pipeline.store=stream")
+    runs.two_ranks(values, {expected: words, run: (*words, COLOCATED), sent: streamed})
     assert len(list((run / "engine").glob("*/engine-*/worker.json"))) == 2
     assert len({row["loss"] for row in runs.rows(expected)}) == 8
-    assert runs.figures(run) == runs.figures(expected)
+    assert runs.figures(run) == runs.figures(sent) == runs.figures(expected)
 
 
 @pytest.mark.slow
