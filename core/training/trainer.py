@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 ProgressSink = Callable[[str, int, int], None]
 NAMED_SAMPLES = 16
+RELEASE_EVERY = 100
+"""Steps between two times that the heap is trimmed."""
 LEAST_QUARANTINED = 4
 """From so many on, a run in which more samples cannot be captured than can is stopped."""
 LOST_WINDOWS = 4
@@ -166,6 +168,8 @@ class Trainer:
                 progress("train", counters.step, self.total_steps)
             if self.setup.push is not None and counters.step % self.setup.push_every == 0:
                 self.setup.push(counters.step)
+            if counters.step % RELEASE_EVERY == 0:
+                release_heap()
             received = self._agreed_signal(stop)
             due = self._validation_due() and not received
             serve = self._serving_due() and not received
@@ -392,7 +396,6 @@ class Trainer:
             score=self.counters.score,
         )
         checkpoint.save(self.setup.checkpoints, snapshot, self.context, self.setup.config.keep_last)
-        release_heap()
 
     def _tensors(self) -> dict[str, Tensor]:
         weights = {f"draft.{name}": tensor for name, tensor in self.model.draft.state_dict().items()}
