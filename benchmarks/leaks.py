@@ -4,7 +4,7 @@ python benchmarks/leaks.py --json benchmarks/results/leaks.json
 
 Each topology trains on short samples, a step each. While it runs, the resident memory of all its processes is read
 together with the step that it has come to; a process's growth is the slope of a straight line through what was read
-after the first fifth of the steps, in which caches fill. Memory is anonymous and shared pages, not those of files.
+after the first fifth of the steps, in which caches fill, and before the last. Memory is anonymous and shared pages, not those of files.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def watched(command: list[str], run: Path, mark: str) -> dict[str, list[tuple[in
 
 def growth(points: list[tuple[int, float]], steps: int) -> float | None:
     """MB per 1,000 steps; None of a process that was not there for most of them."""
-    late = [(step, size) for step, size in points if step > steps / 5]
+    late = [(step, size) for step, size in points if steps / 5 < step < steps]  # at the end comes the export
     if len(late) < 10 or late[-1][0] - late[0][0] < steps / 2:
         return None
     x, y = np.array(late, dtype=float).T
