@@ -4,7 +4,8 @@ python benchmarks/leaks.py --json benchmarks/results/leaks.json
 
 Each topology trains on short samples, a step each. While it runs, the resident memory of all its processes is read
 together with the step that it has come to; a process's growth is the slope of a straight line through what was read
-after the first fifth of the steps, in which caches fill, and before the last. Memory is anonymous and shared pages, not those of files.
+after the first fifth of the steps, in which caches fill, and before the last. Memory is anonymous and shared pages, not
+those of files.
 """
 
 from __future__ import annotations
