@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -264,3 +266,44 @@ def test_supervised_tokens_are_what_the_target_wrote(make_run: Callable[..., Run
     for sample in found[1].samples:
         prompt = sample.input_ids_T[~sample.loss_mask_T]
         assert torch.equal(sample.input_ids_T[sample.loss_mask_T], prompt[-1] + torch.arange(4))
+
+
+class Pair:
+    """Two ranks that share sequences, one after the other: what the first has told is there for the second."""
+
+    data_rank, data_size, sequence_size = 0, 1, 2
+
+    def __init__(self, sequence_rank: int, told: list[Any]) -> None:
+        self.sequence_rank, self.told = sequence_rank, told
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.sequence_rank == 0:
+            self.told[:] = json.loads(json.dumps([value]))
+        return [*self.told, []]
+
+
+def test_the_others_are_told_each_text_once(made_up: ModuleType) -> None:
+    """Although the first rank may have asked for the features of fewer turns than were written for."""
+    samples = made_up.Ragged(LENGTHS)
+    plan = Plan(LENGTHS, Cut(micro_batch_size=2), Shares(), batch_size=2, bucket_size=2, seed=0)
+    told: list[Any] = []
+    first, second = (
+        WrittenAhead([Echo()], WRITING, Pair(rank, told), tokens_ahead=10**6, patience=20.0, calls=2)  # type: ignore[arg-type]
+        for rank in (0, 1)
+    )
+    for source in (first, second):
+        source.start(plan, samples, 0, 0, STEPS)
+    for step in range(STEPS):
+        time.sleep(0.05)  # all of them are written, and one turn is taken
+        first.refresh()
+        second.refresh()
+        mine, theirs = first.pop(), second.pop()
+        assert mine is not None
+        assert theirs is not None
+        assert mine[0].step == theirs[0].step == step
+        for a, b in zip(mine[1].samples, theirs[1].samples, strict=True):
+            assert torch.equal(a.input_ids_T, b.input_ids_T)
+            assert torch.equal(a.loss_mask_T, b.loss_mask_T)
+    assert first.pop() is second.pop() is None
+    first.close()
+    second.close()
