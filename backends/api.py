@@ -3,9 +3,10 @@
 Built-in engines may also read a target's files through `torchspec.core.models`, which is not part of it.
 """
 
-from torchspec.core.errors import ConfigError, Problem, TargetError, UnavailableError
+from torchspec.core.errors import ConfigError, Problem, TargetError, TorchspecError, UnavailableError
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device
 from torchspec.core.interfaces.engine import (
+    ENGINE_CAPABILITIES,
     CaptureRequest,
     DecodeSession,
     EngineOptions,
@@ -33,6 +34,7 @@ from torchspec.core.interfaces.features import (
 
 __all__ = [
     "API_VERSION",
+    "ENGINE_CAPABILITIES",
     "Availability",
     "CaptureRequest",
     "Captured",
@@ -59,5 +61,6 @@ __all__ = [
     "TargetEngine",
     "TargetError",
     "TargetSpec",
+    "TorchspecError",
     "UnavailableError",
 ]

@@ -4,8 +4,9 @@ python benchmarks/chaos.py --rounds 200 --json benchmarks/results/chaos.json
 
 A round is a training of 40 samples over two epochs, in a topology and with a victim that its number chooses; the moment
 is drawn from (seed, number) over the time that an undisturbed run takes. The command is given again until it ends well.
-Then the ledger must balance, losses and gradient norms must be those of the undisturbed run to the last bit, and no
-process may be left. Rounds already in the JSON file are not run again, so that it can be stopped at any time.
+Then the ledger must balance, losses and gradient norms must be those of the undisturbed run to the last bit, and after
+15 seconds no process may be left. Rounds already in the JSON file are not run again, so that it can be stopped at any
+time.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ SAMPLES, STEPS, STEPS_PER_EPOCH = 40, 20, 10
 ATTEMPTS = 6
 LIMIT = 600.0
 """Seconds that one command may take: a wait without an end is a failure too."""
+LEFT_SECONDS = 15.0
+"""Ray's own helpers look every few seconds whether their node is still there."""
 
 CAPTURED = [
     "--device", "cpu", "--target", "embedded", "train.batch_size=4", "train.micro_batch_size=2", "data.max_length=96",
@@ -177,9 +180,7 @@ class Chaos:
             self.settle(mark)
         row |= {"codes": codes, "seconds": round(time.monotonic() - begin, 1)}
         row |= self.judge(name, output) if codes[-1] == 0 else {"wrong": ["it did not end well"]}
-        time.sleep(1.0)
-        left = [each.words[:80] for each in processes(mark)]
-        row["left"] = left
+        row["left"] = self.left(mark)
         end(mark)
         # The run itself outlives an engine, and what its driver can start again.
         row["alone"] = victim not in ("driver", "all") and codes == [0]
@@ -211,6 +212,13 @@ class Chaos:
                 return f"{victim} {mine.index(chosen) + 1} of {len(mine)}"
             time.sleep(0.02)
         return None
+
+    def left(self, mark: str) -> list[str]:
+        """What is still there when everything has had time to see that its run is over."""
+        until = time.monotonic() + LEFT_SECONDS
+        while (found := processes(mark)) and time.monotonic() < until:
+            time.sleep(0.2)
+        return [each.words[:80] for each in found]
 
     def settle(self, mark: str) -> None:
         """What a killed driver leaves ends by itself, or it would meet the next attempt."""

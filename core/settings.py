@@ -37,6 +37,11 @@ def default_device() -> str | None:
     return os.environ.get("TORCHSPEC_DEVICE") or None
 
 
+def attention_kernels() -> tuple[str, ...]:
+    """`TORCHSPEC_ATTENTION`: the only attention kernels that a device with several may use, best first, by commas."""
+    return tuple(name for each in os.environ.get("TORCHSPEC_ATTENTION", "").split(",") if (name := each.strip()))
+
+
 def cores() -> int:
     """Processor cores that this process may use, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,11 +18,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 class TorchCommunication:
-    """Collectives of one backend name, e.g. "gloo" or "cpu:gloo,cuda:nccl". Groups are always explicit."""
+    """Collectives of one backend name, e.g. "gloo" or "cpu:gloo,cuda:nccl". Groups are always explicit.
 
-    def __init__(self, backend: str, *, supports_ipc: bool = False) -> None:
+    `splits`: the backend makes a group out of a larger one. The world is then bound to the device, so that meshes split
+    it; in a bound world whose backend cannot, PyTorch refuses every mesh of more than one axis.
+    """
+
+    def __init__(self, backend: str, *, supports_ipc: bool = False, splits: bool = False) -> None:
         self.backend = backend
         self.supports_ipc = supports_ipc
+        self.splits = splits
 
     def init(self, device: torch.device, timeout: timedelta) -> None:
         """Create the world: torchrun's from its environment, else a world of one that needs no address or port.
@@ -34,7 +39,7 @@ class TorchCommunication:
             self._check_existing_world(device)
             return
         here = launch()
-        bound = None if device.type == "cpu" else device
+        bound = device if self.splits else None
         if here.world_size == 1:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(self.backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.devices._tiled_attention import statistics_dtype
-from torchspec.devices._tiles import BLOCK_ROWS, Tile
+from torchspec.devices._tiles import BLOCK_ROWS, Tile, TileKinds
 
 
 class MathKernel:
@@ -24,18 +24,18 @@ class MathKernel:
     def refuses(self, q: Tensor, tile: Tile) -> str:
         return ""
 
-    def ramp_rows(self, q: Tensor) -> int | None:
-        return None
+    def takes(self, q: Tensor) -> TileKinds:
+        return TileKinds(windows=True, documents=True)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
         q_BKGQD, k_BKSD, v_BKSD = _grouped(q, k.shape[2]), _heads_first(k), _heads_first(v)
         out_BKGQD = torch.empty_like(q_BKGQD)
         lse_BKGQ = q_BKGQD.new_empty(q_BKGQD.shape[:-1])
-        for rows, scores_BKGQS in _score_blocks(q_BKGQD, k_BKSD, tile, scale):
+        for rows, keys, scores_BKGQS in _score_blocks(q_BKGQD, k_BKSD, tile, scale):
             lse = scores_BKGQS.logsumexp(-1)
             lse_BKGQ[..., rows] = lse
             weights = (scores_BKGQS - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
-            out_BKGQD[..., rows, :] = weights @ v_BKSD[:, :, None, : weights.shape[-1]]
+            out_BKGQD[..., rows, :] = weights @ v_BKSD[:, :, None, keys]
         return _rows_first(out_BKGQD).to(q.dtype), lse_BKGQ.flatten(1, 2)
 
     def backward(
@@ -47,8 +47,7 @@ class MathKernel:
         lse_BKGQ = _split_heads(lse, heads)
         delta_BKGQ = (dout_BKGQD * out_BKGQD).sum(-1)
         dq_BKGQD, dk_BKSD, dv_BKSD = torch.empty_like(q_BKGQD), torch.zeros_like(k_BKSD), torch.zeros_like(v_BKSD)
-        for rows, scores_BKGQS in _score_blocks(q_BKGQD, k_BKSD, tile, scale):
-            keys = slice(0, scores_BKGQS.shape[-1])
+        for rows, keys, scores_BKGQS in _score_blocks(q_BKGQD, k_BKSD, tile, scale):
             weights = scores_BKGQS.sub_(lse_BKGQ[..., rows, None]).exp_()
             dout_block = dout_BKGQD[..., rows, :]
             dv_BKSD[:, :, keys] += (weights.mT @ dout_block).sum(2)
@@ -60,22 +59,26 @@ class MathKernel:
         return _rows_first(dq_BKGQD).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _score_blocks(q_BKGQD: Tensor, k_BKSD: Tensor, tile: Tile, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, scores) of each block of rows, -inf where masked; a causal block stops at the last key it sees."""
-    queries, keys = q_BKGQD.shape[-2], k_BKSD.shape[-2]
-    offset = keys - queries
-    for start in range(0, queries, BLOCK_ROWS):
-        rows = slice(start, min(start + BLOCK_ROWS, queries))
-        seen = rows.stop + offset if tile.causal else keys
-        scores_BKGQS = (q_BKGQD[..., rows, :] * scale) @ k_BKSD[:, :, None, :seen].mT
-        if tile.causal:
-            hidden = torch.ones(scores_BKGQS.shape[-2:], dtype=torch.bool, device=q_BKGQD.device).triu_(
-                start + offset + 1
-            )
-            scores_BKGQS.masked_fill_(hidden, -torch.inf)
-        elif tile.keep_BQS is not None:
-            scores_BKGQS.masked_fill_(~tile.keep_BQS[:, None, None, rows], -torch.inf)
-        yield rows, scores_BKGQS
+def _score_blocks(q_BKGQD: Tensor, k_BKSD: Tensor, tile: Tile, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, keys, scores) of each block of rows, with the keys that any of them sees; -inf where masked."""
+    for document, document_keys in tile.documents():
+        for start in range(document.start, document.stop, BLOCK_ROWS):
+            rows, keys = slice(start, min(start + BLOCK_ROWS, document.stop)), document_keys
+            offset = keys.stop - document.stop  # a causal row's last key, counted from the row itself
+            if tile.causal:
+                first = keys.start if tile.window is None else max(keys.start, start + offset - tile.window + 1)
+                keys = slice(first, rows.stop + offset)
+            scores_BKGQS = (q_BKGQD[..., rows, :] * scale) @ k_BKSD[:, :, None, keys].mT
+            if tile.causal:
+                last_Q1 = torch.arange(rows.start + offset, rows.stop + offset, device=q_BKGQD.device)[:, None]
+                key_S = torch.arange(keys.start, keys.stop, device=q_BKGQD.device)
+                hidden_QS = key_S > last_Q1
+                if tile.window is not None:
+                    hidden_QS |= key_S <= last_Q1 - tile.window
+                scores_BKGQS.masked_fill_(hidden_QS, -torch.inf)
+            elif tile.keep_BQS is not None:
+                scores_BKGQS.masked_fill_(~tile.keep_BQS[:, None, None, rows], -torch.inf)
+            yield rows, keys, scores_BKGQS
 
 
 def _grouped(x_BQHD: Tensor, key_heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchspec.devices._tiles import EVERY_ROW, Tile, tiles
+from torchspec.devices._tiles import EVERY_ROW, Tile, TileKinds, tiles
 from torchspec.devices.api import MaskSpec
 
 
@@ -28,8 +28,8 @@ class Kernel(Protocol):
     Results for rows without keys are overwritten by the caller; the kernel must only not fail on them.
     """
 
-    def ramp_rows(self, q: Tensor) -> int | None:
-        """Most rows of a causal tile with more keys than rows; None is any number."""
+    def takes(self, q: Tensor) -> TileKinds:
+        """Which tiles it is given, beside the three that every kernel takes, for queries of this dtype and size."""
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class TiledAttention:
         queries = q.shape[1]
         q, k, v = _last_stride_one(q), _last_stride_one(k), _last_stride_one(v)
         out = lse = None
-        for tile in tiles(mask, queries, k.shape[1], q.device, kernel.ramp_rows(q)):
+        for tile in tiles(mask, queries, k.shape[1], q.device, kernel.takes(q)):
             part, part_lse = kernel.forward(*_operands(tile, q, k, v), tile, scale)
             if tile.may_have_empty_rows:
                 part, part_lse = _clear_empty_rows(part, part_lse, tile)
@@ -83,7 +83,7 @@ class TiledAttention:
         lse_filled = lse.masked_fill(lse == -torch.inf, 0.0)
         wide = statistics_dtype(q.dtype)
         dq = dk = dv = None
-        for tile in tiles(mask, q.shape[1], k.shape[1], q.device, kernel.ramp_rows(q)):
+        for tile in tiles(mask, q.shape[1], k.shape[1], q.device, kernel.takes(q)):
             q_tile, k_tile, v_tile = _operands(tile, q, k, v)
             rows = (tile.batch, tile.rows)
             dq_tile, dk_tile, dv_tile = kernel.backward(

@@ -3,6 +3,7 @@
 from torchspec.core.errors import TorchspecError, UnavailableError
 from torchspec.core.interfaces.device import (
     API_VERSION,
+    CAPABILITIES,
     Attention,
     Availability,
     Communication,
@@ -23,10 +24,12 @@ from torchspec.core.ops.distillation import (
     TileTeacher,
     TileTerms,
 )
-from torchspec.core.settings import Launch, environment_with, is_set, launch, malloc_is_tuned
+from torchspec.core.ops.transfer import to_device
+from torchspec.core.settings import Launch, attention_kernels, environment_with, is_set, launch, malloc_is_tuned
 
 __all__ = [
     "API_VERSION",
+    "CAPABILITIES",
     "LOG_TERMS",
     "SOFT_TERMS",
     "Attention",
@@ -47,8 +50,10 @@ __all__ = [
     "TileTerms",
     "TorchspecError",
     "UnavailableError",
+    "attention_kernels",
     "environment_with",
     "is_set",
     "launch",
     "malloc_is_tuned",
+    "to_device",
 ]

@@ -7,10 +7,10 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchspec.backends.api import (
     Availability,
@@ -38,12 +38,14 @@ PROBE_SECONDS = 60
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """`module` is what must be importable in the engine's environment, `runner` the module whose `make_runner` starts
-    the engine there. `shims(device)`: folders under the staged code that go onto the engine's path on this device."""
+    the engine there. `shims(device)`: folders under the staged code that go onto the engine's path on this device.
+    `pieces`: as `EngineSpec.pieces`."""
 
     name: str
     module: str
     runner: str
     shims: Callable[[str], tuple[str, ...]] = field(default=lambda device: ())
+    pieces: Mapping[str, Any] | None = None
 
     def spec(self) -> EngineSpec:
         return EngineSpec(
@@ -56,6 +58,7 @@ class Engine:
             serve=self.serve,
             start=self.start,
             attach=self.attach,
+            pieces=self.pieces,
         )
 
     def probe(self) -> Availability:

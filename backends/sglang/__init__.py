@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from torchspec.backends.remote.spec import Engine
 
-ENGINE = Engine(name="sglang", module="sglang", runner="torchspec.backends.sglang.worker")
+PIECES = {"chunked_prefill_size": 64, "max_running_requests": 8}
+ENGINE = Engine(name="sglang", module="sglang", runner="torchspec.backends.sglang.worker", pieces=PIECES)
 SPEC = ENGINE.spec()

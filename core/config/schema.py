@@ -101,6 +101,9 @@ class TrainConfig(Section):
     )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, into OUTPUT/tensorboard")
+    profile_step: Positive | None = Field(
+        None, description="record what host and device do in this step, a trace for each rank in OUTPUT/profile"
+    )
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
     keep_last: Positive = Field(2, description="this many newest checkpoints stay; the best one always does")
     resume: Literal["auto", "never"] = Field(

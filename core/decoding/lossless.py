@@ -70,7 +70,7 @@ def find_mismatch(engine: TargetEngine, texts: Texts, dtype: torch.dtype) -> Mis
     gap, tie = None, False
     if token is not None and other is not None:
         logits_V = engine.open([[*texts.prompt, *tokens[:shared]]], ()).prefill.logits_BV[0]
-        pair = logits_V[[token, other]].double()
+        pair = logits_V[[token, other]].cpu().double()  # a device may have no float64
         gap = float((pair[0] - pair[1]).abs())
         tie = gap <= TIE_ULPS * torch.finfo(dtype).eps * float(pair.abs().max())
     return Mismatch(sample_id=texts.sample_id, position=shared, token=token, token_draftless=other, gap=gap, tie=tie)

@@ -88,7 +88,7 @@ def _remove_orphans(base: Path) -> None:
     """Stores of this user whose process is gone."""
     for path in base.glob("torchspec-features-*"):
         found = _NAME.fullmatch(path.name)
-        if found and int(found[1]) == os.getuid() and not _alive(int(found[2])) and not _locked(path):
+        if found and int(found[1]) == os.getuid() and not is_alive(int(found[2])) and not _locked(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -107,7 +107,8 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
     with contextlib.suppress(PermissionError):
         try:
             os.kill(pid, 0)

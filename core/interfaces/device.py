@@ -6,6 +6,7 @@ Shape letters: B batch, Q query rows, S key rows, Hq query heads, Hk key/value h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,15 @@ from torchspec.core.ops.rotary import rotary
 from torchspec.core.ops.swiglu import swiglu, swiglu_backward
 
 API_VERSION = 1
+
+CAPABILITIES = {
+    "bf16": "attention, products and collectives in bfloat16",
+    "fp16": "the same in float16",
+    "fp64": "the same in float64",
+    "ipc": "`shared_memory` is memory of the device itself",
+    "ranks_share_device": "any number of ranks may be bound to one device",
+}
+"""What a device may declare, and what it then promises; fp32 is never declared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +81,18 @@ class Runtime(Protocol):
         ...
 
     def set_rng_state(self, state: Tensor) -> None: ...
+
+    def upload(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start copying tensors of the host to the bound device, beside what it computes -> what waits for the copies.
+
+        The host's tensors may be dropped at once, but not changed before the wait; the copies may be used by what is
+        queued after it, on the stream that is current then.
+        """
+        ...
+
+    def profile(self, directory: Path) -> AbstractContextManager[None]:
+        """Record what the host and the bound device do inside the block; after it the trace is in `directory`."""
+        ...
 
 
 class Communication(Protocol):
@@ -251,7 +273,7 @@ class DeviceSpec:
     """Light description found through the entry-point group `torchspec.devices`.
 
     Importing the module that holds it must not import a vendor library; `load` may.
-    `capabilities` are data checked when a configuration is, e.g. {"bf16", "fp64", "ipc"}.
+    `capabilities` are some of CAPABILITIES, checked when a configuration is.
     """
 
     name: str

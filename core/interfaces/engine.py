@@ -121,7 +121,9 @@ class TargetEngine(TextGenerator, Protocol):
     def capture(self, batch: Sequence[CaptureRequest], taps: Sequence[int], sink: FeatureSink) -> list[Captured]:
         """Run the target over each token sequence, write `Features` into the sink, return references in order.
 
-        A sample that cannot be captured is quarantined: the others are there all the same.
+        A sample that cannot be captured is quarantined: the others are there all the same. ValueError with the sample's
+        id, before anything is put, for one without tokens or with some that the target has no embedding for: whoever
+        asks has another target's tokens.
         """
         ...
 
@@ -287,6 +289,15 @@ class StartedEngine(Protocol):
     def close(self) -> None: ...
 
 
+ENGINE_CAPABILITIES = {
+    "capture": "hidden states of token sequences",
+    "generate": "text",
+    "decode": "steps of several tokens and rollbacks (`open`), for lossless decoding by torchspec itself",
+    "serve": "the target served with an exported draft (`EngineSpec.serve`)",
+}
+"""What an engine may declare; every engine captures and generates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """Light description found through the entry-point group `torchspec.backends`.
@@ -299,6 +310,9 @@ class EngineSpec:
     None: the engine runs in the process that loads it, and a worker of torchspec's own can host it.
     `tensor_parallel_sizes`: over how many of the trainer's ranks a target can be split, ascending from 1; TargetError
     names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
+    `pieces`: options of the engine with which it reads prompts in pieces of some 64 tokens, for conformance; None: it
+    always reads them whole.
+    `capabilities` are some of ENGINE_CAPABILITIES.
     """
 
     name: str
@@ -311,4 +325,5 @@ class EngineSpec:
     start: Callable[[EngineOptions], StartedEngine] | None = None
     attach: Callable[[EngineOptions], StreamedEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
+    pieces: Mapping[str, Any] | None = None
     api_version: int = API_VERSION

@@ -104,7 +104,7 @@ class TargetHead(Protocol):
     def shards(self) -> VocabularyShards | None: ...
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        """Any rows of the head, [N, H], whoever holds them; no collective."""
+        """Any rows of the head, [N, H] on its device, whoever holds them and wherever the ids are; no collective."""
         ...
 
     def normed(self, last_TH: Tensor, state: NormState) -> Tensor:

@@ -91,7 +91,7 @@ class SafetensorsTargetHead(_Ends):
         return None
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        return self.head_VH[ids_N]
+        return self.head_VH[ids_N.to(self.head_VH.device)]
 
     def logits(self, normed_TH: Tensor, rows_NH: Tensor | None = None) -> Tensor:
         """[..., H] states -> [..., V] logits, or [..., N] against given rows; the product is in the head's dtype,

@@ -19,6 +19,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchspec.core.errors import TorchspecError
 from torchspec.core.interfaces.device import Device
@@ -26,7 +27,8 @@ from torchspec.core.parallel.sequence import Exchange, SequenceGroup
 from torchspec.core.settings import Launch
 
 DEADLINE = timedelta(minutes=10)
-"""No collective waits longer: a lost peer becomes an error."""
+"""No collective waits longer: a lost peer becomes an error, or, where a backend works by itself (NCCL), the end of the
+process, which its launcher names."""
 
 HEARTBEAT_SECONDS = 20.0
 """Between the signs of life of ranks that work or wait for one that does; well within the deadline."""
@@ -263,9 +265,13 @@ def start(
             f"{world} ranks cannot be divided into groups of target.tensor_parallel={tensor} that hold whole groups of "
             f"parallel.ulysses={ulysses} x parallel.ring={ring}"
         )
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    # A world that is bound to a device asks every new group for a backend of it, though only the host talks here.
+    host = "gloo" if world_group.bound_device_id is None else f"cpu:gloo,{torch_device.type}:gloo"
     shape = (world // (ulysses * ring), ring, ulysses)
     mesh = init_device_mesh(torch_device.type, shape, mesh_dim_names=(DATA_AXIS, RING_AXIS, ULYSSES_AXIS))
-    return ParallelContext(
+    context = ParallelContext(
         device=device,
         torch_device=torch_device,
         rank=dist.get_rank(),
@@ -279,10 +285,13 @@ def start(
         tensor=init_device_mesh(torch_device.type, (world // tensor, tensor), mesh_dim_names=("copy", TENSOR_AXIS))[
             TENSOR_AXIS
         ],
-        control=dist.new_group(backend="gloo", timeout=timeout),
-        pulse=dist.new_group(backend="gloo", timeout=timeout),
+        control=dist.new_group(backend=host, timeout=timeout),
+        pulse=dist.new_group(backend=host, timeout=timeout),
         owns_world=owns_world,
     )
+    for group in _own_groups(context):
+        _set_pg_timeout(timeout, group)  # those of a mesh have PyTorch's default, which knows nothing of ours
+    return context
 
 
 def shutdown(context: ParallelContext) -> None:
@@ -290,8 +299,13 @@ def shutdown(context: ParallelContext) -> None:
     if context.owns_world:
         dist.destroy_process_group()
         return
+    for group in _own_groups(context):
+        dist.destroy_process_group(group)
+
+
+def _own_groups(context: ParallelContext) -> list[ProcessGroup]:
+    """All but the world, once each."""
     meshes = [context.mesh[name] for name in (DATA_AXIS, RING_AXIS, ULYSSES_AXIS)]
     meshes += [context.every, context.sequence, context.tensor]
     groups = [*(axis.get_group() for axis in meshes), context.control, context.pulse]
-    for group in {id(group): group for group in groups if group is not dist.group.WORLD}.values():
-        dist.destroy_process_group(group)
+    return list({id(group): group for group in groups if group is not dist.group.WORLD}.values())

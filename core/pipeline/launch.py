@@ -24,7 +24,8 @@ from typing import IO
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.features.shared import is_alive
 from torchspec.core.settings import launcher, rank_environment
 
 LOOPBACK = "127.0.0.1"
@@ -75,12 +76,16 @@ def torchspec_command(arguments: Sequence[str]) -> list[str]:
 
 
 def follow_launcher() -> None:
-    """In a rank: have the system send SIGTERM here when the launcher dies, however it dies (Linux only).
+    """In a rank: have the system send SIGTERM here when the launcher dies, however it dies (Linux only). It leaves a
+    checkpoint.
 
-    SIGTERM leaves a checkpoint. A launcher that is gone already needs no care: it held the rendezvous.
+    TorchspecError when the launcher is gone already: it held the rendezvous, for which the rank would wait in vain.
     """
-    if sys.platform == "linux" and os.getppid() == launcher():
+    starter = launcher()
+    if sys.platform == "linux" and os.getppid() == starter:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if starter is not None and os.getppid() != starter and not is_alive(starter):
+        raise TorchspecError("the process that started this one has ended: start the command again")
 
 
 def _start(

@@ -87,6 +87,8 @@ def micro_batch_parts(models: Models, load: Load) -> list[Part]:
         ran,
         part_of("features", [load.rows * hidden * taps, load.rows * hidden], features, STEP),
     ]
+    if not models.target and models.process is None:  # on an accelerator: `core.training.uploading`
+        found.append(part_of("features of the next pass", arriving, "uploaded beside this one", STEP))
     for name, how, count, moments in _activations(models, load):
         total = int(load.rows * count * load.compute.itemsize)
         large = int(total * _large_share(models, load.rows * load.compute.itemsize))

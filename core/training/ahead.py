@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,12 +22,13 @@ from torchspec.core.training.feed import Flow
 from torchspec.core.training.patience import awaited
 from torchspec.core.training.plan import Plan, Turn
 from torchspec.core.training.source import Given, Source
+from torchspec.core.training.uploading import Found, Uploader
 
 MOST_TURNS = 128
 """Asked for at a time, however small they are: so many keep every engine busy, and more are only more to keep."""
 
-Found = dict[int, Features | Quarantined]
-"""Of a document's number."""
+MARGIN_SECONDS = 60.0
+"""After the deadline of what is uploaded: it names the cause."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,7 @@ class _Asked:
     documents: Documents
     nbytes: int
     pieces: Sequence[Future[Found]]
+    uploaded: Future[Callable[[], Found]] | None = None
 
 
 class AheadFeed(ABC):
@@ -58,7 +60,12 @@ class AheadFeed(ABC):
         self._model, self._context = model, context
         self._budget, self._patience, self._late = budget, patience, late
         self._sequence = context.sequence_group(model.exchange)
-        self._calls = ThreadPoolExecutor(threads, thread_name_prefix="features")
+        # A thread is bound like its rank: a store may read, and wait, on what is its current device.
+        bind = context.device.runtime.bind
+        self._calls = ThreadPoolExecutor(threads, "features", initializer=bind, initargs=(context.local_rank,))
+        # Where the device is the host there is nothing to upload.
+        apart = context.torch_device.type != "cpu"
+        self._uploader = Uploader(context.device.runtime) if apart else None
         self._source: Source = Given()
         self._next: tuple[Turn, Documents] | None = None
         self._asked: deque[_Asked] = deque()
@@ -86,10 +93,8 @@ class AheadFeed(ABC):
     def rows(self, turn: Turn, loaded: Mapping[int, Documents]) -> tuple[FeatureRows, dict[int, str]]:
         asked = self._asked.popleft()
         assert (asked.turn.step, asked.turn.number) == (turn.step, turn.number), "turns are used in order"
-        found: Found = {}
-        start = time.monotonic()
-        for piece in asked.pieces:
-            found |= self._awaited(piece, turn, start)
+        found = self._found(asked)
+        self._upload_next()
         taken = {number: each for number, each in found.items() if isinstance(each, Features)}
         holes = {number: each.reason for number, each in found.items() if isinstance(each, Quarantined)}
         made = assembled(self._model, loaded[self._context.data_rank], taken, holes, self._sequence)
@@ -105,7 +110,29 @@ class AheadFeed(ABC):
         self._next = None
         self._source.close()
         self._asked.clear()
+        if self._uploader is not None:
+            self._uploader.close()
         self._calls.shutdown(wait=False, cancel_futures=True)
+
+    def _found(self, asked: _Asked) -> Found:
+        if asked.uploaded is None:
+            return self._brought(asked)
+        start = time.monotonic()
+        return awaited(asked.uploaded, _of_step(asked.turn), start, self._patience + MARGIN_SECONDS, self._late)()
+
+    def _brought(self, asked: _Asked) -> Found:
+        found: Found = {}
+        start = time.monotonic()
+        for piece in asked.pieces:
+            brought = awaited(piece, _of_step(asked.turn), start, self._patience, self._late)
+            found |= brought
+        return found
+
+    def _upload_next(self) -> None:
+        """One pass ahead and no further: what is there already fills the device."""
+        if self._uploader is not None and self._asked:
+            coming = self._asked[0]
+            coming.uploaded = self._uploader.start(lambda: self._brought(coming))
 
     @property
     def _rank(self) -> int:
@@ -140,5 +167,6 @@ class AheadFeed(ABC):
             return parts_of(documents, self._sequence, self._model.algorithm.halo)
         return [[((0, sample.input_ids_T.numel()),)] for sample in documents.samples]
 
-    def _awaited(self, piece: Future[Found], turn: Turn, start: float) -> Found:
-        return awaited(piece, f"the features of step {turn.step + 1}", start, self._patience, self._late)
+
+def _of_step(turn: Turn) -> str:
+    return f"the features of step {turn.step + 1}"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchspec.core.features.rows import FeatureRows, Slice, TokenRows, placed, slices
 from torchspec.core.interfaces.engine import Rows
 from torchspec.core.interfaces.features import Features, NormState
+from torchspec.core.ops.transfer import to_device
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.training.capturing import Documents, Model, hidden_like, hidden_of, holes_of_all, nothing_of
 
@@ -100,8 +101,8 @@ def _on_device(model: Model, features: Features) -> Features:
         return features
     return Features(
         input_ids_T=features.input_ids_T,
-        taps_TNH=features.taps_TNH.to(device, non_blocking=True),
-        last_TH=features.last_TH.to(device, non_blocking=True),
+        taps_TNH=to_device(features.taps_TNH, device),
+        last_TH=to_device(features.last_TH, device),
         tap_layers=features.tap_layers,
         norm_state=features.norm_state,
     )

@@ -19,9 +19,10 @@ from torchspec.core.interfaces.algorithm import TrainingSample
 from torchspec.core.interfaces.engine import Rows
 from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training.ahead import AheadFeed, Found
+from torchspec.core.training.ahead import AheadFeed
 from torchspec.core.training.capturing import Documents, Model, Samples
 from torchspec.core.training.plan import Plan, Turn
+from torchspec.core.training.uploading import Found
 
 READERS = 4
 """Reading waits for the disk, and checking is as fast as memory: so few keep ahead of any step."""

@@ -17,12 +17,13 @@ from torchspec.core.interfaces.algorithm import TrainingSample
 from torchspec.core.interfaces.engine import CaptureRequest, Rows, StreamedEngine
 from torchspec.core.interfaces.features import Features, Quarantined
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training.ahead import AheadFeed, Found
+from torchspec.core.training.ahead import AheadFeed
 from torchspec.core.training.capturing import Documents, Model, assigned
 from torchspec.core.training.feed import Flow
 from torchspec.core.training.meter import Meter
 from torchspec.core.training.plan import Turn
 from torchspec.core.training.source import WrittenAhead
+from torchspec.core.training.uploading import Found
 from torchspec.core.training.written import Writing
 
 CALLS_PER_ENGINE = 2

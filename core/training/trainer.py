@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ class Trainer:
         if self._validation_due():  # the run ended between this step's checkpoint and its validation
             received = self._validate(log, stop)
         while counters.step < self.total_steps and not received:
-            row = self._step()
+            with self._profile():
+                row = self._step()
             if ledger is not None:
                 ledger.write(self._samples_row)
             if counters.step % config.log_every == 0 or counters.step == self.total_steps:
@@ -200,6 +202,13 @@ class Trainer:
             # Attention takes T H products per token, everything else as many as the draft has parameters.
             equal_length=parameters / self.model.head.embedding_VH.shape[1],
         )
+
+    def _profile(self) -> AbstractContextManager[None]:
+        """Around the step that is to be recorded."""
+        if self.counters.step + 1 != self.setup.config.profile_step:
+            return nullcontext()
+        directory = self.setup.checkpoints.parent / "profile" / f"rank{self.context.rank}"
+        return self.context.device.runtime.profile(directory)
 
     def _step(self) -> dict[str, Any]:
         """One window; its metrics row."""

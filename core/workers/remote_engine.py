@@ -9,14 +9,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
-import json
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,39 +35,22 @@ from torchspec.core.interfaces.features import (
     Captured,
     Features,
     FeatureSink,
-    FeatureStore,
     Quarantined,
     RecordRef,
 )
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import protocol
-from torchspec.core.workers.client import EngineLostError, WorkerClient
-from torchspec.core.workers.delivery import STREAM, open_delivery, reconnect
+from torchspec.core.workers.client import EngineLostError
+from torchspec.core.workers.delivery import reconnect
+from torchspec.core.workers.link import MOST_FAILURES, Link, Session
 from torchspec.core.workers.place import Place
 from torchspec.core.workers.server import HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
-MOST_FAILURES = 3
-BETWEEN_RANKS = 0.5
 LAST_ATTEMPTS = ".last_attempts"
 STORE_SECONDS = 1.0
 """Between two looks for a store that was lost."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """A worker that was found to be the right one, and the store it writes into."""
-
-    client: WorkerClient
-    store: FeatureStore | None
-    facts: dict[str, Any]
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a captured token."""
-        facts = self.facts
-        return 16 + (len(facts["taps"]) + 1) * int(facts["hidden_size"]) * int(facts["itemsize"])
 
 
 class RemoteEngine:
@@ -81,18 +62,15 @@ class RemoteEngine:
         """Waits for the worker; TargetError when it is not there in time or is not one for this target."""
         self._name, self._options, self._place, self._stop = name, options, place, stop
         self._spec = read_target_spec(options.target, options.trust_remote_code)
-        self._draft = draft
         self._device = options.device.runtime.bind(options.local_rank)
         self._dtype = running_dtype(options.dtype, self._spec.dtype, self._device)
         self._numbers = itertools.count()
         self._prefix = hashlib.blake2b(f"{id(self)}{options.local_rank}".encode(), digest_size=4).hexdigest()
-        self._session: Session | None = None
         self._last_attempts = threading.Lock()
-        self._meeting = threading.RLock()  # several threads may capture: one of them looks for the next worker
-        self._stores: dict[str, FeatureStore] = {}
+        self._link = Link(name, options, place, self._spec, draft)
         self._closed = False
         try:
-            self._session = self._connect()
+            self._link.connected()
         except BaseException:
             self.close()
             raise
@@ -105,20 +83,23 @@ class RemoteEngine:
     @property
     def version(self) -> str:
         """The engine's."""
-        assert self._session is not None
-        return str(self._session.facts["engine_version"])
+        return str(self._facts["engine_version"])
 
     @property
     def room(self) -> int:
         """Bytes of features that may wait to be taken."""
-        assert self._session is not None
-        return int(self._session.facts["store_bytes"])
+        return int(self._facts["store_bytes"])
 
     @property
     def serial(self) -> bool:
         """Whether it works on one request at a time."""
-        assert self._session is not None
-        return bool(self._session.facts["serial"])
+        return bool(self._facts["serial"])
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        session = self._link.session
+        assert session is not None
+        return session.facts
 
     def describe(self) -> TargetSpec:
         return self._spec
@@ -197,7 +178,7 @@ class RemoteEngine:
             message["source"] = {"directory": str(source.directory.resolve()), "length": source.length}
         for attempt in range(1, MOST_FAILURES + 1):
             try:
-                _, answer = self._call(protocol.WRITE, message, f"text for {len(prompts)} prompts")
+                _, answer = self._link.call(protocol.WRITE, message, f"text for {len(prompts)} prompts")
                 return [_text(each) for each in answer["results"]]
             except EngineLostError as error:
                 if attempt == MOST_FAILURES:
@@ -207,7 +188,7 @@ class RemoteEngine:
     def counters(self) -> ServingCounters:
         """Since the engine started, which may have been after it died."""
         try:
-            _, answer = self._call(protocol.COUNTERS, {}, "its counters")
+            _, answer = self._link.call(protocol.COUNTERS, {}, "its counters")
         except EngineLostError as error:
             raise TargetError(f"{self.name} died before it told its counters: measure again ({error})") from error
         positions = answer["per_position"]
@@ -221,7 +202,7 @@ class RemoteEngine:
     def usage(self) -> EngineUsage:
         """See `StreamedEngine`."""
         try:
-            told = self._connected().client.call(protocol.USAGE, {}, seconds=5.0, what="what it has done")
+            told = self._link.connected().client.call(protocol.USAGE, {}, seconds=5.0, what="what it has done")
         except EngineLostError as error:  # captures will find out, too
             raise TargetError(str(error)) from error
         return EngineUsage(**{name: told[name] for name in EngineUsage.__dataclass_fields__})
@@ -234,84 +215,8 @@ class RemoteEngine:
         if self._closed:
             return
         self._closed = True
-        for store in self._stores.values():
-            store.close()
+        self._link.close()
         self._stop()
-
-    def _call(self, path: str, message: dict[str, Any], what: str) -> tuple[Session, dict[str, Any]]:
-        """The answer, and whose it is. EngineLostError: the next call will be to another worker."""
-        session = self._connected()
-        try:
-            seconds = self._options.process.call_timeout
-            return session, session.client.call(path, message, seconds=seconds, what=what)
-        except EngineLostError as error:
-            self._lose(session, error)
-            raise
-
-    def _connected(self) -> Session:
-        with self._meeting:
-            if self._closed:
-                raise RuntimeError(f"the engine of {self._spec.path} is closed")
-            if self._session is None:
-                self._session = self._connect()
-            return self._session
-
-    def _connect(self) -> Session:
-        """A worker that answers. One that dies before it does is waited for again."""
-        for attempt in itertools.count(1):
-            client = self._place.client()
-            try:
-                facts = client.call(protocol.HELLO, {}, seconds=30, what="who it is")
-            except EngineLostError as error:
-                if attempt == MOST_FAILURES:
-                    raise TargetError(str(error)) from error
-                self._place.lost(client)
-                continue
-            self._check_facts(client, facts)
-            return Session(client=client, store=self._opened(client, facts), facts=facts)
-        raise AssertionError
-
-    def _lose(self, session: Session, error: EngineLostError) -> None:
-        with self._meeting:
-            if self._session is session:  # else another thread found out before
-                log.warning("%s", error)
-                self._place.lost(session.client)
-                self._session = None
-        # One rank after the other, so that a sample that kills the engine does not meet other ranks' every time.
-        time.sleep(BETWEEN_RANKS * self._options.local_rank)
-
-    def _check_facts(self, client: WorkerClient, facts: dict[str, Any]) -> None:
-        """TargetError with everything about a worker that is not what this run needs."""
-        spec, options = self._spec, self._options
-        wanted: dict[str, Any] = {
-            "engine": self.name,
-            "layers": spec.num_layers,
-            "hidden_size": spec.hidden_size,
-            "taps": list(options.taps),
-            "draft": None if self._draft is None else str(self._draft),
-        }
-        wrong = [f"{name} is {facts.get(name)!r}, needed {value!r}" for name, value in wanted.items()
-                 if facts.get(name) != value]  # fmt: skip
-        if wrong:
-            raise TargetError(
-                f"the worker at {client.url} (target {facts.get('target')}) is not the one for this run:\n    "
-                + "\n    ".join(wrong)
-            )
-
-    def _opened(self, client: WorkerClient, facts: dict[str, Any]) -> FeatureStore | None:
-        """Where this worker's features are taken from."""
-        if not self._options.taps:
-            return None
-        known = json.dumps([facts["delivery"], facts["session"] if facts["delivery"]["kind"] == STREAM else ""])
-        try:
-            if known not in self._stores:  # a worker that came back may deliver as the one before
-                self._stores[known] = open_delivery(facts["delivery"], self._options.device, client)
-            return self._stores[known]
-        except FeatureStoreError as error:
-            raise TargetError(
-                f"features of the worker at {client.url} cannot be had here: {error}. With features in shared memory, "
-                "this process and the worker must run on one machine and share its memory"
-            ) from error
 
     def _check_tokens(self, request: CaptureRequest) -> None:
         ids, vocabulary = request.input_ids, self._spec.vocab_size
@@ -325,7 +230,7 @@ class RemoteEngine:
 
     def _waves(self, batch: Sequence[CaptureRequest]) -> Iterator[list[CaptureRequest]]:
         """Consecutive requests whose records fit into half of the store, so that others find room beside them."""
-        session = self._connected()
+        session = self._link.connected()
         room = int(session.facts["store_bytes"]) // 2
         wave: list[CaptureRequest] = []
         for request in batch:
@@ -348,7 +253,7 @@ class RemoteEngine:
         tokens = sum(len(request.input_ids) for request in group)
         try:
             what = f"the features of {len(group)} samples, {tokens} tokens"
-            session, answer = self._call(protocol.CAPTURE, {"samples": samples}, what)
+            session, answer = self._link.call(protocol.CAPTURE, {"samples": samples}, what)
         except EngineLostError as error:
             return {request.record_id: str(error) for request in group}, True
         failed = {}
@@ -369,7 +274,7 @@ class RemoteEngine:
                 failed[request.record_id] = wrong
             else:
                 found[request.record_id] = sink.put(request.record_id, features)
-        return failed, self._session is not session  # what it had made went with it
+        return failed, self._link.session is not session  # what it had made went with it
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -388,7 +293,7 @@ class RemoteEngine:
             raise TargetError(f"{error}; {waited}") from error
         log.warning("%s: asking for what was in it again", error)
         time.sleep(STORE_SECONDS)
-        session = self._session
+        session = self._link.session
         if session is not None and session.store is not None:
             with suppress(FeatureStoreError):
                 reconnect(session.store)
@@ -407,8 +312,8 @@ class RemoteEngine:
         assert store is not None
         try:
             features = store.get(ref)
-            if self._options.streamed:
-                return features
+            if self._options.streamed and features.last_TH.device in (self._device, torch.device("cpu")):
+                return features  # of an engine on another device they would fill that device
             return Features(
                 input_ids_T=features.input_ids_T.clone(),
                 taps_TNH=features.taps_TNH.to(self._device, copy=True),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.devices._tiled_attention import statistics_dtype
-from torchspec.devices._tiles import BLOCK_ROWS, Tile
+from torchspec.devices._tiles import BLOCK_ROWS, Tile, TileKinds
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -22,8 +22,8 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 class CpuFlashKernel:
     """`Kernel` over aten's CPU flash attention; fp16, bf16, fp32 and fp64, any head size."""
 
-    def ramp_rows(self, q: Tensor) -> int | None:
-        return BLOCK_ROWS
+    def takes(self, q: Tensor) -> TileKinds:
+        return TileKinds(ramp_rows=BLOCK_ROWS)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
         batch, queries, heads, size = q.shape

@@ -6,11 +6,14 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from torchspec.devices._torch_runtime import torch_profile
 from torchspec.devices.api import MemoryStats, UnavailableError, malloc_is_tuned
 
 _STATUS = Path("/proc/self/status")
@@ -84,6 +87,13 @@ class CpuRuntime:
 
     def set_rng_state(self, state: Tensor) -> None:
         torch.set_rng_state(state)
+
+    def upload(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """The host is the device: nothing is copied."""
+        return lambda: list(tensors)
+
+    def profile(self, directory: Path) -> AbstractContextManager[None]:
+        return torch_profile(directory)
 
 
 def _status_sizes() -> dict[str, int]:

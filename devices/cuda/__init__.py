@@ -1,11 +1,14 @@
 """NVIDIA GPUs through CUDA and NCCL.
 
-What was run: the tile planning, the ladder's choices and the sums over tiles (shared with the CPU, on the CPU); the
-calls to PyTorch's CUDA attention operators, against CPU emulations of their documented behaviour registered under the
-operators' real schemas; the math rung; the Triton kernel of the distillation loss, in Triton's interpreter on the CPU.
-That kernel was also compiled to machine code for three generations of GPUs. What was not run: any CUDA kernel, this one
-included, NCCL, device memory or random state, and the flash-attn package. tests/devices runs all of it where a GPU is
-present (marker `gpu`).
+What was run, all of it on the CPU: the tile planning and the sums over tiles (shared with the CPU), the ladder's
+choices, the math rung; the calls to PyTorch's CUDA attention operators, against emulations of what their sources say,
+registered under the operators' real schemas, and against the operators' own shape functions; the calls to the
+flash-attn and flash-attn-3 packages, against stand-ins with their published signatures; the Triton kernel of the
+distillation loss, in Triton's interpreter. That kernel was also compiled to machine code for three generations of GPUs.
+
+What was not run: any CUDA kernel, this one included, the flash-attn packages themselves, NCCL, device memory or random
+state. Which attention kernel is fastest is therefore the field's word, not a measurement; benchmarks/attention.py takes
+it. tests/devices runs all of it where a GPU is present (marker `gpu`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import warnings
 
 import torch
 
-from torchspec.devices.api import Availability, Device, DeviceSpec
+from torchspec.devices.api import Availability, Device, DeviceSpec, attention_kernels
 
 
 def _probe() -> Availability:
@@ -41,17 +44,24 @@ def _probe() -> Availability:
 def _load() -> Device:
     from torchspec.devices._collectives import TorchCommunication
     from torchspec.devices._tiled_attention import TiledAttention
+    from torchspec.devices._torch_runtime import TorchRuntime
     from torchspec.devices.cuda.attention import ladder
     from torchspec.devices.cuda.ipc import CudaSharedMemory
     from torchspec.devices.cuda.mps import CudaMps
     from torchspec.devices.cuda.ops import CudaOps
-    from torchspec.devices.cuda.runtime import CudaRuntime
 
     return Device(
         name="cuda",
-        runtime=CudaRuntime(),
-        communication=TorchCommunication("cpu:gloo,cuda:nccl", supports_ipc=True),
-        attention=TiledAttention(ladder(torch.cuda.get_device_capability()), temporary_bytes=256 << 20),
+        runtime=TorchRuntime(
+            "cuda",
+            visible_devices_variable="CUDA_VISIBLE_DEVICES",
+            allocator_variable="PYTORCH_CUDA_ALLOC_CONF",
+            ray_resource="GPU",
+        ),
+        communication=TorchCommunication("cpu:gloo,cuda:nccl", supports_ipc=True, splits=True),
+        attention=TiledAttention(
+            ladder(torch.cuda.get_device_capability(), attention_kernels()), temporary_bytes=256 << 20
+        ),
         ops=CudaOps(),
         shared_memory=CudaSharedMemory(),
         multiplexer=CudaMps(),

@@ -79,10 +79,18 @@ class Problem:
             end = [[min(keys, s + (s * 7 + i) % 5) for i, s in enumerate(row)] for row in start]
         elif option == "padding":  # causal; each sequence ends early, and its last rows see what the last real one sees
             end = [[min(i + 1, n) for i in range(queries)] for n in (keys, max(1, keys * 2 // 3))]
-        elif option == "packed":  # causal within documents of several lengths
-            cuts = [0, *sorted({min(keys - 1, c) for c in (1, 3, queries // 5, queries // 2)}), queries]
-            start = [[max(c for c in cuts if c <= i) for i in range(queries)]]
+        elif option.startswith("packed"):  # causal within documents of several lengths, for each sequence its own
+            firsts = [(1, 3, queries // 5, queries // 2), (2, queries // 3, queries - 1)]
+            each = [
+                [0, *{min(keys - 1, c) for c in cuts}] for cuts in firsts[: BATCH if option == "packed_each" else 1]
+            ]
+            start = [[max(c for c in cuts if c <= i) for i in range(queries)] for cuts in each]
             end = [[min(keys, i + 1) for i in range(queries)]]
+        elif option == "whole":  # documents that see all of themselves; the last has the rest of the keys
+            ends = [*sorted({min(queries, c) for c in (2, queries // 3, queries // 3 + 1)} - {0}), queries]
+            last = [min(keys, c) for c in ends[:-1]] + [keys]
+            of = [next(d for d, c in enumerate(ends) if i < c) for i in range(queries)]
+            start, end = [[0 if d == 0 else last[d - 1] for d in of]], [[last[d] for d in of]]
         else:  # a ramp whose interval opens only after some rows, then a constant stretch
             start = [[min(3, keys)] * queries]
             end = [[max(0, min(i - min(40, queries // 2), keys - 1)) for i in range(queries)]]
@@ -171,6 +179,8 @@ MASKS = [
     "limits:random",
     "limits:padding",
     "limits:packed",
+    "limits:packed_each",
+    "limits:whole",
     "limits:late",
     "dense:shared",
     "dense:each",
@@ -199,10 +209,17 @@ def test_lower_precisions(subject, dtype: torch.dtype, mask: str, heads: tuple[i
     check(subject, problem.spec()[0], problem.tensors(), solve(problem))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", ["causal:lower_right", "window:3,lower_right", "limits:packed"])
+@pytest.mark.parametrize(
+    ("dtype", "mask"),
+    [
+        *((torch.float32, mask) for mask in ("causal:lower_right", "window:3,lower_right", "limits:packed")),
+        *((torch.bfloat16, mask) for mask in ("causal:lower_right", "window:3,lower_right", "window:100,upper_left")),
+        *((torch.bfloat16, mask) for mask in ("limits:packed", "limits:packed_each", "limits:whole")),
+    ],
+    ids=str,
+)
 def test_lower_precisions_beyond_one_block_of_rows(subject, dtype: torch.dtype, mask: str) -> None:
-    problem = Problem(mask=mask, queries=270, keys=330, dtype=dtype, size=8)
+    problem = Problem(mask=mask, queries=270, keys=330, heads=(2, 1), dtype=dtype, size=8)
     check(subject, problem.spec()[0], problem.tensors(), solve(problem))
 
 

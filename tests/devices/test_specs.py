@@ -60,11 +60,10 @@ def test_cuda_names_what_is_missing() -> None:
         load_device("cuda")
 
 
-def test_npu_refuses_and_says_what_was_found() -> None:
-    with pytest.raises(UnavailableError, match=r"not part of this release \(.*under /dev"):
+@pytest.mark.skipif(devices().spec("npu").probe().ok, reason="an NPU is here")
+def test_npu_says_what_is_missing() -> None:
+    with pytest.raises(UnavailableError, match=r"'npu' is not available here: .*(no NPU|not installed|not found)"):
         load_device("npu")
-    with pytest.raises(UnavailableError, match="'npu' cannot be loaded: the Ascend adapter is not part of this rel"):
-        devices().spec("npu").load()
 
 
 def test_npu_probe_looks_at_torch_npu_without_importing_it(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
 from torchspec.core.objectives.chunks import Chunk, plan_chunks, plan_shared_chunks
 from torchspec.core.objectives.teacher import OUTSIDE
+from torchspec.core.ops.transfer import to_device
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
 
@@ -270,13 +271,13 @@ def build_batch(rows: FeatureRows, plan: Plan) -> Batch:
         sequence=rows.sequence,
     )
     device = plan.device
-    last_BXH = rows.last_BXH.to(device, non_blocking=True)
+    last_BXH = to_device(rows.last_BXH, device)
     return Batch(
         tokens=_moved(tokens, device),
         inputs=replace(_moved(inputs, device), slots=_moved(slots, device)),
         pairs=_moved(pairs, device),
         chunks=plan.chunks(pairs),
-        last_RH=last_BXH.flatten(0, 1)[pairs.place_R.to(device, non_blocking=True)],
+        last_RH=last_BXH.flatten(0, 1)[to_device(pairs.place_R, device)],
         norm_state=rows.norm_state,
         documents=int(tokens.document_BT.max()) + 1,
     )
@@ -314,6 +315,6 @@ def _mask(tokens: TokenRows, layout: Layout, slots: dict[int, Slots]) -> MaskSpe
 def _moved(planned: Planned, device: torch.device) -> Planned:
     """Every tensor of it on `device`; the host does not wait for the copies."""
     moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) for name, value in vars(planned).items() if isinstance(value, Tensor)
+        name: to_device(value, device) for name, value in vars(planned).items() if isinstance(value, Tensor)
     }
     return replace(planned, **moved)

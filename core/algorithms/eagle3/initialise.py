@@ -88,7 +88,8 @@ def _head_of_embedding(draft: Eagle3Draft, head: TargetHead) -> Tensor:
     size = draft.geometry.hidden_size
     ids_N = draft.vocabulary.ids_N
     some = ids_N[:: max(1, ids_N.numel() // (FITTED_TOKENS * size))]
-    embedding_MH = F.rms_norm(head.embedding_VH[some].float().cpu(), (size,))
+    rows_MH = head.embedding_VH[some.to(head.embedding_VH.device)]  # the draft is still on the host
+    embedding_MH = F.rms_norm(rows_MH.float().cpu(), (size,))
     products_HH = embedding_MH.T @ embedding_MH
     # Where there are too few tokens to tell, the smallest map.
     products_HH.diagonal().add_(RIDGE * products_HH.diagonal().mean())

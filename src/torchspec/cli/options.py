@@ -22,6 +22,7 @@ Options = TypeVar("Options", bound=BaseModel)
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=")
 _METAVARS = {"data": "FILE", "validation": "FILE", "config": "FILE", "chat_template": "FILE", "format": "FORMAT"}
 _METAVARS |= {"device": "NAME", "backend": "NAME", "algorithm": "NAME", "dtype": "DTYPE"}
+_METAVARS |= {"conformance": "DEVICE", "conformance_backend": "ENGINE", "topics": "TOPIC"}
 
 
 class Parser(argparse.ArgumentParser):

@@ -99,7 +99,7 @@ def test_a_killed_engine_loses_nothing(chunked: tuple[TargetEngine, Truth]) -> N
     engine, truth = chunked
     assert isinstance(engine, RemoteEngine)
     many = truth.ids * 4
-    session = engine._session
+    session = engine._link.session
     assert session is not None
     assert session.store is not None
     worker = int(session.store.root.name.split("-")[3])
@@ -120,8 +120,8 @@ def test_a_killed_engine_loses_nothing(chunked: tuple[TargetEngine, Truth]) -> N
     for start in range(0, len(many), len(truth.ids)):
         truth.check(got[start : start + len(truth.ids)])
     truth.check(capture(engine, truth.ids))
-    assert engine._session is not None
-    assert engine._session.client.url != before, "it was not killed in time to show anything"
+    assert engine._link.session is not None
+    assert engine._link.session.client.url != before, "it was not killed in time to show anything"
 
 
 def children(parent: int) -> list[int]:

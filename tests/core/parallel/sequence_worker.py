@@ -270,6 +270,8 @@ def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int
             if shape not in contexts:
                 device = registry.load_device("cpu")
                 contexts[shape] = mesh.start(device, launch, DEADLINE, ulysses=shape[0], ring=shape[1])
+                for group in (contexts[shape].sequence.get_group(), contexts[shape].mesh.get_group("ring")):
+                    assert group._get_backend(torch.device("cpu")).options._timeout == DEADLINE
             KINDS[cell.get("kind", "window")](cell, results, contexts[shape])
         except Exception:
             (results / f"{cell['name']}.{rank}.error").write_text(traceback.format_exc())

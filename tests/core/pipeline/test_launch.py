@@ -95,6 +95,30 @@ def test_ranks_are_told_to_stop_when_their_launcher_is_killed(tmp_path: Path) ->
     wait_for(logs, "signal 15")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_ranks_end_whose_launcher_was_killed_before_they_followed_it(tmp_path: Path) -> None:
+    """They would wait for its rendezvous until their deadline."""
+    body = """
+    note("ready")
+    while not (place / "go").exists():
+        time.sleep(0.02)
+    from torchspec.core.errors import TorchspecError
+    from torchspec.core.pipeline.launch import follow_launcher
+    try:
+        follow_launcher()
+    except TorchspecError as error:
+        note(str(error))
+    """
+    program = "import sys; from torchspec.core.pipeline.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
+    process = subprocess.Popen([sys.executable, "-c", program, *command(tmp_path, body)])
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    wait_for(logs, "ready")
+    process.kill()
+    process.wait()
+    (tmp_path / "go").touch()
+    wait_for(logs, "the process that started this one has ended")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_every_rank_once_and_the_exit_code_comes_back(tmp_path: Path, number: signal.Signals) -> None:
     """As from a terminal: the signal goes to the launcher's whole process group."""

@@ -182,12 +182,15 @@ def test_offloading_leaves_an_accelerator_less(accelerated: Models) -> None:
 
 
 def test_a_target_in_another_process_takes_no_memory_here(accelerated: Models) -> None:
-    """What remains of it are the trainer's own ends, and records on their way."""
+    """What remains of it are the trainer's own ends, and records on their way: of a pass, and of the next one."""
 
     def sizes(models: Models) -> dict[str, int]:
         return {part.name: part.bytes for part in (*target_parts(models, LOAD), *micro_batch_parts(models, LOAD))}
 
     inside, outside = sizes(accelerated), sizes(replace(accelerated, target=()))
-    assert outside.keys() ^ inside.keys() == {"target model", "target's forward pass", "records of the engine"}
-    assert outside["records of the engine"] == outside["features"]
+    assert inside.keys() - outside.keys() == {"target model", "target's forward pass"}
+    assert outside.keys() - inside.keys() == {"records of the engine", "features of the next pass"}
+    assert outside["records of the engine"] == outside["features"] == outside["features of the next pass"]
+    host = sizes(replace(accelerated, target=(), process=1 << 29))
+    assert "features of the next pass" not in host, "the host has them where they are used"
     assert outside["target embedding and head"] == inside["target embedding and head"]

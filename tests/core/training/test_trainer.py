@@ -131,6 +131,17 @@ def test_max_steps_and_log_every(tiny: ModuleType, context: ParallelContext, tmp
     assert rows[-1]["samples"] == 13 + sum(len(trainer.plan.batch(trainer.steps_per_epoch + n)) for n in range(2))
 
 
+def test_one_step_is_recorded(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
+    """And computes what it would have."""
+    losses = []
+    for name, wanted in (("plain", {}), ("profiled", {"profile_step": 2})):
+        job = tiny.Job(directory=tmp_path / name, config={"max_steps": 3, **wanted})
+        losses.append([row["loss"] for row in run(tiny.make_trainer(job, context), tmp_path / name)])
+    assert losses[0] == losses[1]
+    traces = list((tmp_path / "profiled").rglob("trace.json"))
+    assert traces == [tmp_path / "profiled" / "profile" / "rank0" / "trace.json"]
+
+
 def test_a_draft_that_hides_its_output_is_refused(tiny: ModuleType, context: ParallelContext, tmp_path: Path) -> None:
     """FSDP would leave its gradients unreduced, without a word."""
 

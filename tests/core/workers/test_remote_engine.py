@@ -69,7 +69,7 @@ def test_features_come_through_whole_and_the_store_is_empty_after(start: Start, 
     engine, store = start(), MemoryStore()
     samples = [[5], [1, 2, 3], list(range(80)), [7] * 200]
     check_right(fake, samples, ask(engine, samples, store), store)
-    session = engine._session
+    session = engine._link.session
     assert session is not None
     assert session.store is not None
     assert session.store.usage().records == 0
@@ -239,7 +239,7 @@ def test_ranks_take_parts_of_one_capture(
         thread.join(60)
     for rank in range(2):
         check_part(fake, ids, rank, found[rank], stores[rank])
-    session = ranks[0]._session
+    session = ranks[0]._link.session
     assert session is not None
     assert session.store is not None
     if not killed:  # else one of them may have asked the second engine alone, and the other not at all
@@ -267,7 +267,7 @@ def test_reasons_of_the_engine_reach_the_quarantine(start: Start, fake: ModuleTy
     ]
     check_right(fake, [[4]], [good], store)
     assert len(store) == 1
-    session = engine._session
+    session = engine._link.session
     assert session is not None
     assert session.store is not None
     assert session.store.usage().records == 0, "what was refused stays in shared memory"
@@ -304,7 +304,7 @@ def test_more_than_the_store_holds_goes_in_waves(start: Start, fake: ModuleType,
     engine, store = start(store_mb=1), MemoryStore()
     samples = [[number] * 250 for number in range(1, 41)]
     check_right(fake, samples, ask(engine, samples, store), store)
-    session = engine._session
+    session = engine._link.session
     assert session is not None
     assert session.row_bytes * 250 * 40 > 2_000_000, "it would all have fit at once"
 
@@ -428,7 +428,7 @@ process = EngineProcess(python=Path(sys.executable), store_mb=10)
 cpu = load_device("cpu")
 options = EngineOptions(target=Path(target), device=cpu, taps=(1,), process=process, directory=Path(directory))
 made = engine.load(options)
-print(made._session.store.root, flush=True)
+print(made._link.session.store.root, flush=True)
 time.sleep(60)
 """
 

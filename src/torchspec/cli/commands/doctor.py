@@ -1,4 +1,4 @@
-"""`torchspec doctor`: what can be used here, and what the rest lacks."""
+"""`torchspec doctor`: what can be used here, what the rest lacks, and whether an adapter keeps its contract."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
 from rich.markup import escape
 
 from torchspec.cli.console import announce, print_table
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
-from torchspec.cli.schemas import JsonOption
-from torchspec.core.errors import TorchspecError
+from torchspec.cli.schemas import EngineFlags, JsonOption
+from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
 if TYPE_CHECKING:
     from torchspec.core.registry import Registry
@@ -22,18 +24,33 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyda
 OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
 
 
+class DoctorOptions(JsonOption, EngineFlags):
+    target: Path = Field(Path("embedded"), description="target for --conformance-backend")
+    conformance: str | None = Field(None, description="put the adapter of this device through its contract's checks")
+    conformance_backend: str | None = Field(None, description="put this engine through its contract's checks")
+    topics: list[str] = Field([], description="make only the checks of these topics, e.g. attention collectives")
+
+
 def parser() -> Parser:
     made = Parser(
         "doctor",
         "List every registered device, engine and algorithm: whether it can be used here, why not, and what to\n"
-        "install. Exit code 0 if at least one device and one engine can be used, 1 otherwise.",
+        "install. Exit code 0 if at least one device and one engine can be used, 1 otherwise.\n\n"
+        "With --conformance DEVICE or --conformance-backend ENGINE: put that adapter through the checks of its\n"
+        "contract (docs/add-hardware.md, docs/add-backend.md), print a table with figures and a verdict. Exit code 0\n"
+        "if no check failed, 1 otherwise. The other options but --json are for these checks.",
     )
-    add_options(made, JsonOption, all_flags(JsonOption))
+    flags = all_flags(DoctorOptions)
+    own = ("json_output", "conformance", "conformance_backend", "topics", "target")
+    rest = [name for name in flags if name not in (*own, "backend")]
+    add_options(made, DoctorOptions, {name: flags[name] for name in (*own, *rest)})
     return made
 
 
 def run(words: Sequence[str]) -> int:
-    options = read_options(parser(), JsonOption, words)
+    options = read_options(parser(), DoctorOptions, words)
+    if options.conformance is not None or options.conformance_backend is not None:
+        return _conformance(options)
     announce("looking at devices, engines and algorithms")
     found = examine()
     if options.json_output:
@@ -42,6 +59,51 @@ def run(words: Sequence[str]) -> int:
         _show(found)
     usable = all(any(entry["available"] for entry in found[kind]) for kind in ("devices", "backends"))
     return 0 if usable else 1
+
+
+def _conformance(options: DoctorOptions) -> int:
+    from torchspec.cli.conformance import BACKEND, DEVICE, run_conformance
+    from torchspec.core import registry, settings
+    from torchspec.core.config import environment
+
+    if options.conformance is not None and options.conformance_backend is not None:
+        raise ConfigError([Problem(field="--conformance-backend", message="one adapter at a time", remedy="leave one")])
+    if options.conformance is not None:
+        from torchspec.devices import conformance as of_devices
+
+        name = options.conformance
+        if problems := environment.adapter_problems("--conformance", name, registry.devices()):
+            raise ConfigError(problems)
+        _check_topics(options.topics, of_devices.TOPICS)
+        return run_conformance(DEVICE, name, of_devices.CHECKS, [name], options.topics, as_json=options.json_output)
+    from torchspec.backends import conformance as of_backends
+    from torchspec.cli.target import check
+    from torchspec.core.models.target_spec import resolve_target
+
+    assert options.conformance_backend is not None
+    name = options.conformance_backend
+    check(options.model_copy(update={"backend": name}), "capture")
+    _check_topics(options.topics, of_backends.TOPICS)
+    setting = of_backends.Setting(
+        name=name,
+        target=str(resolve_target(options.target)),
+        device=registry.choose_device(options.device, settings.default_device())[0],
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        process=options.engine_config().model_dump(exclude_unset=True, mode="json"),
+    )
+    words = [setting.to_json()]
+    return run_conformance(BACKEND, name, of_backends.CHECKS, words, options.topics, as_json=options.json_output)
+
+
+def _check_topics(topics: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [
+        Problem(field="--topics", value=topic, message="no check is about it", choices=tuple(known))
+        for topic in topics
+        if topic not in known
+    ]
+    if unknown:
+        raise ConfigError(unknown)
 
 
 def examine() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.devices._tiled_attention import TiledAttention
-from torchspec.devices._tiles import Tile
+from torchspec.devices._tiles import Tile, TileKinds
 
 META = torch.device("meta")
 
@@ -29,8 +29,8 @@ META = torch.device("meta")
 class ShapesOnly:
     """A kernel's results without their values."""
 
-    def ramp_rows(self, q: Tensor) -> int | None:
-        return None
+    def takes(self, q: Tensor) -> TileKinds:
+        return TileKinds()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
         return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])

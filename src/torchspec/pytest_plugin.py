@@ -1,0 +1,22 @@
+"""pytest options of the conformance suites, when they are what is run: an option of ours in other people's test runs
+could only be in the way of theirs.
+
+    pytest --pyargs torchspec.devices.conformance --device NAME
+    pytest --pyargs torchspec.backends.conformance --backend NAME [--target DIRECTORY] [--device NAME]
+"""
+
+from __future__ import annotations
+
+import pytest
+
+SUITES = ("torchspec.devices.conformance", "torchspec.backends.conformance")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> None:
+    if not any(suite in word.replace("/", ".") for word in args for suite in SUITES):
+        return
+    group = parser.getgroup("torchspec")
+    group.addoption("--device", help="registered device to put through its contract's checks, or to run the engine on")
+    group.addoption("--backend", help="registered engine to put through its contract's checks")
+    group.addoption("--target", default="embedded", help="target of the engine; default: the one that ships")
