@@ -1,7 +1,13 @@
 """The public adapter API for target engines, version `API_VERSION`.
 
-Built-in engines may also read a target's files through `torchspec.core.models`, which is not part of it.
+`read_target_spec(path, trust_remote_code=False)` gives the facts that `describe` returns, and
+`running_dtype(configured, stored, device)` the precision that `dtype="auto"` stands for. Built-in engines also read a
+target's weights through `torchspec.core.models`, which is not part of the API.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from torchspec.core.errors import ConfigError, Problem, TargetError, TorchspecError, UnavailableError
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device
@@ -31,6 +37,9 @@ from torchspec.core.interfaces.features import (
     Quarantined,
     RecordRef,
 )
+
+if TYPE_CHECKING:
+    from torchspec.core.models.target_spec import read_target_spec, running_dtype
 
 __all__ = [
     "API_VERSION",
@@ -63,4 +72,15 @@ __all__ = [
     "TargetSpec",
     "TorchspecError",
     "UnavailableError",
+    "read_target_spec",
+    "running_dtype",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What reads a target, imported when first used: it brings transformers, which an engine's environment may lack."""
+    if name in ("read_target_spec", "running_dtype"):
+        from torchspec.core.models import target_spec
+
+        return getattr(target_spec, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,9 +24,8 @@ class TorchCommunication:
     it; in a bound world whose backend cannot, PyTorch refuses every mesh of more than one axis.
     """
 
-    def __init__(self, backend: str, *, supports_ipc: bool = False, splits: bool = False) -> None:
+    def __init__(self, backend: str, *, splits: bool = False) -> None:
         self.backend = backend
-        self.supports_ipc = supports_ipc
         self.splits = splits
 
     def init(self, device: torch.device, timeout: timedelta) -> None:

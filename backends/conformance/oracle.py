@@ -50,3 +50,14 @@ class Oracle:
             taps_TNH = torch.stack([states[layer + 1][0] for layer in self._taps], dim=1)
             self._known[key] = Exact(taps_TNH=taps_TNH, last_TH=states[-1][0], logits_TV=found.logits[0])
         return self._known[key]
+
+    @torch.no_grad()
+    def turn(self, ids: Sequence[int], most: int, ends: Sequence[int]) -> list[int] | None:
+        """Greedy text to the first token of `ends`, which is part of it; None where `most` tokens don't get there."""
+        text: list[int] = []
+        while len(text) < most:
+            logits_TV = self._model(torch.tensor([[*ids, *text]]), use_cache=False).logits[0]
+            text.append(int(logits_TV[-1].argmax()))
+            if text[-1] in ends:
+                return text
+        return None

@@ -75,6 +75,11 @@ class Subject:
     def tolerance(self) -> float:
         return TOLERANCE[self.dtype]
 
+    @property
+    def allowance(self) -> float:
+        """How far behind the target's first choice a greedy token may be, in standard deviations of the logits."""
+        return 20 * self.tolerance
+
     @cached_property
     def head(self) -> Any:
         return load_target_head(
@@ -122,6 +127,18 @@ class Subject:
         made = torch.Generator().manual_seed(seed)
         most = max(8, self.target.vocab_size * 9 // 10)
         return [int(token) for token in torch.randint(5, most, (length,), generator=made)]
+
+    def prompts(self, new: int) -> list[list[int]]:
+        """Short ones and longer ones, each with room for so many new tokens."""
+        most = self.target.max_position_embeddings - new
+        return [self.tokens(min(length, most), length) for length in (1, 7, 40, 130)]
+
+    def check_end(self, text: Sequence[int], limit: int) -> None:
+        """AssertionError unless a text ends at its first end-of-turn token, which is part of it, or at the limit."""
+        assert 1 <= len(text) <= limit, f"a text of {len(text)} tokens, at most {limit} were asked for"
+        ends = set(self.target.eos_token_ids)
+        assert not ends & set(text[:-1]), "a text goes on after the end of the turn"
+        assert len(text) == limit or text[-1] in ends, "a text ends before its end-of-turn token and before its limit"
 
     def captured(
         self, engine: TargetEngine, ids: Sequence[Sequence[int]]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from io import FileIO
@@ -27,6 +27,18 @@ LOADING = "loading"
 """The name under which a failure before the first check is told."""
 
 _LAST_LINES = 12
+_EXIT_SECONDS = 10.0
+# The system kills it when the thread that started it ends, however that comes (Linux); argv: our pid, then the command.
+_TIED = (
+    "import ctypes, os, signal, sys\n"
+    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))\n"
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """This command, its program given by a path, as one that does not outlive the thread that starts it (Linux)."""
+    return [sys.executable, "-P", "-c", _TIED, str(os.getpid()), *command]
 
 
 def run_apart(
@@ -36,10 +48,11 @@ def run_apart(
     *,
     start_seconds: float,
     progress: Callable[[str], None] = lambda check: None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """The result of every check, in order; of LOADING alone where the process does not come so far.
 
-    `words` are for the process, `progress` is told the name of each check as it begins.
+    `words` are for the process, `progress` is told the name of each check as it begins. The process ends with this
+    generator, and, on Linux, with the thread that reads it.
     """
     remaining = list(checks)
     while remaining:
@@ -60,7 +73,7 @@ def answer(
         began = time.monotonic()
         try:
             subject = load()
-        except Exception as error:  # an adapter may fail in any way; that is a result  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # an adapter may fail in any way; that is a result  # noqa: BLE001
             _tell(told, asdict(failed(LOADING, error, time.monotonic() - began)))
             return
         for name in names:
@@ -94,7 +107,7 @@ def _one_process(
     ]
     with tempfile.TemporaryFile("w+", errors="replace") as log, os.fdopen(reader, "rb", buffering=0) as lines:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(writer,), start_new_session=True
+            tied(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(writer,), start_new_session=True
         )
         os.close(writer)
         try:
@@ -135,7 +148,10 @@ def _results(
 
 
 def _ended(process: subprocess.Popen[bytes]) -> str:
-    code = process.wait()
+    try:
+        code = process.wait(_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:  # it has closed the descriptor, or is held up on its way out
+        return f"the process fell silent, and had not ended {_EXIT_SECONDS:.0f} s later"
     how = signal.Signals(-code).name if code < 0 else f"code {code}"
     return f"the process ended with {how}"
 

@@ -54,6 +54,6 @@ def perform(check: Check[Subject], subject: Subject) -> Result:
         figure = check.run(subject)
     except NotHereError as missing:
         return Result(check=check.name, status="SKIP", text=str(missing), seconds=time.monotonic() - began)
-    except Exception as error:  # an adapter may fail in any way; that is a result  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # an adapter may fail in any way; that is a result  # noqa: BLE001
         return failed(check.name, error, time.monotonic() - began)
     return Result(check=check.name, status="PASS", text=figure, seconds=time.monotonic() - began)

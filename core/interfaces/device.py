@@ -62,7 +62,11 @@ class Runtime(Protocol):
 
     def device_count(self) -> int: ...
     def bind(self, local_rank: int) -> torch.device:
-        """Make `local_rank`'s device current; called before the process group is created."""
+        """Make `local_rank`'s device current and return it; called before the process group is created.
+
+        Where one device is visible, any local rank gets it: the launcher has shown each rank its own. A rank for which
+        there is no device is an UnavailableError. What is returned has its index, but on a CPU.
+        """
         ...
 
     def synchronize(self) -> None: ...
@@ -99,10 +103,12 @@ class Communication(Protocol):
     """Collectives. Groups are always passed, never implied."""
 
     backend: str
-    supports_ipc: bool
 
     def init(self, device: torch.device, timeout: timedelta) -> None:
-        """Create the world from the launcher's environment, or a world of one without a launcher."""
+        """Create the world from the launcher's environment, or a world of one without a launcher.
+
+        `timeout` bounds the ranks' meeting here and every later collective of the world.
+        """
         ...
 
     def all_to_all(

@@ -22,8 +22,10 @@ def _statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def placed(mask: MaskSpec, where: torch.device) -> MaskSpec:
-    """A dense mask lies on the device; limits stay on the host, where attention is planned."""
+def placed(mask: MaskSpec, where: torch.device, *, limits: bool = False) -> MaskSpec:
+    """A dense mask lies on the device; limits stay on the host, where attention is planned, but may lie there, too."""
+    if limits and mask.key_start_BQ is not None and mask.key_end_BQ is not None:
+        return MaskSpec.limits(mask.key_start_BQ.to(where), mask.key_end_BQ.to(where))
     return mask if mask.keep_BQS is None else replace(mask, keep_BQS=mask.keep_BQS.to(where))
 
 
@@ -64,14 +66,16 @@ def run(subject: Subject, cases: Iterable[Case]) -> str:
     listed = list(cases)
     for case in listed:
         tensors = tuple(x.to(subject.where) for x in case.tensors())
-        compare(subject, case, tensors, placed(masked(case)[0], subject.where), solved(case), worst)
+        mask = placed(masked(case)[0], subject.where, limits=case.mask.endswith("on device"))
+        compare(subject, case, tensors, mask, solved(case), worst)
     return f"{len(listed)} cases, {worst}"
 
 
 def masks(subject: Subject) -> str:
     names = ["full", "causal:upper_left", "causal:lower_right"]
     names += [f"window:{width},{alignment}" for width in (1, 5, 1000) for alignment in ("upper_left", "lower_right")]
-    names += ["limits:padded", "limits:packed", "limits:blocks", "dense:shared", "dense:each"]
+    names += ["limits:padded", "limits:packed", "limits:packed int32", "limits:packed on device", "limits:blocks"]
+    names += ["dense:shared", "dense:each"]
     return run(subject, (Case(mask=name, queries=q, keys=s) for name in names for q, s in SHAPES))
 
 
@@ -88,7 +92,7 @@ def head_sizes(subject: Subject) -> str:
 
 
 def rows_without_keys(subject: Subject) -> str:
-    cases = [Case(mask=name, queries=90, keys=90) for name in ("limits:late", "dense:empty")]
+    cases = [Case(mask=name, queries=90, keys=90) for name in ("limits:late", "limits:nonzero empty", "dense:empty")]
     cases += [
         Case(mask="causal:lower_right", queries=60, keys=20),
         Case(mask="window:3,upper_left", queries=60, keys=20),
@@ -167,6 +171,33 @@ def shares(subject: Subject) -> str:
         for name, got, want in zip(("dq", "dk", "dv"), sums, exact.grads, strict=True):
             worst.compare(f"{name} of the shares, {dtype}", got, want, TOLERANCE[dtype])
     return str(worst)
+
+
+def shares_of_every_mask(subject: Subject) -> str:
+    """Each mask's keys beside others that every row sees; the merged result must reach the gradients of both."""
+    worst = Worst()
+    names = ("full", "causal:upper_left", "causal:lower_right", "window:5,lower_right", "limits:packed", "dense:each")
+    for name in names:
+        case = Case(mask=name, queries=40, keys=52, heads=(4, 2))
+        q, k, v, dout = case.tensors()
+        _, more_k, more_v, _ = replace(case, keys=20).tensors()
+        mask, keep_BQS = masked(case)
+        kept = torch.cat([keep_BQS, torch.ones(BATCH, 40, 20, dtype=torch.bool)], dim=-1)
+        exact = attention(q, torch.cat([k, more_k], 1), torch.cat([v, more_v], 1), dout, kept, case.scale)
+        q, dout = q.to(subject.where), dout.to(subject.where)
+        parts = [
+            (k.to(subject.where), v.to(subject.where), placed(mask, subject.where)),
+            (more_k.to(subject.where), more_v.to(subject.where), MaskSpec.full()),
+        ]
+        pair = subject.device.attention
+        (out, lse), (more_out, more_lse) = (pair.forward(q, k, v, m, case.scale) for k, v, m in parts)
+        out, lse = merge(out, lse, more_out, more_lse)
+        grads = [pair.backward(dout, q, k, v, out.to(q.dtype), lse, m, case.scale) for k, v, m in parts]
+        worst.compare(f"dq, {case} beside others", grads[0][0] + grads[1][0], exact.grads[0], TOLERANCE[case.dtype])
+        for n, what in ((1, "dk"), (2, "dv")):
+            got = torch.cat([grad[n] for grad in grads], dim=1)
+            worst.compare(f"{what}, {case} beside others", got, exact.grads[n], TOLERANCE[case.dtype])
+    return f"{len(names)} kinds of mask, {worst}"
 
 
 def any_layout(subject: Subject) -> str:
@@ -260,6 +291,7 @@ ATTENTION = (
     Check("attention: declared dtypes", dtypes),
     Check("attention: large scores", large_scores),
     Check("attention: shares of the keys, merged", shares),
+    Check("attention: shares under every mask", shares_of_every_mask),
     Check("attention: inputs of any layout", any_layout),
     Check("attention: no square of the sequence", no_square),
     Check("attention: deterministic if asked to be", deterministic),

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchspec.core.conformance.checks import Check
-from torchspec.devices.api import Label, TilePairs, TileTeacher
-from torchspec.devices.conformance.subject import TOLERANCE, Subject, Worst
+from torchspec.devices.api import LOG_TERMS, SOFT_TERMS, Label, TilePairs, TileTeacher
+from torchspec.devices.conformance.subject import TOLERANCE, Subject, Worst, same
 
 EPS = 0.03  # large: an adapter that leaves it out is seen
 
@@ -76,6 +76,7 @@ def swiglu(subject: Subject) -> str:
         gate, up, dout = (t.to(subject.where) for t in (gate, up, dout))
         kept = (gate.clone(), up.clone())
         got = subject.device.ops.swiglu(gate, up)
+        assert got.dtype == dtype, f"silu(gate) * up is {got.dtype}, not {dtype}"
         worst.compare(f"silu(gate) * up, {dtype}", got, exact.detach(), TOLERANCE[dtype])
         again, dgate, dup = subject.device.ops.swiglu_backward(dout.clone(), gate, up)
         assert all(map(torch.equal, (gate, up), kept)), "gate or up was changed"
@@ -86,57 +87,101 @@ def swiglu(subject: Subject) -> str:
 
 
 def wide_products(subject: Subject) -> str:
-    """Half precision in, sums and results in fp32."""
+    """Half precision in, sums and results in fp32; operands raw or made ready, turned or not, of one dtype or two."""
     worst = Worst()
-    ops = subject.device.ops
+    ops, where = subject.device.ops, subject.where
     for dtype in subject.dtypes:
         a, b = _random(40, 300, seed=1, dtype=dtype), _random(300, 24, seed=2, dtype=dtype)
         exact = a.to(torch.float64) @ b.to(torch.float64)
         wide = torch.promote_types(dtype, torch.float32)
-        a, b = ops.wide_operand(a.to(subject.where)), ops.wide_operand(b.to(subject.where))
-        product = ops.wide_mm(a, b)
-        assert product.dtype == wide, f"the product of {dtype} is {product.dtype}, not {wide}"
-        worst.compare(f"product, {dtype}", product, exact, TOLERANCE[wide])
-        into = torch.empty_like(product)
-        ops.wide_mm(a, b, out=into)
-        worst.compare(f"product into a buffer, {dtype}", into, exact, TOLERANCE[wide])
+        raw_a, raw_b = a.to(where), b.to(where)
+        pairs = {
+            "made ready": (ops.wide_operand(raw_a), ops.wide_operand(raw_b)),
+            "raw": (raw_a, raw_b),
+            "raw by one made ready and turned": (raw_a, ops.wide_operand(b.mT.contiguous().to(where)).mT),
+            "turned by raw": (a.mT.contiguous().to(where).mT, raw_b),
+        }
+        if dtype != torch.float64:
+            pairs["of two dtypes"] = (raw_a.to(torch.float32), raw_b)
+        for name, (left, right) in pairs.items():
+            product = ops.wide_mm(left, right)
+            assert product.dtype == wide, f"the product {name} of {dtype} is {product.dtype}, not {wide}"
+            worst.compare(f"product {name}, {dtype}", product, exact, TOLERANCE[wide])
+            into = torch.empty_like(product)
+            given = ops.wide_mm(left, right, out=into)
+            assert given is into, f"the product {name} into a buffer does not return the buffer"
+            worst.compare(f"product {name} into a buffer, {dtype}", into, exact, TOLERANCE[wide])
     return str(worst)
+
+
+def _soft(name: str, log_q: Tensor, p: Tensor, mass: Tensor) -> Tensor:
+    """Of each pair, by the definitions of `core.ops.distillation`."""
+    q = log_q.exp()
+    middle = (p + q) / 2
+    alpha = torch.minimum(mass[:, None] * p, q).sum(-1)
+    terms = {
+        "cross_entropy": lambda: -(p * log_q).sum(-1),
+        "reverse_kl": lambda: (q * (log_q - p.log())).sum(-1),
+        "jsd": lambda: (p * (p / middle).log() + q * (log_q - middle.log())).sum(-1) / 2,
+        "tv": lambda: 1 - alpha,
+        "lk_alpha": lambda: -alpha.log(),
+    }
+    return terms[name]()
 
 
 def distillation(subject: Subject) -> str:
-    """Cross-entropy to a teacher, and to labels: values, acceptance, first choices and the gradient of the logits."""
+    """Every term, alone and with a label, of a teacher whole or with mass outside; values, acceptance, first choices
+    and the gradient of the logits; without a gradient the same values."""
     worst = Worst()
-    pairs, rows, size = 12, 7, 50
+    for name in SOFT_TERMS:
+        for whole in (True, False):
+            for with_grad in (True, False):
+                _distil(subject, name, worst, whole=whole, with_grad=with_grad)
+    return f"{4 * len(SOFT_TERMS)} cases, {worst}"
+
+
+def _distil(subject: Subject, name: str, worst: Worst, *, whole: bool, with_grad: bool) -> None:
+    pairs, rows, size, here = 12, 7, 50, subject.where
     z = 2 * _random(pairs, size, seed=1, dtype=torch.float32)
+    z[3, [7, 20]] = z[3].max() + 1  # of equal ones the first
     teacher = (2 * _random(rows, size, seed=2, dtype=torch.float32)).softmax(-1)
+    mass = torch.ones(rows) if whole else torch.linspace(0.4, 0.9, rows)
     row, weight = torch.tensor([*range(2, 7), *range(7)]), torch.linspace(0.2, 1.0, pairs)
     label_weight, label = torch.linspace(1.0, 0.1, pairs), torch.arange(pairs) * 3 - 3  # the first teaches nothing
     wide = z.to(torch.float64).requires_grad_()
-    log_q, p = wide.log_softmax(-1), teacher.to(torch.float64)[row]
-    to_teacher, to_label = -(p * log_q).sum(-1), -log_q.gather(1, label.clamp(min=0)[:, None])[:, 0] * (label >= 0)
-    (wanted,) = torch.autograd.grad((weight * to_teacher + label_weight * to_label).sum(), wide)
-    here = subject.where
-    logits = z.to(here)
+    log_q, p, inside = wide.log_softmax(-1), teacher.to(torch.float64)[row], mass.to(torch.float64)[row]
+    term = _soft(name, log_q, p, inside)
+    to_label = -log_q.gather(1, label.clamp(min=0)[:, None])[:, 0] * (label >= 0)
+    (wanted,) = torch.autograd.grad((weight * term + label_weight * to_label).sum(), wide)
+    logits = z.clone().to(here)
     terms = subject.device.ops.distillation_tile(
         logits,
-        TileTeacher(probs_RN=teacher.to(here)),
+        TileTeacher(
+            probs_RN=teacher.to(here),
+            inside_R=None if whole else mass.to(here),
+            log_probs_RN=teacher.log().to(here) if name in LOG_TERMS else None,
+        ),
         TilePairs(
             row_C=row.to(here),
             runs=[(0, 5, 2), (5, 12, 0)],
-            weight={"cross_entropy": weight.to(here)},
+            weight={name: weight.to(here)},
             labels={"label": Label(weight_C=label_weight.to(here), index_C=label.to(here))},
         ),
-        with_grad=True,
+        with_grad=with_grad,
     )
-    for name, got, exact in (
-        ("cross_entropy", terms.value["cross_entropy"], to_teacher.detach()),
-        ("label", terms.value["label"], to_label.detach()),
-        ("alpha", terms.alpha_C, torch.minimum(p, log_q.detach().exp()).sum(-1)),
-        ("the gradient", logits, wanted),
-    ):
-        worst.compare(name, got, exact, TOLERANCE[torch.float32])
-    assert torch.equal(terms.best_C.cpu(), z.argmax(-1)), "best_C is not the index of the largest logit"
-    return str(worst)
+    what = f"{name}{'' if whole else ', some mass outside'}{'' if with_grad else ', without gradient'}"
+    found = {
+        what: (terms.value[name], term.detach()),
+        f"cross-entropy beside {what}": (terms.value["cross_entropy"], -(p * log_q).sum(-1).detach()),
+        f"label beside {what}": (terms.value["label"], to_label.detach()),
+        f"alpha of {what}": (terms.alpha_C, torch.minimum(inside[:, None] * p, log_q.detach().exp()).sum(-1)),
+    }
+    if with_grad:
+        found[f"gradient of {what}"] = (logits, wanted)
+    for each, (got, exact) in found.items():
+        worst.compare(each, got, exact, 3 * TOLERANCE[torch.float32])
+    places = torch.arange(size).where(z == z.amax(-1, keepdim=True), size)
+    assert same(terms.best_C, places.amin(-1)), f"best_C is not the first of the largest logits ({what})"
 
 
 OPS = (

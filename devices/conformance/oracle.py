@@ -122,10 +122,17 @@ def _dense(case: Case, option: str) -> tuple[MaskSpec, Tensor]:
 
 def _limits(case: Case, option: str) -> tuple[MaskSpec, Tensor]:
     queries, keys = case.queries, case.keys
-    if option == "padded":  # the second sequence is shorter; its last rows see what its last real one sees
+    if option == "nonzero empty":  # every third row's interval is empty, and not at 0
+        start = [[min(keys, i) for i in range(queries)]]
+        end = [[min(keys, i + (0 if i % 3 == 2 else 4)) for i in range(queries)]]
+    elif option == "padded":  # the second sequence is shorter; its last rows see what its last real one sees
         start = [[0] * queries] * BATCH
         end = [[min(i + 1, length) for i in range(queries)] for length in (keys, max(1, keys * 2 // 3))]
-    elif option == "packed":  # causal within documents, long and short, the same in every sequence
+    elif option in (
+        "packed",
+        "packed int32",
+        "packed on device",
+    ):  # causal within documents, long and short, the same in every sequence
         cuts = [0, 1, 4, queries // 3, queries // 2, queries // 2 + 2]
         start = [[max(cut for cut in cuts if cut <= i) for i in range(queries)]]
         end = [[min(keys, i + 1) for i in range(queries)]]
@@ -135,7 +142,8 @@ def _limits(case: Case, option: str) -> tuple[MaskSpec, Tensor]:
     else:  # "late": the first rows keep nothing
         start = [[0] * queries]
         end = [[min(keys, max(0, i - 39)) for i in range(queries)]]
-    mask = MaskSpec.limits(torch.tensor(start), torch.tensor(end))
+    dtype = torch.int32 if option.endswith("int32") else torch.int64
+    mask = MaskSpec.limits(torch.tensor(start, dtype=dtype), torch.tensor(end, dtype=dtype))
     keep_BQS = _by_definition(case, lambda b, i, j: start[b % len(start)][i] <= j < end[b % len(end)][i])
     return mask, keep_BQS
 

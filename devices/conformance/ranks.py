@@ -13,10 +13,13 @@ from pathlib import Path
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchspec.core import settings
+from torchspec.core.conformance.apart import tied
 from torchspec.core.conformance.checks import NotHereError
 from torchspec.devices.conformance.subject import Subject
 
 RANKS = 2
+"""As few as there can be; what needs a direction or groups takes MANY where there are devices for them."""
+MANY = 4
 
 
 def needs_ranks(subject: Subject) -> None:
@@ -24,12 +27,12 @@ def needs_ranks(subject: Subject) -> None:
         raise NotHereError(f"needs {RANKS} devices; {subject.device.runtime.device_count()} visible")
 
 
-def run_ranks(words: Sequence[str], seconds: float) -> None:
-    """`python -P -m WORDS` as each of two ranks; AssertionError with the end of what the first that failed said."""
+def run_ranks(words: Sequence[str], seconds: float, count: int = RANKS) -> None:
+    """`python -P -m WORDS` as each of `count` ranks; AssertionError with the end of what the first that failed said."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / f"rank{rank}.log" for rank in range(RANKS)]
-        ranks = [_start(words, rank, store.port, log) for rank, log in enumerate(logs)]
+        logs = [Path(folder) / f"rank{rank}.log" for rank in range(count)]
+        ranks = [_start(words, rank, count, store.port, log) for rank, log in enumerate(logs)]
         try:
             _wait(ranks, logs, time.monotonic() + seconds, seconds)
         finally:
@@ -38,10 +41,10 @@ def run_ranks(words: Sequence[str], seconds: float) -> None:
                 process.wait()
 
 
-def _start(words: Sequence[str], rank: int, port: int, log: Path) -> subprocess.Popen[bytes]:
-    environment = settings.rank_environment(rank=rank, world_size=RANKS, address="127.0.0.1", port=port)
+def _start(words: Sequence[str], rank: int, count: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+    environment = settings.rank_environment(rank=rank, world_size=count, address="127.0.0.1", port=port)
     with log.open("wb") as told:
-        command = [sys.executable, "-P", "-m", *words]
+        command = tied([sys.executable, "-P", "-m", *words])
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=told, stderr=told)
 
 
@@ -49,14 +52,14 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: list[Path], deadline: floa
     while any(process.poll() is None for process in ranks):
         failed = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)]
         assert not failed, _failure(failed[0], ranks, logs)
-        assert time.monotonic() < deadline, f"{RANKS} ranks were not done within {seconds:.0f} s: {_end(logs[0])}"
+        assert time.monotonic() < deadline, f"{len(ranks)} ranks were not done within {seconds:.0f} s: {_end(logs[0])}"
         time.sleep(0.05)
     failed = [rank for rank, process in enumerate(ranks) if process.returncode != 0]
     assert not failed, _failure(failed[0], ranks, logs)
 
 
 def _failure(rank: int, ranks: list[subprocess.Popen[bytes]], logs: list[Path]) -> str:
-    return f"rank {rank} of {RANKS} ended with code {ranks[rank].returncode}: {_end(logs[rank])}"
+    return f"rank {rank} of {len(ranks)} ended with code {ranks[rank].returncode}: {_end(logs[rank])}"
 
 
 def _end(log: Path) -> str:

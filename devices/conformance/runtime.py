@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from torchspec.core.conformance.checks import Check
-from torchspec.devices.api import API_VERSION, CAPABILITIES
+from torchspec.devices.api import API_VERSION, CAPABILITIES, UnavailableError
 from torchspec.devices.conformance.subject import TOLERANCE, Subject, Worst, same
 
 LARGE = 256 << 20
@@ -135,14 +139,67 @@ def profiling(subject: Subject) -> str:
         return f"{len(files)} file{'s' if len(files) > 1 else ''}, {sum(f.stat().st_size for f in files) / 1e3:.0f} kB"
 
 
+def uploading_much(subject: Subject) -> str:
+    """From another thread, as the trainer does; the sources are dropped, and the copy is used as soon as it may be."""
+    values = 16 << 20
+
+    def start(n: int) -> Callable[[], list[Tensor]]:
+        return subject.device.runtime.upload([torch.full((values,), float(n)), torch.arange(values).remainder(1000)])
+
+    with ThreadPoolExecutor(1) as thread:
+        for n in range(3):
+            whole, counted = thread.submit(start, n).result()()
+            assert bool((whole == n).all()), "a large copy is not there when it is used"
+            assert int(counted[-1]) == (values - 1) % 1000, "the end of a large copy is not there when it is used"
+    return f"3 times {values * 12 / 1e6:.0f} MB"
+
+
+def last_device(subject: Subject) -> str:
+    """Random state, memory and uploads are those of the device bound last."""
+    runtime = subject.device.runtime
+    count = runtime.device_count()
+    if count == 1:
+        return "the only device is the last"
+    last = replace(subject, where=runtime.bind(count - 1))
+    try:
+        told = [randomness(last), accounting(last), uploading(last)]
+    finally:
+        runtime.bind(0)
+    return f"{last.where}: {told[1]}"
+
+
+def multiplexing(subject: Subject) -> str:
+    service = subject.device.multiplexer
+    if service is None:
+        return "declared absent"
+    answer = service.available()
+    if not answer.ok:
+        assert answer.reason, "it is not available, and does not say why"
+        return f"not available here: {answer.reason}"
+    with tempfile.TemporaryDirectory() as directory:
+        stop = service.start(Path(directory))
+        try:
+            variables = dict(service.environment(Path(directory)))
+            assert variables, "processes cannot find it: no variables"
+        finally:
+            stop()
+    return f"started and stopped; {', '.join(sorted(variables))}"
+
+
 def limiting(subject: Subject) -> str:
     """Last of all that runs in this process: the limit stays."""
     runtime = subject.device.runtime
     if "ranks_share_device" in subject.spec.capabilities:
         return "declared absent: ranks share this device, its memory is not divided"
     total = runtime.memory().total
-    assert total > 0, "the total is unknown, so a part of it cannot be given"
-    runtime.limit_memory(0.05)
+    if not total:
+        return "declared absent: the device cannot say how much memory it has"
+    try:
+        runtime.limit_memory(0.05)
+    except UnavailableError as absent:
+        return f"declared absent: {absent}"
+    within = torch.empty(int(total * 0.02), dtype=torch.uint8, device=subject.where)
+    del within
     try:
         held = torch.empty(int(total * 0.2), dtype=torch.uint8, device=subject.where)
     except (RuntimeError, MemoryError) as refused:
@@ -159,6 +216,9 @@ RUNTIME = (
     Check("runtime: random state", randomness),
     Check("runtime: memory accounting", accounting),
     Check("runtime: uploads beside work", uploading),
+    Check("runtime: large uploads from a thread", uploading_much),
+    Check("runtime: the last device", last_device),
     Check("runtime: a profile", profiling),
+    Check("runtime: several processes at a time", multiplexing),
 )
 LIMITS = (Check("runtime: a limit of memory", limiting),)

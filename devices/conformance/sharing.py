@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from torchspec.core.conformance.checks import Check
+from torchspec.devices.api import SharedMemory
 from torchspec.devices.conformance.subject import Subject, subject_of
 
 NBYTES = 3 << 20
@@ -52,10 +53,37 @@ def another_process(subject: Subject) -> str:
         assert int(done.stdout) == 7 * NBYTES, "another process reads other bytes"
         memory.synchronize()
         assert int(held_U[-1]) == 9, "what another process writes is not seen: it was given a copy"
-        del held_U
+        here_U = memory.open(handle)
+        assert int(here_U[0]) == 7, "the process that shares it reads other bytes"
+        del held_U, here_U
         memory.release(handle)
+        _check_unknown(memory, handle)
         assert not list(Path(folder).iterdir()), "released memory leaves a file behind"
-    return f"{NBYTES >> 20} MiB, opened four times"
+    _check_released(subject, memory)
+    return f"{NBYTES >> 20} MiB, opened five times, and given back"
+
+
+def _check_unknown(memory: SharedMemory, released: str) -> None:
+    for handle in (released + "x", "no handle at all"):
+        try:
+            memory.open(handle)
+        except (OSError, ValueError, RuntimeError):
+            continue
+        raise AssertionError(f"a handle of nothing can be opened: {handle[:60]!r}")
+
+
+def _check_released(subject: Subject, memory: SharedMemory) -> None:
+    """What was released is free again."""
+    before = subject.device.runtime.memory().allocated
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        for _ in range(8):
+            held_U, handle = memory.allocate(64 << 20, Path(folder))
+            held_U.fill_(1)
+            memory.synchronize()
+            del held_U
+            memory.release(handle)
+    grown = subject.device.runtime.memory().allocated - before
+    assert grown < 128 << 20, f"{grown} bytes of 8 released buffers of {64 << 20} are still allocated"
 
 
 SHARING = (Check("sharing: with another process", another_process),)

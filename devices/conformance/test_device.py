@@ -1,25 +1,17 @@
-"""The suite as pytest runs it: `pytest --pyargs torchspec.devices.conformance --device NAME`."""
+"""The suite as pytest has it made, apart: `pytest --pyargs torchspec.devices.conformance --device NAME`."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 
-from torchspec.core.conformance.checks import Check, NotHereError
-from torchspec.devices.conformance import CHECKS, Subject, subject_of
+from torchspec.core.conformance.checks import Check
+from torchspec.devices.conformance import CHECKS, Subject
 
-
-@cache
-def _subject(name: str) -> Subject:
-    return subject_of(name)
+SUITE = "torchspec.devices.conformance"
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_conformance(check: Check[Subject], pytestconfig: pytest.Config) -> None:
-    name = pytestconfig.getoption("--device", None)
-    assert name, "which device? --device NAME"
-    try:
-        print(check.run(_subject(name)))
-    except NotHereError as missing:
-        pytest.skip(str(missing))
+def test_conformance(check: Check[Subject], make: Callable[[str], None]) -> None:
+    make(check.name)

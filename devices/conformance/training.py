@@ -10,6 +10,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torchspec.core.conformance.apart import tied
 from torchspec.core.conformance.checks import Check
 from torchspec.devices.conformance.ranks import needs_ranks, run_ranks
 from torchspec.devices.conformance.subject import Subject
@@ -18,6 +19,8 @@ SECONDS = 280
 STEPS = 4
 TOLERANCE = 2e-4
 """Of losses and gradient norms in fp32: four steps of an optimizer multiply what rounding begins."""
+
+HALF_TOLERANCE = 3e-2
 
 _WORDS = (
     "--target", "embedded", "precision.compute=float32", "target.dtype=float32", "train.batch_size=4",
@@ -45,7 +48,7 @@ def _train(device: str, folder: Path, *words: str, ranks: bool = False) -> list[
     if ranks:
         run_ranks(command, SECONDS)
     else:
-        whole = [sys.executable, "-P", "-m", *command]
+        whole = tied([sys.executable, "-P", "-m", *command])
         done = subprocess.run(whole, capture_output=True, text=True, timeout=SECONDS, check=False)
         said = " | ".join(line.strip() for line in done.stderr.splitlines()[-3:])
         assert done.returncode == 0, f"`torchspec train --device {device}` ended with code {done.returncode}: {said}"
@@ -54,9 +57,9 @@ def _train(device: str, folder: Path, *words: str, ranks: bool = False) -> list[
 
 
 @cache
-def _reference() -> list[tuple[float, float]]:
+def _reference(*words: str) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        return _train("cpu", Path(folder))
+        return _train("cpu", Path(folder), *words)
 
 
 def _same(subject: Subject, *words: str, ranks: bool = False) -> str:
@@ -72,6 +75,19 @@ def _same(subject: Subject, *words: str, ranks: bool = False) -> str:
         f" (losses {losses[0]}; on the CPU {losses[1]})"
     )
     return f"{STEPS} steps, differing from the CPU by at most {worst:.1e}"
+
+
+def halves(subject: Subject) -> str:
+    """The draft's products in bf16, the device's beside the CPU's: both round, so only losses are compared."""
+    if "bf16" not in subject.spec.capabilities:
+        return "declared absent: no capability 'bf16'"
+    words = ("precision.compute=bfloat16",)
+    wanted = _reference(*words)
+    with tempfile.TemporaryDirectory() as folder:
+        got = _train(subject.spec.name, Path(folder), *words)
+    worst = max(abs(a - b) / abs(b) for (a, _), (b, _) in zip(got, wanted, strict=True))
+    assert worst <= HALF_TOLERANCE, f"losses in bf16 differ from the CPU's by {worst:.1g}; {HALF_TOLERANCE} is allowed"
+    return f"{STEPS} steps, losses differing from the CPU by at most {worst:.1e}"
 
 
 def alone(subject: Subject) -> str:
@@ -95,7 +111,8 @@ def data_parallel(subject: Subject) -> str:
 
 TRAINING = (
     Check("training: one process", alone, seconds=2 * SECONDS + 30),
-    Check("training: two ranks share sequences (Ulysses, FSDP2)", ulysses, seconds=SECONDS + 30),
-    Check("training: two ranks share sequences (ring, FSDP2)", ring, seconds=SECONDS + 30),
-    Check("training: two ranks share batches (FSDP2)", data_parallel, seconds=SECONDS + 30),
+    Check("training: two ranks share sequences (Ulysses, FSDP2)", ulysses, seconds=2 * SECONDS + 30),
+    Check("training: two ranks share sequences (ring, FSDP2)", ring, seconds=2 * SECONDS + 30),
+    Check("training: two ranks share batches (FSDP2)", data_parallel, seconds=2 * SECONDS + 30),
+    Check("training: bf16", halves, seconds=2 * SECONDS + 30),
 )

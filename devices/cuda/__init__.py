@@ -58,7 +58,7 @@ def _load() -> Device:
             allocator_variable="PYTORCH_CUDA_ALLOC_CONF",
             ray_resource="GPU",
         ),
-        communication=TorchCommunication("cpu:gloo,cuda:nccl", supports_ipc=True, splits=True),
+        communication=TorchCommunication("cpu:gloo,cuda:nccl", splits=True),
         attention=TiledAttention(
             ladder(torch.cuda.get_device_capability(), attention_kernels()), temporary_bytes=256 << 20
         ),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from torchspec.cli import main
 from torchspec.cli.conformance import verdict
 from torchspec.core.conformance.checks import Result
+
+SUITE = b"torchspec.devices.conformance"
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
@@ -51,12 +56,44 @@ def test_an_engine_as_json() -> None:
         (("--conformance-backend", "hff"), "did you mean 'hf'?"),
         (("--conformance-backend", "hf", "--target", "nowhere"), "nowhere"),
         (("--conformance", "cpu", "--conformance-backend", "hf"), "one adapter at a time"),
+        (("--topics", "ops"), "--topics: is of the checks of an adapter, and none is named"),
+        (("--dtype", "bfloat16"), "--dtype: is of the checks of an engine"),
+        (("--conformance-backend", "hf", "--thinking", "off"), "--thinking: no check is made with it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_what_cannot_be_checked(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_all_that_does_not_belong_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--target", "x", "--dtype", "bfloat16", "--device", "cuda", "--engine-tensor-parallel", "2")
+    assert main(["doctor", "--conformance", "cpu", *words]) == 2
+    said = capsys.readouterr().err
+    assert all(f"- {flag}: " in said for flag in words[::2]), said
+    assert "4 configuration errors" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes where Linux has them")
+def test_sigterm_ends_what_makes_the_checks() -> None:
+    asked = [sys.executable, "-P", "-m", "torchspec", "doctor", "--conformance", "cpu", "--topics", "ops"]
+    doctor = subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    children = Path(f"/proc/{doctor.pid}/task/{doctor.pid}/children")
+    while not (making := [each for each in children.read_text().split() if SUITE in _command(each)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    doctor.terminate()
+    assert doctor.wait(60) == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{process}").exists() for process in making)
+
+
+def _command(process: str) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 @pytest.mark.parametrize(

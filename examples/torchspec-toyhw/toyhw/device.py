@@ -21,7 +21,7 @@ def device() -> Device:
     return Device(
         name="toyhw",
         runtime=TorchRuntime("toyhw", visible_devices_variable="TOYHW_VISIBLE_DEVICES"),
-        communication=TorchCommunication("cpu:gloo,toyhw:tccl", supports_ipc=True),
+        communication=TorchCommunication("cpu:gloo,toyhw:tccl"),
         attention=TiledAttention(MathKernel(), temporary_bytes=2 << 20),
         shared_memory=ToySharedMemory(),
     )

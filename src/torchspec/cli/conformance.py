@@ -4,24 +4,60 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib import metadata
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from torchspec.cli.console import ProgressDisplay, announce, print_table
+from torchspec.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torchspec.cli.schemas import EngineFlags
     from torchspec.core.conformance.checks import Check, Result
     from torchspec.core.registry import Registry
 
 DEVICE = "device"
 BACKEND = "backend"
-_START_SECONDS = {DEVICE: 180.0, BACKEND: 900.0}
+START_SECONDS = {"torchspec.devices.conformance": 180.0, "torchspec.backends.conformance": 900.0}
+"""How long the process of a suite may take to its first check."""
+
+
+def device_words(field: str, name: str) -> list[str]:
+    """For the process that checks this device; ConfigError about `field` where it cannot be used here."""
+    from torchspec.core import registry
+    from torchspec.core.config import environment
+
+    if problems := environment.adapter_problems(field, name, registry.devices()):
+        raise ConfigError(problems)
+    return [name]
+
+
+def engine_words(options: EngineFlags) -> list[str]:
+    """For the process that checks `options.backend`; ConfigError with everything that cannot work."""
+    from torchspec.backends.conformance import Setting
+    from torchspec.cli.target import check
+    from torchspec.core import registry, settings
+    from torchspec.core.models.target_spec import resolve_target
+
+    check(options, "capture")
+    setting = Setting(
+        name=options.backend,
+        target=str(resolve_target(options.target)),
+        device=registry.choose_device(options.device, settings.default_device())[0],
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        process=options.engine_config().model_dump(exclude_unset=True, mode="json"),
+    )
+    return [setting.to_json()]
 
 
 class ConformanceDisplay(ProgressDisplay):
@@ -38,7 +74,7 @@ class ConformanceDisplay(ProgressDisplay):
 def run_conformance(
     kind: str, name: str, checks: Sequence[Check[Any]], words: Sequence[str], topics: Sequence[str], *, as_json: bool
 ) -> int:
-    """Exit code 0 if no check failed. `words` are for the process that makes the checks."""
+    """Exit code 0 if no check failed. `words` are for the process that makes the checks, which SIGTERM ends, too."""
     from torchspec.core import registry
     from torchspec.core.conformance.apart import run_apart
 
@@ -49,14 +85,14 @@ def run_conformance(
     results: list[Result] = []
     began = time.monotonic()
     display = ConformanceDisplay()
-    with display:
+    with display, _sigterm_leaves():
 
         def starts(check: str) -> None:
             display.check = check
             display("conformance", len(results), len(chosen))
 
-        for result in run_apart(module, words, chosen, start_seconds=_START_SECONDS[kind], progress=starts):
-            results.append(result)
+        with closing(run_apart(module, words, chosen, start_seconds=START_SECONDS[module], progress=starts)) as coming:
+            results.extend(coming)
         display("conformance", len(results), len(chosen))
     facts = {
         **_facts(kind, name, known),
@@ -70,6 +106,23 @@ def run_conformance(
     else:
         _show(facts, results)
     return 1 if any(result.status == "FAIL" for result in results) else 0
+
+
+@contextmanager
+def _sigterm_leaves() -> Iterator[None]:
+    """SIGTERM leaves the block as an exception does, through everything that ends what was started."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def verdict(kind: str, name: str, results: Sequence[Result], *, part: bool) -> str:

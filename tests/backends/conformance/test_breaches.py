@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from torchspec.backends.api import Captured, CaptureRequest, Features, FeatureSink, Quarantined, RecordRef
 from torchspec.backends.conformance import CHECKS, Setting, Subject
+from torchspec.backends.conformance.capture import START
 from torchspec.backends.hf.engine import HfEngine
 from torchspec.core.conformance.checks import perform
 from torchspec.core.features.memory import MemoryStore, take
@@ -182,6 +187,73 @@ class Neighbourly(Engine):
         return super().generate(prompts, **{**told, "seed": told.get("seed", 0) + len(prompts)})
 
 
+class GreedilyNeighbourly(Engine):
+    def generate(self, prompts: Any, **told: Any) -> list[list[int]]:
+        texts = super().generate(prompts, **told)
+        if len(prompts) > 1 or told.get("temperature"):
+            return texts
+        return [[*text[:-1], (text[-1] + 1) % 100] for text in texts]
+
+
+class Uniform(Engine):
+    """Its texts depend on seed and prompt alone, and not on the target."""
+
+    def generate(self, prompts: Any, **told: Any) -> list[list[int]]:
+        if not told.get("temperature"):
+            return super().generate(prompts, **told)
+        draws = [torch.Generator().manual_seed(hash((told["seed"], *prompt)) % 2**40) for prompt in prompts]
+        return [torch.randint(5, 300, (told["max_new_tokens"],), generator=draw).tolist() for draw in draws]
+
+
+class Lukewarm(Engine):
+    """Knows one temperature."""
+
+    def generate(self, prompts: Any, **told: Any) -> list[list[int]]:
+        return super().generate(prompts, **{**told, "temperature": float(told.get("temperature", 0) > 0)})
+
+
+class Cold(Engine):
+    def generate(self, prompts: Any, **told: Any) -> list[list[int]]:
+        return super().generate(prompts, **{**told, "temperature": told.get("temperature", 0) / 2})
+
+
+class Endless(Engine):
+    """Knows no end of a turn."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(replace(target, spec=replace(target.spec, eos_token_ids=())))
+
+
+class Swallowing(Engine):
+    """Its texts come without the token that ended them."""
+
+    def generate(self, prompts: Any, **told: Any) -> list[list[int]]:
+        ends = self.describe().eos_token_ids
+        return [[token for token in text if token not in ends] for text in super().generate(prompts, **told)]
+
+
+class Tapping(Engine):
+    """Its sessions cannot be without taps."""
+
+    def open(self, prompts: Any, taps: Any) -> Any:
+        return super().open(prompts, taps or (0,))
+
+
+class KeepingCounts(Engine):
+    """Its sessions roll back in the order that rows had before `keep`."""
+
+    def open(self, prompts: Any, taps: Any) -> Any:
+        session = super().open(prompts, taps)
+        rollback, keep = session.rollback, session.keep
+
+        def kept(rows: Any) -> None:
+            keep(rows)
+            session.rollback = lambda count_B: rollback(count_B.flip(0))  # type: ignore[method-assign]
+
+        session.keep = kept  # type: ignore[method-assign]
+        return session
+
+
 class Forgetful(Engine):
     """Its sessions do not roll back."""
 
@@ -206,7 +278,18 @@ class Undead(Engine):
         """Lets go of nothing."""
 
 
+class Twin(Engine):
+    """Of two tokens that are as good, it takes the other when a prompt is alone."""
+
+    def generate(self, prompts: Any, **told: Any) -> list[list[int]]:
+        texts = super().generate(prompts, **told)
+        if len(prompts) > 1 or told.get("temperature"):
+            return texts
+        return [[(text[0] + 150) % 300, *text[1:]] for text in texts]
+
+
 FEATURES, AGAIN = "capture: taps and last hidden states", "capture: a second time"
+SAMPLED, TURN, BESIDE = "text: sampled from the target", "text: the end of a turn", "text: alone and beside others"
 BREACHES: dict[type[Engine], str] = {
     OffByOne: FEATURES,
     Mislabelled: FEATURES,
@@ -225,7 +308,13 @@ BREACHES: dict[type[Engine], str] = {
     SecondChoice: "text: greedy",
     Talkative: "text: greedy",
     Seedless: "text: seeds",
-    Neighbourly: "text: alone and beside others",
+    Neighbourly: BESIDE,
+    GreedilyNeighbourly: BESIDE,
+    Uniform: SAMPLED,
+    Lukewarm: SAMPLED,
+    Cold: SAMPLED,
+    Tapping: "decode: steps and rollbacks",
+    KeepingCounts: "decode: steps and rollbacks",
     Forgetful: "decode: steps and rollbacks",
     Keeping: "decode: steps and rollbacks",
     Undead: "errors: a closed engine",
@@ -236,16 +325,23 @@ BREACHES: dict[type[Engine], str] = {
 def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a final norm that has weights: a norm of ones applied twice is applied once."""
     place = tmp_path_factory.mktemp("normed") / "target"
-    shutil.copytree(tiny_target, place)
-    file = place / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"] += 0.3 * torch.randn(len(tensors["model.norm.weight"]))
-    save_file(tensors, file, metadata={"format": "pt"})
+    with changed(tiny_target, place) as tensors:
+        tensors["model.norm.weight"] += 0.3 * torch.randn(len(tensors["model.norm.weight"]))
     return place
 
 
-def subject_of(kind: type[Engine], target: Path) -> Subject:
-    return Subject(Setting(name="hf", target=str(target), device="cpu"), lambda name, options: kind.load(options))
+@contextmanager
+def changed(target: Path, place: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a copy of the target."""
+    shutil.copytree(target, place)
+    tensors = load_file(place / "model.safetensors")
+    yield tensors
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def subject_of(kind: type[Engine], target: Path, dtype: str = "auto") -> Subject:
+    setting = Setting(name="hf", target=str(target), device="cpu", dtype=dtype)
+    return Subject(setting, lambda name, options: kind.load(options))
 
 
 @pytest.mark.parametrize("kind", BREACHES, ids=lambda kind: kind.__name__)
@@ -275,3 +371,65 @@ def test_the_state_of_the_norm_is_taken_into_account(target: Path) -> None:
 
     result = perform(CHECK[FEATURES], subject_of(PreNorm, target))
     assert result.status == "PASS", result
+
+
+@pytest.fixture(scope="module")
+def ended(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its turns end with a token that its greedy text comes to."""
+    subject = subject_of(Engine, target)
+    texts = subject.engine().generate(subject.prompts(64), max_new_tokens=20)
+    token = next(token for text in texts for n, token in enumerate(text) if n >= 3 and token not in text[:n])
+    place = tmp_path_factory.mktemp("ended") / "target"
+    shutil.copytree(target, place)
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
+    return place
+
+
+def test_the_end_of_a_turn(ended: Path) -> None:
+    result = perform(CHECK[TURN], subject_of(Engine, ended))
+    assert result.status == "PASS", result
+    assert "tokens to the end of the turn" in result.text
+    for kind in (Endless, Swallowing):
+        assert perform(CHECK[TURN], subject_of(kind, ended)).status == "FAIL", kind
+
+
+def test_a_target_whose_turns_do_not_end(target: Path, tmp_path: Path) -> None:
+    place = tmp_path / "endless"
+    shutil.copytree(target, place)
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    result = perform(CHECK[TURN], subject_of(Engine, place))
+    assert (result.status, result.text[:23]) == ("PASS", "no end of turn found wi"), result
+
+
+def test_of_two_tokens_that_are_as_good_either_may_come(target: Path, tmp_path: Path) -> None:
+    place = tmp_path / "twins"
+    with changed(target, place) as tensors:
+        embedding_VH = tensors["model.embed_tokens.weight"]
+        embedding_VH[150:] = embedding_VH[:150]
+    result = perform(CHECK[BESIDE], subject_of(Twin, place))
+    assert result.status == "PASS", result
+
+
+def test_draws_are_compared_across_batches_in_float32_only(target: Path) -> None:
+    result = perform(CHECK[BESIDE], subject_of(Neighbourly, target, "bfloat16"))
+    assert result.status == "PASS", result
+    assert "sampled text is compared in float32 only" in result.text
+
+
+def test_what_is_not_checked_is_said(target: Path) -> None:
+    result = perform(CHECK["spec: what is declared"], subject_of(Engine, target))
+    assert result.text.endswith("; not checked here: serve, parts, streamed, tensor_mesh")
+
+
+def test_two_trainings_fit_into_the_deadline_of_their_check() -> None:
+    assert CHECK["training: the losses of transformers"].seconds > 2 * START
+
+
+def test_the_api_reads_targets_and_is_light() -> None:
+    code = (
+        "import sys; import torchspec.backends.api as api; assert 'transformers' not in sys.modules; "
+        "from torchspec.backends.api import read_target_spec, running_dtype; "
+        "assert {'read_target_spec', 'running_dtype'} <= {*api.__all__}; "
+        "from torchspec.core.models import target_spec; assert read_target_spec is target_spec.read_target_spec"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -37,8 +38,33 @@ class Broken(TorchCommunication):
         return buffer, lambda: None
 
 
+class Wayward(TorchCommunication):
+    """Sends round the other way, and knows no group but the world."""
+
+    def ring_exchange(self, tensor: Tensor, group: Any) -> tuple[Tensor, Callable[[], None]]:
+        if group.size() == 1:
+            return super().ring_exchange(tensor, group)
+        sent, received = tensor.contiguous(), torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        rank, size = group.rank(), group.size()
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, sent, group=group, group_peer=(rank - 1) % size),
+                dist.P2POp(dist.irecv, received, group=group, group_peer=(rank + 1) % size),
+            ]
+        )
+        return received, lambda: [work.wait() for work in works] and None
+
+    def all_reduce(self, tensor: Tensor, group: Any) -> Tensor:
+        return super().all_reduce(tensor, group if group.size() == 1 else dist.group.WORLD)
+
+
 def load() -> Device:
     return replace(CPU.load(), name="broken", communication=Broken("gloo"))
 
 
+def load_wayward() -> Device:
+    return replace(CPU.load(), name="wayward", communication=Wayward("gloo"))
+
+
 SPEC = replace(CPU, name="broken", load=load)
+WAYWARD = replace(CPU, name="wayward", load=load_wayward)

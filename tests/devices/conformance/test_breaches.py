@@ -117,6 +117,25 @@ def overflowing(out: Tensor, lse: Tensor, q: Tensor, k: Tensor) -> Pair:
     return out, lse.exp().log()
 
 
+def never_empty(mask: MaskSpec, q: Tensor, k: Tensor) -> MaskSpec:
+    """But for intervals that begin at 0."""
+    start, end = mask.key_start_BQ, mask.key_end_BQ
+    if start is None or end is None:
+        return mask
+    return MaskSpec.limits(start, torch.where((start == end) & (start > 0), end + 1, end))
+
+
+class Simple(Broken):
+    """Believes that what it is given is its own, unless the mask is dense or has limits."""
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: MaskSpec, scale: float
+    ) -> Any:
+        if mask.kind in ("full", "causal", "window"):
+            out, lse = self.inner.forward(q, k, v, mask, scale)
+        return super().backward(dout, q, k, v, out, lse, mask, scale)
+
+
 MASKS, EMPTY = "attention: every kind of mask", "attention: rows without keys"
 ATTENTION = {
     "mask polarity flipped": (Broken(mask=polarity), MASKS),
@@ -152,6 +171,8 @@ ATTENTION = {
         Broken(statistics=lambda out, lse, again: (again()[0], lse)),
         "attention: shares of the keys, merged",
     ),
+    "own lse in the backward, where the mask is simple": (Simple(), "attention: shares under every mask"),
+    "a key where a row's interval is empty": (Broken(mask=never_empty), EMPTY),
     "inputs changed": (Broken(forward=changed_input), "attention: inputs of any layout"),
     "exponentials overflow": (Broken(forward=overflowing), "attention: large scores"),
     "a square of scores": (Broken(mask=squared), "attention: no square of the sequence"),
@@ -218,6 +239,19 @@ class Rounded(FusedOps):
         return product.copy_(product.bfloat16())
 
 
+class Negligent(FusedOps):
+    """Knows a teacher whose vocabulary is whole."""
+
+    def distillation_tile(self, logits_CN: Tensor, teacher: Any, pairs: Any, *, with_grad: bool) -> Any:
+        return super().distillation_tile(logits_CN, replace(teacher, inside_R=None), pairs, with_grad=with_grad)
+
+
+class Bufferless(FusedOps):
+    def wide_mm(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Any:
+        product = super().wide_mm(a, b, out)
+        return product if out is None else None
+
+
 class LastChoice(FusedOps):
     def distillation_tile(self, logits_CN: Tensor, teacher: Any, pairs: Any, *, with_grad: bool) -> Any:
         terms = super().distillation_tile(logits_CN, teacher, pairs, with_grad=with_grad)
@@ -233,6 +267,8 @@ class LastChoice(FusedOps):
         (Swapped(), "ops: swiglu and its gradients"),
         (SwappedGradients(), "ops: swiglu and its gradients"),
         (Rounded(), "ops: products that sum in fp32"),
+        (Bufferless(), "ops: products that sum in fp32"),
+        (Negligent(), "ops: distillation tile"),
         (LastChoice(), "ops: distillation tile"),
     ],
     ids=lambda value: type(value).__name__,
@@ -265,6 +301,7 @@ STATS = MemoryStats(allocated=1 << 30, peak=1 << 30, total=1 << 40)
         ({"memory": lambda: STATS}, "runtime: memory accounting"),
         ({"upload": lambda tensors: lambda: list(tensors)[::-1]}, "runtime: uploads beside work"),
         ({"upload": lambda tensors: lambda: [t.float() for t in tensors]}, "runtime: uploads beside work"),
+        ({"upload": lambda tensors: lambda: [t[..., :0] for t in tensors]}, "runtime: large uploads from a thread"),
         ({"profile": lambda directory: nullcontext()}, "runtime: a profile"),
         ({"device_type": "other"}, "spec: what is declared"),
         ({"device_count": lambda: 0}, "runtime: binding"),
@@ -288,7 +325,7 @@ def shares(device: Device, **others: Any) -> Device:
     return replace(device, shared_memory=Instead(device.shared_memory, **others))
 
 
-@pytest.mark.parametrize("breach", ["a copy", "a file left behind"])
+@pytest.mark.parametrize("breach", ["a copy", "a file left behind", "memory of nothing"])
 def test_sharing(breach: str, tmp_path: Path) -> None:
     subject = whole()
     memory = subject.device.shared_memory
@@ -298,6 +335,13 @@ def test_sharing(breach: str, tmp_path: Path) -> None:
         held_U, handle = memory.allocate(nbytes, directory)
         return held_U.clone(), handle
 
-    others = {"allocate": copied} if breach == "a copy" else {"release": lambda handle: None}
+    def anything(handle: str) -> Tensor:
+        return memory.open(handle) if Path(handle).exists() else torch.zeros(8, dtype=torch.uint8)
+
+    others = {
+        "a copy": {"allocate": copied},
+        "a file left behind": {"release": lambda handle: None},
+        "memory of nothing": {"open": anything},
+    }[breach]
     check = "sharing: with another process"
     assert check in failing(replace(subject, device=shares(subject.device, **others)), check)

@@ -13,7 +13,7 @@ from pydantic import Field
 from rich.markup import escape
 
 from torchspec.cli.console import announce, print_table
-from torchspec.cli.options import Parser, add_options, all_flags, read_options
+from torchspec.cli.options import Parser, add_options, all_flags, flag_of, read_options
 from torchspec.cli.schemas import EngineFlags, JsonOption
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
 OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
+
+_EVERYWHERE = ("json_output", "conformance", "conformance_backend")
+_NO_CHECKS = ("chat_template", "thinking")
+"""Of every other command with a target; no check formats a conversation."""
 
 
 class DoctorOptions(JsonOption, EngineFlags):
@@ -49,6 +53,8 @@ def parser() -> Parser:
 
 def run(words: Sequence[str]) -> int:
     options = read_options(parser(), DoctorOptions, words)
+    if problems := _misplaced(options):
+        raise ConfigError(problems)
     if options.conformance is not None or options.conformance_backend is not None:
         return _conformance(options)
     announce("looking at devices, engines and algorithms")
@@ -61,38 +67,43 @@ def run(words: Sequence[str]) -> int:
     return 0 if usable else 1
 
 
-def _conformance(options: DoctorOptions) -> int:
-    from torchspec.cli.conformance import BACKEND, DEVICE, run_conformance
-    from torchspec.core import registry, settings
-    from torchspec.core.config import environment
-
+def _misplaced(options: DoctorOptions) -> list[Problem]:
+    """The options that were given and would change nothing."""
+    problems: list[Problem] = []
     if options.conformance is not None and options.conformance_backend is not None:
-        raise ConfigError([Problem(field="--conformance-backend", message="one adapter at a time", remedy="leave one")])
+        problems = [Problem(field="--conformance-backend", message="one adapter at a time", remedy="leave one")]
+    for name in DoctorOptions.model_fields:  # in the order of --help
+        if name not in options.model_fields_set or name in _EVERYWHERE:
+            continue
+        if name in _NO_CHECKS:
+            message, remedy = "no check is made with it", "leave it out"
+        elif name == "topics" and options.conformance is None and options.conformance_backend is None:
+            message = "is of the checks of an adapter, and none is named"
+            remedy = "name it with --conformance or --conformance-backend"
+        elif name != "topics" and options.conformance_backend is None:
+            message, remedy = "is of the checks of an engine", "name one with --conformance-backend, or leave it out"
+        else:
+            continue
+        problems.append(Problem(field=flag_of(name), message=message, remedy=remedy))
+    return problems
+
+
+def _conformance(options: DoctorOptions) -> int:
+    from torchspec.cli.conformance import BACKEND, DEVICE, device_words, engine_words, run_conformance
+
     if options.conformance is not None:
         from torchspec.devices import conformance as of_devices
 
         name = options.conformance
-        if problems := environment.adapter_problems("--conformance", name, registry.devices()):
-            raise ConfigError(problems)
+        words = device_words("--conformance", name)
         _check_topics(options.topics, of_devices.TOPICS)
-        return run_conformance(DEVICE, name, of_devices.CHECKS, [name], options.topics, as_json=options.json_output)
+        return run_conformance(DEVICE, name, of_devices.CHECKS, words, options.topics, as_json=options.json_output)
     from torchspec.backends import conformance as of_backends
-    from torchspec.cli.target import check
-    from torchspec.core.models.target_spec import resolve_target
 
     assert options.conformance_backend is not None
     name = options.conformance_backend
-    check(options.model_copy(update={"backend": name}), "capture")
+    words = engine_words(options.model_copy(update={"backend": name}))
     _check_topics(options.topics, of_backends.TOPICS)
-    setting = of_backends.Setting(
-        name=name,
-        target=str(resolve_target(options.target)),
-        device=registry.choose_device(options.device, settings.default_device())[0],
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        process=options.engine_config().model_dump(exclude_unset=True, mode="json"),
-    )
-    words = [setting.to_json()]
     return run_conformance(BACKEND, name, of_backends.CHECKS, words, options.topics, as_json=options.json_output)
 
 
