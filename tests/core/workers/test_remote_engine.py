@@ -166,7 +166,7 @@ def test_an_engine_that_several_threads_lose_is_lost_once(
         done.append(number)
 
     done: list[int] = []
-    with caplog.at_level(logging.WARNING, logger="torchspec.core.workers.remote_engine"):
+    with caplog.at_level(logging.WARNING, logger="torchspec.core.workers.link"):
         threads = in_threads(work, len(groups))
         wait_for(lambda: len(asked(tmp_path)) == len(groups))
         os.kill(worker_pid(engine), signal.SIGKILL)
@@ -174,7 +174,7 @@ def test_an_engine_that_several_threads_lose_is_lost_once(
         for thread in threads:
             thread.join(60)
     assert sorted(done) == [0, 1, 2, 3]
-    told = [record for record in caplog.records if record.name == "torchspec.core.workers.remote_engine"]
+    told = [record for record in caplog.records if record.name == "torchspec.core.workers.link"]
     assert len(told) == 1, caplog.text
     calls = asked(tmp_path)
     assert sorted(calls[:4]) == sorted(calls[4:]) == groups
