@@ -10,7 +10,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """x on the device, as it is needed by what is queued from now on; the host's x may be dropped at once.
 
     By way of pinned memory, whose allocators know of copies under way. From ordinary memory some devices read after
-    `x.to(device, non_blocking=True)` has returned: torch_npu queues such a copy with nothing but the address.
+    `x.to(device, non_blocking=True)` has returned: their queues hold nothing of such a copy but the address.
     """
     if x.device.type != "cpu" or device.type in ("cpu", "meta") or not x.numel():
         return x.to(device, non_blocking=True)

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,18 +46,19 @@ class Packed(NamedTuple):
         return cls(on_q, on_k, most_rows, most_keys)
 
 
-class VarlenKernel:
+class VarlenKernel(ABC):
     """A `Kernel` whose `run_forward` and `run_backward` are flash attention of q, k and v [B, rows, H, D] or, with
     `packed`, [T, H, D]; lse is [B, H, Q], or [H, T], contiguous."""
 
     def takes(self, q: Tensor) -> TileKinds:
         return TileKinds(windows=True, documents=True)
 
+    @abstractmethod
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, packed: Packed | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    ) -> tuple[Tensor, Tensor]: ...
 
+    @abstractmethod
     def run_backward(
         self,
         dout: Tensor,
@@ -68,8 +70,7 @@ class VarlenKernel:
         tile: Tile,
         packed: Packed | None,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
         if tile.row_cuts is None:
