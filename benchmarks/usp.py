@@ -302,6 +302,7 @@ def plan(algorithm: Any, draft: torch.nn.Module, said: Traffic, exchange: Exchan
         process=None,
     )
     load = Load(
+        text=said.rows * said.ulysses * said.ring,
         ranks=1,
         rows=said.rows,
         captured=0,

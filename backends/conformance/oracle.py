@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchspec.core.models.target_class import target_class
+from torchspec.core.models.target_spec import load_target_config
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
@@ -33,12 +36,10 @@ class Oracle:
 
     @cached_property
     def _model(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
+        model = target_class(load_target_config(self._path, trust_remote_code=self._trust)).from_pretrained(
             self._path, dtype=torch.float32, trust_remote_code=self._trust, attn_implementation="eager"
         )
-        return model.eval()  # type: ignore[no-untyped-call]
+        return model.eval()
 
     @torch.no_grad()
     def of(self, ids: Sequence[int]) -> Exact:

@@ -31,6 +31,6 @@ SPEC = EngineSpec(
     name="hf",
     probe=_probe,
     load=_load,
-    capabilities=frozenset({"capture", "generate", "decode"}),
+    capabilities=frozenset({"capture", "generate", "decode", "images"}),
     tensor_parallel_sizes=_tensor_parallel_sizes,
 )

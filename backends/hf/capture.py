@@ -5,15 +5,25 @@ Shape letters: B sequences, T tokens of the longest, N taps, H target hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from torchspec.backends.api import Captured, CaptureRequest, Features, FeatureSink, NormState, Quarantined
+from torchspec.backends.api import (
+    Captured,
+    CaptureRequest,
+    Features,
+    FeatureSink,
+    NormState,
+    Quarantined,
+    TargetError,
+)
 from torchspec.backends.hf.taps import TapRecorder
 from torchspec.backends.hf.target import HfTarget
 from torchspec.core.features.checks import check_features
+from torchspec.core.models.images import ImageError
 
 
 @torch.no_grad()
@@ -24,18 +34,43 @@ def capture(
 
     Sequences are padded on the right. A causal target cannot see what stands to the right, so no padding mask is
     needed, the unmasked attention kernel applies (no [T, T] mask), and what is padded does not reach a record.
-    A sample whose states are not finite is quarantined.
+    A sample with images runs by itself, since how several are put together differs from processor to processor.
+    A sample whose states are not finite, or whose images are not those that were tokenised, is quarantined.
     """
     target.check_taps(taps)
     for request in batch:
         target.check_tokens(f"sample {request.record_id!r}", request.input_ids)
-    if not batch:
-        return []
+    found: dict[str, Captured] = {}
+    texts = [request for request in batch if not request.images]
+    groups: list[tuple[list[CaptureRequest], dict[str, Tensor]]] = [(texts, {})] if texts else []
+    for request in batch:
+        if request.images:
+            try:
+                groups.append(([request], image_inputs(target, request)))
+            except ImageError as error:
+                found[request.record_id] = Quarantined(record_id=request.record_id, reason=str(error))
+    for group, images in groups:
+        for request, features, finite in zip(group, *_run(target, group, images, taps, norm_state), strict=True):
+            if finite:
+                found[request.record_id] = sink.put(request.record_id, features)
+            else:
+                found[request.record_id] = Quarantined(record_id=request.record_id, reason=_not_finite(target))
+    return [found[request.record_id] for request in batch]
+
+
+def _run(
+    target: HfTarget,
+    batch: Sequence[CaptureRequest],
+    images: Mapping[str, Tensor],
+    taps: Sequence[int],
+    norm_state: NormState,
+) -> tuple[list[Features], list[bool]]:
+    """One forward pass; the features of each request, and whether they are finite."""
     ids_BT = pad_right([request.input_ids for request in batch]).to(target.device)
     last_layer = len(target.layers) - 1
     recorder = TapRecorder(target, taps, also=(last_layer,) if norm_state == "pre_norm" else ())
     with recorder:
-        output = target.base(input_ids=ids_BT, use_cache=False)
+        output = target.base(input_ids=ids_BT, use_cache=False, **images)
     last_BTH = recorder.outputs[last_layer] if norm_state == "pre_norm" else output.last_hidden_state
 
     records = []
@@ -50,13 +85,28 @@ def capture(
         )
         check_features(request.record_id, features)
         records.append(features)
-    found: list[Captured] = []
-    for request, features, finite in zip(batch, records, _finite(records), strict=True):
-        if finite:
-            found.append(sink.put(request.record_id, features))
-        else:
-            found.append(Quarantined(record_id=request.record_id, reason=_not_finite(target)))
-    return found
+    return records, _finite(records)
+
+
+def image_inputs(target: HfTarget, request: CaptureRequest) -> dict[str, Tensor]:
+    """What the processor makes of the request's images, on the target's device and in its dtype.
+
+    Raises ImageError for images that cannot be used, TargetError when this target cannot take any.
+    """
+    accepted = inspect.signature(target.base.forward).parameters
+    inputs = target.processor.inputs(request.input_ids, request.images)
+    unknown = [name for name in inputs if name not in accepted]
+    # What a forward pass does not name it may swallow, and give features of the text alone.
+    if any(inputs[name].is_floating_point() for name in unknown):
+        raise TargetError(
+            f"sample {request.record_id!r} has images, which {type(target.base).__name__} of {target.spec.path} does "
+            f"not take ({', '.join(unknown)})"
+        )
+    return {
+        name: value.to(target.device, target.model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+        if name in accepted
+    }
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -106,13 +106,16 @@ class HfDecodeSession:
         return StepOutput(logits_BnV=output.logits.clone(), taps_BnNH=taps_BnNH)
 
     def _where(self, new: int) -> dict[str, Any]:
-        """Mask and positions of the next `new` columns; a cache without unused columns needs neither."""
-        if self._keep_BS is None:
+        """Mask and positions of the next `new` columns; a cache without unused columns needs neither, unless the model
+        would take positions from the images that it saw last."""
+        if self._keep_BS is None and not hasattr(self._target.base, "rope_deltas"):
             return {}
-        self._keep_BS = torch.cat((self._keep_BS, self._keep_BS.new_ones(len(self._lengths), new)), dim=1)
-        start_B = torch.tensor(self._lengths, device=self._keep_BS.device)
-        position_Bn = start_B[:, None] + torch.arange(new, device=self._keep_BS.device)
-        return {"attention_mask": self._keep_BS, "position_ids": position_Bn}
+        start_B = torch.tensor(self._lengths, device=self._target.device)
+        where = {"position_ids": start_B[:, None] + torch.arange(new, device=self._target.device)}
+        if self._keep_BS is not None:
+            self._keep_BS = torch.cat((self._keep_BS, self._keep_BS.new_ones(len(self._lengths), new)), dim=1)
+            where["attention_mask"] = self._keep_BS
+        return where
 
     def rollback(self, count_B: Tensor) -> None:
         """Forget the last count[b] tokens of sequence b, at most those of the last step."""

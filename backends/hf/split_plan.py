@@ -12,9 +12,10 @@ import re
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from torchspec.backends.api import TargetError, TargetSpec
+from torchspec.core.models.target_class import target_class
 from torchspec.core.models.target_spec import load_target_config
 
 _CUT = {"colwise": 0, "rowwise": 1}
@@ -109,9 +110,7 @@ def skeleton(config: PreTrainedConfig, spec: TargetSpec) -> PreTrainedModel:
     """The model of a configuration without storage; TargetError when its class refuses to be so narrow."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=spec.trust_remote_code
-            )
+            model: PreTrainedModel = target_class(config).from_config(config, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # any architecture's constructor may fail in any way
         raise _refusal(spec, f"transformers cannot build a part of it: {error}") from error
     return model

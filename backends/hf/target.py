@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from torchspec.backends.api import ConfigError, EngineOptions, Problem, TargetError, TargetSpec
 from torchspec.backends.hf.attention import use_grouped_attention
 from torchspec.backends.hf.cache import Rollback, rollback_of
 from torchspec.backends.hf.split_weights import load_part
+from torchspec.core.models.target_class import target_class
 from torchspec.core.models.target_head import decoder_of
-from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.models.target_processor import TargetProcessor
+from torchspec.core.models.target_spec import load_target_config, read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +39,11 @@ class HfTarget:
     layers: tuple[nn.Module, ...]
     device: torch.device
     rollback: Rollback
+
+    @cached_property
+    def processor(self) -> TargetProcessor:
+        """Loaded when the first image comes; TargetError when this target takes none."""
+        return TargetProcessor.load(self.spec.path, trust_remote_code=self.spec.trust_remote_code)
 
     def check_taps(self, taps: Sequence[int]) -> None:
         """ConfigError naming the valid range when a tap is not a layer of this target."""
@@ -133,7 +141,8 @@ def _load(
 
 
 def _from_pretrained(options: EngineOptions, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    config = load_target_config(options.target, trust_remote_code=options.trust_remote_code)
+    return target_class(config).from_pretrained(
         options.target,
         dtype=dtype,
         local_files_only=True,

@@ -24,6 +24,7 @@ FLAGS = {
     "engine.python": "--engine-python",
     "engine.url": "--engine-url",
     "algorithm": "--algorithm",
+    "draft.objective": "--objective",
     "target.path": "--target",
     "data.train": "--data",
     "data.validation": "--validation",
@@ -74,6 +75,13 @@ def choices(info: FieldInfo) -> tuple[str, ...]:
     return tuple(str(value) for part in _union_members(info.annotation) for value in _literal_values(part))
 
 
+def entries(info: FieldInfo) -> tuple[str, ...]:
+    """The names that a mapping may have, where they are a closed choice, else ()."""
+    if get_origin(info.annotation) is not dict:
+        return ()
+    return tuple(str(name) for name in _literal_values(get_args(info.annotation)[0]))
+
+
 def type_text(info: FieldInfo) -> str:
     """What a value must be, e.g. "a whole number >= 1 or null"."""
     return _describe(info.annotation, tuple(info.metadata), many=False)
@@ -122,6 +130,9 @@ def _describe(annotation: Any, metadata: tuple[object, ...], *, many: bool) -> s
             return f"{_describe(values, (), many=True)} by name"
         allowed = ", ".join(str(key) for key in _literal_values(keys)) or _describe(keys, (), many=True)
         return f"{_describe(values, (), many=True)} by name (at least {least} of {allowed})"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        parts = (f"{name}: {type_text(info)}" for name, info in annotation.model_fields.items())
+        return "{" + ", ".join(parts) + "}"
     single, plural = _WORDS.get(annotation, ("a value", "values"))
     return (plural if many else single) + _bounds(metadata)
 

@@ -5,6 +5,7 @@ Every setting remembers where its value came from, and everything that is wrong 
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,16 +80,18 @@ def _origin(origin: Mapping[str, str], path: str) -> str:
 
 
 def _contradictions(flags: Sequence[Setting], words: Sequence[Setting]) -> list[Problem]:
-    named = {setting.path: setting.value for setting in words}
-    return [
-        Problem(
-            field=flag.path,
-            message=f"given as {FLAGS.get(flag.path, flag.path)} ({flag.value}) and as {flag.path}={named[flag.path]}",
-            remedy="give one of them",
-        )
-        for flag in flags
-        if flag.path in named
-    ]
+    """Settings, and entries of those that are mappings, that both name."""
+    problems = []
+    for flag in flags:
+        given = {flag.path: flag.value}
+        if isinstance(flag.value, Mapping):
+            given |= {f"{flag.path}.{name}": value for name, value in flag.value.items()}
+        for path, value in given.items():
+            word = next((w for w in reversed(words) if w.path == path or w.path.startswith(f"{path}.")), None)
+            if word is not None and (word.path == path or path != flag.path):
+                said = f"given as {FLAGS.get(flag.path, flag.path)} ({value}) and as {word.path}={word.value}"
+                problems.append(Problem(field=path, message=said, remedy="give one of them"))
+    return problems
 
 
 def _last(layers: Sequence[Setting], path: str) -> Setting | None:
@@ -167,7 +170,7 @@ def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(inner, dict):
             inner = tree[name] = {}
         tree = inner
-    tree[last] = value
+    tree[last] = copy.deepcopy(value)  # later entries are put into it
 
 
 def _device(tree: Mapping[str, Any], problems: list[Problem]) -> tuple[str, str] | None:

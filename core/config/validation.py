@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from torchspec.core.config.fields import choices, sections, settings, type_text
+from torchspec.core.config.fields import choices, entries, sections, settings, type_text
 from torchspec.core.errors import Problem
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -33,8 +34,8 @@ def validate(
         return (None if found else model), found
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            problem = _problem(detail, schema, label, origin or {})
-            if problem not in found:  # each wrong item of one list
+            problem = _problem(detail, schema, tree, label, origin or {})
+            if problem not in found:  # each wrong item of one list, each way of being one entry
                 found.append(problem)
         return None, found
 
@@ -43,23 +44,29 @@ def _empty_paths(schema: type[BaseModel], tree: Mapping[str, Any]) -> list[Probl
     """An empty path would be the working directory, which nobody who writes nothing asks for."""
     found = []
     for path, info in settings(schema).items():
-        value: Any = tree
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
+        value = _value(tree, path)
         if "path" in type_text(info) and "" in (value if isinstance(value, list | tuple) else [value]):
             found.append(Problem(field=path, message="is empty", remedy="name a file or directory; . is this one"))
     return found
 
 
 def _problem(
-    detail: ErrorDetails, schema: type[BaseModel], label: Callable[[str], str], origin: Mapping[str, str]
+    detail: ErrorDetails,
+    schema: type[BaseModel],
+    tree: Mapping[str, Any],
+    label: Callable[[str], str],
+    origin: Mapping[str, str],
 ) -> Problem:
     leaves = settings(schema)
     path = _setting(detail, leaves, sections(schema))
-    if detail["type"] == "missing":
+    inside = detail["loc"][path.count(".") + 1 :]
+    if detail["type"] == "missing" and not inside:
         return Problem(field=path, message=REQUIRED, remedy=f"give {label(path)}")
-    source = f" ({origin[path]})" if path in origin else ""
     info = leaves.get(path)
+    given = _value(tree, path)
+    if info is not None and inside and isinstance(given, Mapping):
+        return _wrong_entry(path, info, str(inside[0]), given, origin)
+    source = f" ({origin[path]})" if path in origin else ""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ValueError) or info is None:  # a rule the schema states in words of its own
         value = None if info is None else detail["input"]
@@ -73,6 +80,25 @@ def _problem(
         choices=allowed,
         remedy=f"did you mean {near[0]}?" if near else "",
     )
+
+
+def _wrong_entry(path: str, info: FieldInfo, name: str, given: Mapping[str, Any], origin: Mapping[str, str]) -> Problem:
+    """Of a setting that is a mapping, whose entries may have come one by one, or parts of them."""
+    sources = [origin[at] for at in origin if at == path or f"{at}.".startswith(f"{path}.{name}.")]
+    source = f" ({', '.join(dict.fromkeys(sources))})" if sources else ""
+    names = entries(info)
+    if names and name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        remedy = f"did you mean {near[0]}?" if near else ""
+        return Problem(field=path, message=f"no such entry{source}", value=name, choices=names, remedy=remedy)
+    return Problem(field=path, message=f"must be {type_text(info)}{source}", value={name: given.get(name)})
+
+
+def _value(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _setting(detail: ErrorDetails, leaves: Mapping[str, Any], parts: Mapping[str, Any]) -> str:

@@ -24,12 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from torchspec.core.data.report import DatasetSettings, Progress, ProgressSink
 from torchspec.core.data.token_file import FORMAT_VERSION, CorruptFileError, TokenData, open_token_file
 from torchspec.core.data.tokenizer import template_digest, tokenizer_digest
+from torchspec.core.models.target_processor import processor_digest
 from torchspec.core.settings import cache_dir
 
 logger = logging.getLogger(__name__)
 
 # Raised whenever rendering, masking or filtering gives other results than before.
-_RULES_VERSION = 1
+_RULES_VERSION = 2
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _READ = 1 << 20
 _LOCK_PATIENCE_S = 3600.0
@@ -74,6 +75,7 @@ def treatment(tokenizer: PreTrainedTokenizerBase, settings: DatasetSettings) -> 
         "libraries": {name: version(name) for name in _LIBRARIES},
         "tokenizer": tokenizer_digest(tokenizer),
         "template": template_digest(tokenizer),
+        "processor": processor_digest(Path(tokenizer.name_or_path)) if tokenizer.name_or_path else None,
         "settings": relevant,
     }
 

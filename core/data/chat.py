@@ -5,18 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from torchspec.core.data.messages import REASONING_FIELDS, Message, RowError, check_text
 from torchspec.core.data.rows import ChatRow, Row, TextRow, TokenRow
-from torchspec.core.data.spans import find_turns, tidy_spans, token_mask
+from torchspec.core.data.spans import find_turns, shift_spans, tidy_spans, token_mask
 from torchspec.core.data.template import ChatTemplate, Span
 from torchspec.core.data.tokenizer import exact_backend, id_limit
 from torchspec.core.errors import TargetError
+from torchspec.core.interfaces.engine import ImageReference
+from torchspec.core.models.images import ImageError, refer_to_image
+from torchspec.core.models.target_processor import TargetProcessor, takes_images
 
 LastTurnOnly = Literal["never", "always", "auto"]
 
@@ -25,22 +30,30 @@ _REASONING_BLOCK = re.compile(r"<think>(?!\s*</think>)\s*\S")
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """One sample: `input_ids` int32 [T], and `loss_mask` bool [T], true for the tokens to be predicted."""
+    """One sample: `input_ids` int32 [T], and `loss_mask` bool [T], true for the tokens to be predicted.
+
+    `images` stand among its first `image_end` tokens.
+    """
 
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
+    images: tuple[ImageReference, ...] = ()
+    image_end: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedText:
-    """A row as text, and the characters of it that are supervised."""
+    """A row as text, and the characters of it that are supervised. `images` stand in its first `image_end` ones."""
 
     text: str
     spans: tuple[Span, ...]
+    images: tuple[ImageReference, ...] = ()
+    image_end: int = 0
 
 
 class Renderer:
-    """Renders rows with one tokenizer. Conversations need its chat template, other rows don't."""
+    """Renders rows with one tokenizer. Conversations need its chat template, other rows don't; images need the
+    processor that the tokenizer came with."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, last_turn_only: LastTurnOnly = "never") -> None:
         self.tokenizer = tokenizer
@@ -48,6 +61,7 @@ class Renderer:
         self._backend = exact_backend(tokenizer)
         self._last_turn_only = last_turn_only
         self._templates: dict[str, ChatTemplate] = {}
+        self._processor: TargetProcessor | None = None
 
     def prepare(self, row: Row) -> RenderedText | Rendered:
         """The row as text, or as tokens where it holds those already.
@@ -66,14 +80,18 @@ class Renderer:
             spans = tidy_spans(text, spans, template.marks)
         else:
             spans = find_turns(text, row.messages, template.marks)
-        return RenderedText(text=text, spans=tuple(spans[-1:] if self._only_last(row.messages) else spans))
+        spans = spans[-1:] if self._only_last(row.messages) else spans
+        return self._with_images(row, text, spans) if row.images else RenderedText(text=text, spans=tuple(spans))
 
     def encode(self, texts: Sequence[RenderedText]) -> list[Rendered]:
         """Tokenise a batch, each text in one pass; no special token is added to what the text holds."""
         encodings = self._backend.encode_batch([item.text for item in texts], add_special_tokens=False)
         return [
             Rendered(
-                input_ids=np.array(encoding.ids, dtype=np.int32), loss_mask=token_mask(item.text, encoding, item.spans)
+                input_ids=np.array(encoding.ids, dtype=np.int32),
+                loss_mask=token_mask(item.text, encoding, item.spans),
+                images=item.images,
+                image_end=_end_of(encoding, item.image_end) if item.images else 0,
             )
             for item, encoding in zip(texts, encodings, strict=True)
         ]
@@ -88,11 +106,29 @@ class Renderer:
             raise RowError("a pre-rendered text has no turns, so no prompt can be cut from it")
         if isinstance(row, TokenRow):
             return self._token_prompt(row)
+        if row.images:
+            raise RowError("it has images, which are trained on, but not answered: engines are asked in text alone")
         messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
         if not messages:
             raise RowError("nothing stands before the assistant's turn")
         text, _ = self._template(row).render(messages, row.tools, prompt=True)
         return RenderedText(text=check_text(text, "the rendered prompt"), spans=())
+
+    def _with_images(self, row: ChatRow, text: str, spans: Sequence[Span]) -> RenderedText:
+        """The text with the tokens that stand for its images, which are read here."""
+        if self._processor is None:
+            # Where the tokenizer was loaded from; one that was made otherwise has no processor beside it.
+            place = self.tokenizer.name_or_path
+            if not place or not takes_images(Path(place)):
+                raise RowError("it has images, and the target takes none: no processor of images came with it")
+            self._processor = TargetProcessor.load(Path(place))
+        try:
+            images = tuple(refer_to_image(source) for source in row.images)
+            expanded, placed = self._processor.expand(text, images)
+        except ImageError as error:
+            raise RowError(str(error)) from error
+        shifted = shift_spans(spans, placed)
+        return RenderedText(text=expanded, spans=tuple(shifted), images=images, image_end=placed[-1].placed_stop)
 
     def _template(self, row: ChatRow) -> ChatTemplate:
         if not self.tokenizer.chat_template:
@@ -147,3 +183,10 @@ def _reasons(message: Message) -> bool:
     return any(message.get(field, "").strip() for field in REASONING_FIELDS) or bool(
         _REASONING_BLOCK.search(message["content"])
     )
+
+
+def _end_of(encoding: Encoding, characters: int) -> int:
+    """How many tokens the first `characters` of the text take."""
+    last: int | None = encoding.char_to_token(characters - 1)
+    assert last is not None, "every character of an image belongs to a token"
+    return last + 1

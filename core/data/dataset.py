@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -32,6 +33,7 @@ from torchspec.core.data.token_file import (
 )
 from torchspec.core.data.tokenise import tokenise
 from torchspec.core.interfaces.algorithm import TrainingSample
+from torchspec.core.interfaces.engine import ImageReference
 
 __all__ = [
     "DataReport",
@@ -62,6 +64,7 @@ class TokenDataset(Dataset[TrainingSample]):
     ) -> None:
         self._data = data
         self._bounds: list[int] = data.offsets.tolist()
+        self._image_bounds: list[int] = data.image_offsets.tolist()
         self.lengths: list[int] = planned_lengths(data.offsets, settings).tolist()
         self.own_lengths: list[int] = data.offsets.diff().tolist()
         self.report = DataReport.from_json(data.facts, files)
@@ -80,7 +83,21 @@ class TokenDataset(Dataset[TrainingSample]):
             sample_id=self._data.sample_ids[index],
             input_ids_T=self._data.input_ids[part].long(),
             loss_mask_T=self._data.loss_mask[part].bool(),
+            images=self._images(index),
         )
+
+    @property
+    def with_images(self) -> str | None:
+        """The first sample that has images, by its name; None where none has."""
+        if not self._image_bounds[-1]:
+            return None
+        return self._data.sample_ids[next(n for n, end in enumerate(self._image_bounds[1:]) if end)]
+
+    def _images(self, index: int) -> tuple[ImageReference, ...]:
+        part = slice(self._image_bounds[index], self._image_bounds[index + 1])
+        if part.start == part.stop:
+            return ()
+        return tuple(ImageReference(**each) for each in json.loads(self._data.images[part].numpy().tobytes()))
 
 
 def planned_lengths(offsets: Tensor, settings: DatasetSettings) -> Tensor:
@@ -136,7 +153,7 @@ def _fill(
 ) -> dict[str, Any]:
     """Tokenise everything into the columns; the report as JSON, or DataError when no sample is left."""
     renderer = Renderer(tokenizer, settings.last_turn_only)
-    tally, unique, sample_ids, lengths = Tally(), UniqueIds(), [], []
+    tally, unique, sample_ids, lengths, image_lengths = Tally(), UniqueIds(), [], [], []
     counts_V = np.zeros(renderer.id_limit, dtype=np.int64)
     prompts = settings.answer_tokens is not None
     usable = bytearray()  # of every row
@@ -156,6 +173,9 @@ def _fill(
         columns["input_ids"].append(sample.input_ids)
         columns["loss_mask"].append(sample.loss_mask)
         np.add.at(counts_V, sample.input_ids[sample.loss_mask], 1)
+        images = json.dumps([asdict(image) for image in sample.images]).encode() if sample.images else b""
+        columns["images"].append(np.frombuffer(images, dtype=np.uint8))
+        image_lengths.append(len(images))
         sample_ids.append(unique(row.sample_id))
         lengths.append(sample.input_ids.size)
     report = tally.report()
@@ -165,6 +185,7 @@ def _fill(
     if prompts:
         _count_answers(counts_V, RowReader(reader.files), renderer, settings, usable)
     columns["offsets"].append(np.cumsum([0, *lengths]))
+    columns["image_offsets"].append(np.cumsum([0, *image_lengths]))
     columns["token_counts"].append(counts_V)
     columns["sample_ids"].append(np.frombuffer(json.dumps(sample_ids).encode(), dtype=np.uint8))
     return report.to_json(reader.files)
@@ -172,11 +193,14 @@ def _fill(
 
 def _cut(whole: Rendered, settings: DatasetSettings) -> Rendered:
     first = slice(settings.max_length)
-    return Rendered(input_ids=whole.input_ids[first], loss_mask=whole.loss_mask[first])
+    return replace(whole, input_ids=whole.input_ids[first], loss_mask=whole.loss_mask[first])
 
 
 def _usable(sample: Rendered, settings: DatasetSettings) -> bool:
-    """Enough of it is supervised; of a prompt, enough can be. A prompt is never cut: it would ask something else."""
+    """Enough of it is supervised; of a prompt, enough can be. A prompt is never cut: it would ask something else. Nor
+    is an image, of which the target takes all or nothing."""
+    if sample.image_end > settings.max_length:
+        return False
     if settings.answer_tokens is None:
         return bool(sample.loss_mask.sum() >= settings.min_supervised_tokens)
     return sample.input_ids.size + settings.min_supervised_tokens <= settings.max_length

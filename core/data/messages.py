@@ -2,14 +2,18 @@
 
 OpenAI (``role`` / ``content``) and ShareGPT (``from`` / ``value``) messages are told apart one by one. What chat
 templates expect where the two disagree with them: roles ``system``, ``developer``, ``user``, ``assistant``, ``tool``;
-content as text; arguments of a tool call as an object.
+content as text; arguments of a tool call as an object. A message with images has ``parts`` beside its content: texts,
+and images with their ``source``, in order.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import NoneType
 from typing import Any
+
+from torchspec.core.models.images import ImageError, image_source
 
 Message = dict[str, Any]
 
@@ -34,10 +38,14 @@ _ROLES = {
 }
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _EXTRA_FIELDS = (*REASONING_FIELDS, "tool_call_id", "name")
+_IMAGE_FIELDS = ("image_url", "image", "url", "path")
 
 
-def parse_messages(value: Any, key: str) -> tuple[Message, ...]:
-    """The messages of a row's field `key`; RowError names the message and what is wrong with it."""
+def parse_messages(value: Any, key: str, directory: Path) -> tuple[Message, ...]:
+    """The messages of a row's field `key`; RowError names the message and what is wrong with it.
+
+    Images are looked for from `directory` on, and not read.
+    """
     if not isinstance(value, list):
         raise RowError(f"{key} must be a list of messages, it is {kind(value)}")
     if not value:
@@ -45,13 +53,13 @@ def parse_messages(value: Any, key: str) -> tuple[Message, ...]:
     messages = []
     for number, message in enumerate(value, start=1):
         try:
-            messages.append(_message(message))
+            messages.append(_message(message, directory))
         except RowError as error:
             raise RowError(f"message {number}: {error}") from None
     return tuple(messages)
 
 
-def _message(value: Any) -> Message:
+def _message(value: Any, directory: Path) -> Message:
     if not isinstance(value, dict):
         raise RowError(f"must be an object, it is {kind(value)}")
     given = {key: item for key, item in value.items() if item is not None}
@@ -71,23 +79,46 @@ def _message(value: Any) -> Message:
         content = given.get(content_key, "" if "tool_calls" in message else None)
     if content is None:
         raise RowError(f"the {role} message has no {content_key}")
-    message["content"] = _content(content, content_key)
+    parts = _parts(content, content_key, directory)
+    message["content"] = "".join(part.get("text", "") for part in parts)
+    if any(part["type"] == "image" for part in parts):
+        if message["role"] == "assistant":
+            raise RowError(f"the {role} message has an image: what a target says is text")
+        message["parts"] = parts
     for name in _EXTRA_FIELDS:
         if name in given:
             message[name] = check_text(given[name], name)
     return message
 
 
-def _content(value: Any, name: str) -> str:
-    """Text, or the concatenation of a list of text parts, as the OpenAI API defines it."""
+def _parts(value: Any, name: str, directory: Path) -> list[dict[str, str]]:
+    """Text as one part, or a list of parts, as the OpenAI API defines it."""
     if not isinstance(value, list):
-        return check_text(value, name)
-    texts = []
+        return [{"type": "text", "text": check_text(value, name)}]
+    parts = []
     for part in value:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise RowError(f"{name} has a part of type {part['type']!r}: only text can be trained on")
-        texts.append(check_text(part.get("text") if isinstance(part, dict) else part, f"a part of {name}"))
-    return "".join(texts)
+        given = {key: item for key, item in part.items() if item is not None} if isinstance(part, dict) else part
+        kind_of_part = given.get("type", "text") if isinstance(given, dict) else "text"
+        if kind_of_part in ("image", "image_url"):
+            parts.append({"type": "image", "source": _image(given, name, directory)})
+        elif kind_of_part == "text":
+            text = given.get("text") if isinstance(given, dict) else given
+            parts.append({"type": "text", "text": check_text(text, f"a part of {name}")})
+        else:
+            raise RowError(f"{name} has a part of type {kind_of_part!r}: only text and images can be trained on")
+    return parts
+
+
+def _image(part: dict[str, Any], name: str, directory: Path) -> str:
+    """Where the image of a part is: the OpenAI API's `image_url` (`{"url"}`), or `image`, `url` or `path`."""
+    given = next((part[key] for key in _IMAGE_FIELDS if key in part), None)
+    url = given.get("url") if isinstance(given, dict) else given
+    if not isinstance(url, str) or not url:
+        raise RowError(f"an image in {name} needs a path or a data: URI as one of {', '.join(_IMAGE_FIELDS)}")
+    try:
+        return image_source(check_text(url, f"an image in {name}"), directory)
+    except ImageError as error:
+        raise RowError(str(error)) from error
 
 
 def check_text(value: Any, name: str) -> str:

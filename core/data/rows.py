@@ -36,13 +36,20 @@ class BadRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRow:
-    """A conversation in the form chat templates take: `role`, `content` (text), and what a message may add."""
+    """A conversation in the form chat templates take: `role`, `content` (text), and what a message may add (`parts`
+    where there are images)."""
 
     sample_id: str
     file: Path
     line: int
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Sources of the images of all messages, in order."""
+        parts = (part for message in self.messages for part in message.get("parts", ()))
+        return tuple(part["source"] for part in parts if part["type"] == "image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +120,7 @@ def parse_row(value: Any, file: Path, line: int) -> Row:
         input_ids, loss_mask = _tokens(row)
         return TokenRow(**place, input_ids=input_ids, loss_mask=loss_mask)
     if chat_key is not None:
-        messages = parse_messages(row[chat_key], chat_key)
+        messages = parse_messages(row[chat_key], chat_key, file.parent)
         return ChatRow(**place, messages=messages, tools=parse_tools(row.get("tools")))
     if "text" in row:
         return TextRow(**place, text=check_text(row["text"], "text"))

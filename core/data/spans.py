@@ -17,6 +17,7 @@ from tokenizers import Encoding
 
 from torchspec.core.data.messages import Message, RowError
 from torchspec.core.data.template import Span, TurnMarks
+from torchspec.core.models.target_processor import Placed
 
 
 def tidy_spans(text: str, spans: Sequence[Span], marks: TurnMarks) -> list[Span]:
@@ -63,6 +64,16 @@ def find_turns(text: str, messages: Sequence[Message], marks: TurnMarks) -> list
         spans.append(span)
         at = span[1]
     return spans
+
+
+def shift_spans(spans: Sequence[Span], placed: Sequence[Placed]) -> list[Span]:
+    """Spans of a text as they are once images have been placed in it, none of them inside a span."""
+
+    def shifted(character: int) -> int:
+        before = [each for each in placed if each.stop <= character]
+        return character + before[-1].placed_stop - before[-1].stop if before else character
+
+    return [(shifted(start), shifted(end)) for start, end in spans]
 
 
 def _forms(content: str) -> list[str]:

@@ -52,6 +52,8 @@ class ChatTemplate:
         self._text = text
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._knows_developers = "developer" in text
+        self._in_parts = False
+        self._in_parts = self._loses_text()
         self.marks = self._learn(tokenizer)
 
     def render(
@@ -61,12 +63,7 @@ class ChatTemplate:
 
         `prompt` adds the generation prompt. RowError when the template refuses the conversation.
         """
-        chat = [
-            {**message, "role": "system"}
-            if message["role"] == "developer" and not self._knows_developers
-            else dict(message)
-            for message in messages
-        ]
+        chat = [self._taken(message) for message in messages]
         try:
             rendered: Any = render_jinja_template(
                 conversations=[chat],
@@ -80,6 +77,27 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the conversation: {error}") from error
         texts, spans = cast("tuple[list[str], list[list[Span]]]", rendered)
         return texts[0], spans[0] if spans else []
+
+    def _taken(self, message: Message) -> Message:
+        """A message as the template takes it: with images its content is a list of parts, and so it is of every message
+        where the template wants that."""
+        taken = {key: value for key, value in message.items() if key != "parts"}
+        if message["role"] == "developer" and not self._knows_developers:
+            taken["role"] = "system"
+        if "parts" in message:
+            shown = ("type", "text")
+            taken["content"] = [{key: part[key] for key in shown if key in part} for part in message["parts"]]
+        elif self._in_parts:
+            taken["content"] = [{"type": "text", "text": message["content"]}] if message["content"] else []
+        return taken
+
+    def _loses_text(self) -> bool:
+        """Whether a content that is text gets lost, as in templates that go through its parts without a look."""
+        try:
+            text, _ = self.render(_dialogue()[:1], None)
+        except RowError:
+            return True
+        return _MARKERS[0] not in text
 
     def _learn(self, tokenizer: PreTrainedTokenizerBase) -> TurnMarks:
         end_of_sequence = str(tokenizer.eos_token or "")

@@ -1,8 +1,9 @@
 """Tokenised data in one safetensors file: written as a stream, checked when opened, read lazily.
 
 Tensors: ``input_ids`` int32 and ``loss_mask`` uint8, all samples one after another; ``offsets`` int64 [samples + 1];
-``token_counts`` int64 [V]; ``sample_ids`` uint8, a JSON list as UTF-8. The metadata hold the format's version, a
-checksum of every tensor, and the caller's facts as JSON with theirs.
+``token_counts`` int64 [V]; ``sample_ids`` uint8, a JSON list as UTF-8; ``images`` uint8, of each sample with images a
+JSON list as UTF-8, one after another, with ``image_offsets`` int64 [samples + 1]. The metadata hold the format's
+version, a checksum of every tensor, and the caller's facts as JSON with theirs.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ from torch import Tensor
 
 from torchspec.core.data.report import Progress, ProgressSink
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BLOCK = 1 << 22
 _DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
-COLUMNS = {"input_ids": "I32", "loss_mask": "U8", "offsets": "I64", "token_counts": "I64", "sample_ids": "U8"}
+COLUMNS = {
+    "input_ids": "I32",
+    "loss_mask": "U8",
+    "offsets": "I64",
+    "token_counts": "I64",
+    "sample_ids": "U8",
+    "images": "U8",
+    "image_offsets": "I64",
+}
 
 
 class CorruptFileError(ValueError):
@@ -41,13 +50,16 @@ class Slices(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenData:
-    """All samples; sample i is [offsets[i], offsets[i + 1]) of `input_ids` and `loss_mask`."""
+    """All samples; sample i is [offsets[i], offsets[i + 1]) of `input_ids` and `loss_mask`, and its images are
+    described in [image_offsets[i], image_offsets[i + 1]) of `images`."""
 
     input_ids: Slices
     loss_mask: Slices
     offsets: Tensor
     token_counts_V: Tensor
     sample_ids: list[str]
+    images: Slices
+    image_offsets: Tensor
     facts: dict[str, Any]
 
 
@@ -148,6 +160,8 @@ def in_memory(columns: Mapping[str, Column], facts: dict[str, Any]) -> TokenData
         offsets=tensors["offsets"],
         token_counts_V=tensors["token_counts"],
         sample_ids=json.loads(tensors["sample_ids"].numpy().tobytes()),
+        images=tensors["images"],
+        image_offsets=tensors["image_offsets"],
         facts=facts,
     )
 
@@ -172,6 +186,8 @@ def open_token_file(path: Path, progress: ProgressSink | None = None) -> TokenDa
             offsets=file.get_tensor("offsets"),
             token_counts_V=file.get_tensor("token_counts"),
             sample_ids=json.loads(file.get_tensor("sample_ids").numpy().tobytes()),
+            images=file.get_slice("images"),
+            image_offsets=file.get_tensor("image_offsets"),
             facts=json.loads(metadata["facts"]),
         )
     except SafetensorError as error:

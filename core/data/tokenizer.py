@@ -16,6 +16,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from torchspec.core.errors import TargetError
 
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where older multimodal checkpoints keep the template, which their tokenizers then do not know."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -54,6 +57,8 @@ def load_tokenizer(
             f"the tokenizer in {target} ({type(tokenizer).__name__}) is a pure Python one and cannot map tokens to "
             "characters, which the loss mask needs: convert it to a tokenizer.json"
         )
+    if tokenizer.chat_template is None and (target / _PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = _processor_template(target / _PROCESSOR_TEMPLATE)
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     if thinking != "auto":
@@ -87,6 +92,14 @@ def read_chat_template(path: Path) -> str:
     except TemplateSyntaxError as error:
         raise TargetError(f"the chat template {path} is malformed at line {error.lineno}: {error.message}") from error
     return text
+
+
+def _processor_template(path: Path) -> str:
+    try:
+        template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(f"the chat template in {path} cannot be read: {type(error).__name__}: {error}") from error
+    return str(template)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

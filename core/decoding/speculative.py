@@ -9,6 +9,7 @@ Shape letters: B sequences still running, L drafted tokens, n = L + 1 tokens fed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ def decode(
         with watch("draft"):
             proposal = draft.propose(taps, next_tokens, length, temperature=settings.temperature, generator=generator)
         _check(proposal, len(alive), length)
+        proposal = _shortened(proposal)
         with watch("target"):
             output = session.step(torch.cat((pending_B[:, None], proposal.tokens_BL), dim=1))
         verdict = verify(output.logits_BnV, proposal, settings.temperature, generator)
@@ -90,6 +92,15 @@ def _check(proposal: Proposal, rows: int, length: int) -> None:
     shape = tuple(proposal.tokens_BL.shape)
     if len(shape) != 2 or shape[0] != rows or shape[1] > length:
         raise ValueError(f"the drafter proposed tokens of shape {shape}; expected [{rows}, at most {length}]")
+
+
+def _shortened(proposal: Proposal) -> Proposal:
+    """Without columns that are padding in every row: the target is not asked about them."""
+    if proposal.lengths_B is None:
+        return proposal
+    longest = int(proposal.lengths_B.max())
+    probs_BLV = None if proposal.probs_BLV is None else proposal.probs_BLV[:, :longest]
+    return replace(proposal, tokens_BL=proposal.tokens_BL[:, :longest], probs_BLV=probs_BLV)
 
 
 def _confirm(

@@ -109,7 +109,8 @@ def check_files(
             f"the exported draft does not predict what the trained one does: the total variation distance is "
             f"{worst:.3g} (limit {LIMIT:.0e}). Likely causes: norm flags, rope, vocabulary offsets, tensors exchanged"
         )
-    return SelfCheck(total_variation=worst, limit=LIMIT, drafted=DRAFTED, recorded=probe is not None)
+    drafted = proposal.tokens_BL.shape[1]
+    return SelfCheck(total_variation=worst, limit=LIMIT, drafted=drafted, recorded=probe is not None)
 
 
 def _as_stored(draft: nn.Module, files: DraftFiles) -> nn.Module:

@@ -5,7 +5,7 @@ Shape letters: B sequences, T tokens, K unroll steps, L proposed tokens, V targe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.core.interfaces.device import API_VERSION, Device
-from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.engine import ImageReference, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 
 if TYPE_CHECKING:
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSample:
-    """One tokenised sequence with its supervision: mask[j] says that token j is to be predicted."""
+    """One tokenised sequence with its supervision: mask[j] says that token j is to be predicted.
+
+    `images` stand in the ids already, in this order, and are never supervised.
+    """
 
     sample_id: str
     input_ids_T: Tensor  # int64
     loss_mask_T: Tensor  # bool
+    images: tuple[ImageReference, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,25 @@ class StepMemory:
 
 
 KEEP_ALL = StepMemory()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where in a training a micro-batch stands.
+
+    progress   steps done over those planned, from 0 up to (and without) 1
+    previous   the sums that the algorithm `remembers`, of the window before over all its micro-batches and ranks; None
+               before the first window with supervision
+    draws      for each document of the rows a number in [0, 2^63) that decides what is drawn at random of it: made of
+               the run's seed, the epoch and the sample, so that it does not depend on ranks, batches or topology
+    """
+
+    progress: float = 0.0
+    previous: Mapping[str, Tensor] | None = None
+    draws: tuple[int, ...] = ()
+
+
+START = Moment()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +184,18 @@ class Algorithm(Protocol):
         """Rows of last hidden states that a slot needs to its right, from other ranks' pieces of a sequence."""
         ...
 
-    def kept_values(self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward") -> float:
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """Names of a window's `sums` that the next window's steps must be told (`Moment.previous`)."""
+        ...
+
+    def kept_values(
+        self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward", text: int | None = None
+    ) -> float:
         """Numbers that a token, all supervised, keeps for one backward pass, in the compute precision; for estimates.
 
+        `text` is how many tokens each text has; None: so few that an algorithm that looks at some of a text's positions
+        looks at all.
         "loss": while the loss is worked out, its gradients for the draft's outputs included; "backward": at the most
         that the backward pass then needs, parameters' gradients left out.
         """
@@ -183,6 +215,7 @@ class Algorithm(Protocol):
         rows: FeatureRows,
         device: Device,
         memory: StepMemory = ...,
+        moment: Moment = ...,
     ) -> StepResult:
         """Training forward of one micro-batch (never empty; a hole is a sample whose mask is all False).
 

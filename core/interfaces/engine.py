@@ -49,9 +49,23 @@ Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageReference:
+    """An image of a conversation: by reference, since messages carry no tensors.
+
+    source  absolute path of a file, or a `data:` URI
+    digest  sha256 of its bytes, as hex: whoever opens it knows that it is the one that was tokenised
+    """
+
+    source: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptureRequest:
     """A sample to run the target over.
 
+    `images` stand in the ids already, by the tokens that the target's processor makes of them, in this order. Only
+    engines with the capability "images" take them.
     `parts`: the rows that each of several callers takes, all of which send the same request under the same id; this one
     takes `parts[part]`, as a record of those rows. Without parts there is one caller, and the record is whole. Only
     engines in workers know parts.
@@ -61,6 +75,7 @@ class CaptureRequest:
     input_ids: Sequence[int]
     parts: tuple[Rows, ...] = ()
     part: int = 0
+    images: tuple[ImageReference, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +307,7 @@ class StartedEngine(Protocol):
 ENGINE_CAPABILITIES = {
     "capture": "hidden states of token sequences",
     "generate": "text",
+    "images": "hidden states of token sequences with images among them",
     "decode": "steps of several tokens and rollbacks (`open`), for lossless decoding by torchspec itself",
     "serve": "the target served with an exported draft (`EngineSpec.serve`)",
 }

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import VocabularyShards
+from torchspec.core.models.target_class import target_class
 from torchspec.core.models.target_spec import load_target_config
 from torchspec.core.models.target_weights import TargetWeights
 
@@ -207,17 +208,12 @@ class _Opened:
 
 def _skeleton(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The target's class without storage: it knows the names, the shapes and the kind of norm."""
-    from transformers import AutoModelForCausalLM  # seconds, which processes that read no target do without
-
     try:
         with torch.device("meta"):
-            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=trust_remote_code
-            )
+            skeleton: PreTrainedModel = target_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # any architecture's constructor may fail in any way
         raise TargetError(
-            f"{path} (model_type {config.model_type!r}) is not a causal language model that transformers can build: "
-            f"{error}"
+            f"{path} (model_type {config.model_type!r}) is not a language model that transformers can build: {error}"
         ) from error
     return skeleton
 
@@ -225,7 +221,10 @@ def _skeleton(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The stack of decoder layers with its final norm, inside whatever wraps it."""
     found: Any = model.get_decoder()  # type: ignore[no-untyped-call]
-    # transformers answers with the model itself where its own attribute names disagree (Llama 4).
+    # transformers answers with the model itself where its own attribute names disagree, and a multimodal one with a
+    # language model that has a head of its own (Llama 4).
+    if found is not model and isinstance(getattr(found, "lm_head", None), nn.Module):
+        return decoder_of(found)
     decoder = getattr(model, "model", model) if found is model else found
     assert isinstance(decoder, nn.Module)
     return decoder
@@ -266,7 +265,8 @@ def _find(weights: TargetWeights, name: str, shape: tuple[int, ...]) -> str | No
     """The stored name of a tensor that the target's class calls `name`; None when there is none of this shape.
 
     Checkpoints of wrapped and older models differ in what stands before the last module, so that is ignored when the
-    full name is absent; copies inside layers (multi-token prediction) are not meant.
+    full name is absent, except that of several the one with most of it in common is meant (a multimodal model has
+    norms outside its language model); copies inside layers (multi-token prediction) are not.
     """
     if name in weights.files and weights.shape(name) == shape:
         return name
@@ -278,9 +278,12 @@ def _find(weights: TargetWeights, name: str, shape: tuple[int, ...]) -> str | No
         and _outside_layers(stored)
         and weights.shape(stored) == shape
     ]
-    if len(similar) > 1:
-        raise TargetError(f"{weights.path}: {name} may be any of {', '.join(sorted(similar))}")
-    return similar[0] if similar else None
+    parts = set(name.split("."))
+    common = {stored: len(parts.intersection(stored.split("."))) for stored in similar}
+    nearest = [stored for stored in similar if common[stored] == max(common.values())]
+    if len(nearest) > 1:
+        raise TargetError(f"{weights.path}: {name} may be any of {', '.join(sorted(nearest))}")
+    return nearest[0] if nearest else None
 
 
 def _tail(name: str) -> str:

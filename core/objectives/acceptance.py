@@ -69,13 +69,13 @@ def acceptance_sums(accepted_BS: Tensor, steps: int, loss_mask_BS: Tensor, docum
     walked_BS = walked_slots(accepted_BS, start_BS, whole_BS)
     return {
         "walk_rounds": walked_BS.sum(),
-        "walk_hits": _hits(accepted_BS, walked_BS, steps),
+        "walk_hits": hits(accepted_BS, walked_BS, steps),
         "whole_slots": whole_BS.sum(),
-        "whole_hits": _hits(accepted_BS, whole_BS, steps),
+        "whole_hits": hits(accepted_BS, whole_BS, steps),
     }
 
 
-def _hits(accepted_BS: Tensor, chosen_BS: Tensor, steps: int) -> Tensor:
+def hits(accepted_BS: Tensor, chosen_BS: Tensor, steps: int) -> Tensor:
     """How many of the chosen slots accepted at least k + 1 tokens, [K]."""
     return torch.stack([((accepted_BS > step) & chosen_BS).sum() for step in range(steps)])
 
@@ -89,7 +89,7 @@ def summarise_acceptance(sums: dict[str, Tensor]) -> dict[str, float | list[floa
                                          where drafting is hard
     """
     rounds, slots = int(sums["walk_rounds"]), int(sums["whole_slots"])
-    per_position = [int(hits) / max(1, rounds) for hits in sums["walk_hits"]]
+    per_position = [int(count) / max(1, rounds) for count in sums["walk_hits"]]
     return {
         "simulated_acceptance_length": 1 + sum(per_position) if rounds else math.nan,
         "simulated_acceptance_per_position": per_position,

@@ -28,18 +28,33 @@ from torchspec.core.objectives.teacher import Coverage, covered
 from torchspec.core.objectives.vocabulary_terms import Part
 from torchspec.core.objectives.weighting import weigh
 from torchspec.core.ops.distillation import TileTeacher
+from torchspec.core.ops.slices import row_slices
 from torchspec.core.parallel.vocabulary import gather_rows, gather_vectors, summed, to_owners
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPairs:
-    """This rank's pairs of a chunk: normed outputs, target rows among the chunk's own, weights before coverage, and
-    the draft indices of the tokens that came (OUTSIDE without)."""
+    """This rank's pairs of a chunk: normed outputs, what is added to their logits, target rows among the chunk's own,
+    weights before coverage, and the draft indices of the tokens that came (OUTSIDE without)."""
 
     normed_CH: Tensor
+    extra_CX: Tensor | None
     row_C: Tensor
     base_C: Tensor
     truth_C: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnHeads:
+    """The rows `VocabularyTeacher.columns` of the draft's head and of the map of what is added to its logits; the same
+    for `FusedOps.wide_mm`; and where the gradients of all ranks' pairs are added, if they are wanted."""
+
+    head_NH: Tensor
+    wide_HN: Tensor
+    dhead_NH: Tensor | None
+    extra_NX: Tensor | None
+    wide_XN: Tensor | None
+    dextra_NX: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +66,7 @@ class Taught:
     coverage_C: Tensor
     agree_C: Tensor
     dnormed_CH: Tensor | None
+    dextra_CX: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,25 +127,29 @@ class VocabularyTeacher:
         self,
         chunk: SharedChunk,
         pairs: OwnPairs,
-        weights: Mapping[str, float],
-        wide_HN: Tensor,
-        head_NH: Tensor,
-        dhead_NH: Tensor | None,
+        weights: Mapping[str, float | Tensor],
+        heads: OwnHeads,
+        *,
+        with_grad: bool,
     ) -> Taught:
-        """Terms and gradients of this rank's pairs.
-
-        `head_NH` are the draft head's rows `columns`, `wide_HN` the same for `FusedOps.wide_mm`; the gradient of all
-        ranks' pairs with respect to them is added to `dhead_NH`. Without it no gradients are made.
-        """
+        """Terms and gradients of this rank's pairs; `weights` of the terms, of all pairs or of each of them."""
         logits_AN, rows_DSA = self._read(chunk)
         normed_MH = gather_rows(pairs.normed_CH, chunk.pairs_P, self._shards)
-        z_MN = self._ops.wide_mm(normed_MH, wide_HN)
-        rows_DSA, draft_SM, facts_3M = self._exchange(chunk, rows_DSA, self._statistics(z_MN), pairs)
+        z_MN = self._ops.wide_mm(normed_MH, heads.wide_HN)
+        extra_MX = None
+        if pairs.extra_CX is not None:
+            assert heads.wide_XN is not None
+            extra_MX = gather_rows(pairs.extra_CX, chunk.pairs_P, self._shards)
+            add_mapped(z_MN, extra_MX, heads.wide_XN, self._ops)
+        own_weights = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        facts = (pairs.base_C, pairs.row_C.to(self.wide), pairs.truth_C.to(self.wide), *own_weights.values())
+        rows_DSA, draft_SM, facts_FM = self._exchange(chunk, rows_DSA, self._statistics(z_MN), torch.stack(facts))
         rows = self._rows(logits_AN, rows_DSA)
         top_M, mass_M, best_M = draft_SM
-        row_M = facts_3M[1].long()
-        weight_M = facts_3M[0] * rows.coverage_A[row_M]
-        soft, labels = weigh(weights, weight_M, rows.best_A[row_M], facts_3M[2].long())
+        row_M = facts_FM[1].long()
+        weight_M = facts_FM[0] * rows.coverage_A[row_M]
+        weights = {**weights, **dict(zip(own_weights, facts_FM[3:], strict=True))}
+        soft, labels = weigh(weights, weight_M, rows.best_A[row_M], facts_FM[2].long())
         part = Part(
             z_MN=z_MN.sub_(top_M[:, None]),
             mass_M=mass_M,
@@ -143,16 +163,23 @@ class VocabularyTeacher:
         totals_SM, partial_A = self._totals(part.sums(), rows.partial_A)
         own, row_C = chunk.own_pairs, row_M[chunk.own_pairs]
         agree_C = (best_M.long() == rows.first_choice_A[row_M])[own]
-        dnormed_CH = None
-        if dhead_NH is not None:
+        dnormed_CH = dextra_CX = None
+        if with_grad:
             part.differentiate(totals_SM)
-            dnormed_CH = self._gradients(chunk, z_MN.to(normed_MH.dtype), normed_MH, head_NH, dhead_NH)
+            dlogits_MN = z_MN.to(normed_MH.dtype)
+            add_product(heads.dhead_NH, dlogits_MN, normed_MH, self._ops)
+            dnormed_CH = self._to_owners(chunk, dlogits_MN @ heads.head_NH)
+            if extra_MX is not None:
+                assert heads.extra_NX is not None
+                add_product(heads.dextra_NX, dlogits_MN, extra_MX, self._ops)
+                dextra_CX = self._to_owners(chunk, dlogits_MN @ heads.extra_NX)
         return Taught(
             value={name: value_M[own] for name, value_M in part.values(totals_SM).items()},
             entropy_C=(rows.log_mass_A - partial_A)[row_C],
             coverage_C=rows.coverage_A[row_C],
             agree_C=agree_C,
             dnormed_CH=dnormed_CH,
+            dextra_CX=dextra_CX,
         )
 
     def _read(self, chunk: SharedChunk) -> tuple[Tensor, Tensor]:
@@ -173,22 +200,24 @@ class VocabularyTeacher:
         return torch.cat(parts, dim=1)
 
     def _exchange(
-        self, chunk: SharedChunk, rows_DSA: Tensor, draft_SM: Tensor, pairs: OwnPairs
+        self, chunk: SharedChunk, rows_DSA: Tensor, draft_SM: Tensor, facts_FC: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows_DSA and draft_SM of the whole vocabulary, weight, row and truth [3, M] of all ranks' pairs)."""
+        """(rows_DSA and draft_SM of the whole vocabulary, the facts [F, M] of all ranks' pairs); the second fact is the
+        target row, which is counted among all ranks' afterwards."""
         most = max(chunk.pairs_P)
-        facts = (pairs.base_C, pairs.row_C.to(self.wide), pairs.truth_C.to(self.wide))
-        packed = (rows_DSA, draft_SM, F.pad(torch.stack(facts), (0, most - len(pairs.row_C))))
+        packed = (rows_DSA, draft_SM, F.pad(facts_FC, (0, most - facts_FC.shape[1])))
         gathered = gather_vectors(torch.cat([each.flatten() for each in packed]), self._shards)
         rows, draft, facts_P = torch.split(gathered, [each.numel() for each in packed], dim=1)
         rows_DSA = merged(rows.reshape(-1, *rows_DSA.shape))
         if self._rows_NH is not None:
             rows_DSA = torch.stack((rows_DSA[0], self._whole[chunk.place]))
         real = []
-        for rank, (found_3X, count) in enumerate(zip(facts_P.reshape(-1, 3, most), chunk.pairs_P, strict=True)):
-            found_3C = found_3X[:, :count]
-            found_3C[1] += sum(chunk.rows_P[:rank])
-            real.append(found_3C)
+        for rank, (found_FX, count) in enumerate(
+            zip(facts_P.reshape(-1, len(facts_FC), most), chunk.pairs_P, strict=True)
+        ):
+            found_FC = found_FX[:, :count]
+            found_FC[1] += sum(chunk.rows_P[:rank])
+            real.append(found_FC)
         return rows_DSA, merged(draft.reshape(-1, *draft_SM.shape)), torch.cat(real, dim=1)
 
     def _choices(self, rows_DSA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,11 +255,23 @@ class VocabularyTeacher:
         packed = summed(torch.cat((sums_SM.flatten(), partial_A)), self._shards)
         return packed[: sums_SM.numel()].view_as(sums_SM), packed[sums_SM.numel() :]
 
-    def _gradients(
-        self, chunk: SharedChunk, dlogits_MN: Tensor, normed_MH: Tensor, head_NH: Tensor, dhead_NH: Tensor
-    ) -> Tensor:
-        if dhead_NH.dtype == dlogits_MN.dtype:
-            dhead_NH.addmm_(dlogits_MN.T, normed_MH)
-        else:
-            dhead_NH += self._ops.wide_mm(dlogits_MN.T, normed_MH)
-        return to_owners(dlogits_MN @ head_NH, chunk.pairs_P, self._shards).to(self.wide).sum(0)
+    def _to_owners(self, chunk: SharedChunk, parts_MH: Tensor) -> Tensor:
+        """Of this rank's pairs the sum of what all ranks' parts of the vocabulary give."""
+        return to_owners(parts_MH, chunk.pairs_P, self._shards).to(self.wide).sum(0)
+
+
+def add_mapped(logits_MN: Tensor, extra_MX: Tensor, wide_XN: Tensor, ops: FusedOps) -> None:
+    """logits += extra E^T, in slices: a second tile of logits would double what the chunk holds."""
+    row_bytes = logits_MN.shape[1] * logits_MN.element_size()
+    for part in row_slices(0, len(logits_MN), row_bytes, ops.temporary_bytes):
+        logits_MN[part] += ops.wide_mm(extra_MX[part], wide_XN)
+
+
+def add_product(total_NH: Tensor | None, dlogits_MN: Tensor, inputs_MH: Tensor, ops: FusedOps) -> None:
+    """total += dlogits^T inputs, in the total's precision; nothing where no total is wanted."""
+    if total_NH is None:
+        return
+    if total_NH.dtype == dlogits_MN.dtype:
+        total_NH.addmm_(dlogits_MN.T, inputs_MH)
+    else:
+        total_NH += ops.wide_mm(dlogits_MN.T, inputs_MH)

@@ -44,9 +44,10 @@ def per_sequence(
 
 
 def weigh(
-    weights: Mapping[str, float], weight_M: Tensor, argmax_M: Tensor | None, truth_M: Tensor | None
+    weights: Mapping[str, float | Tensor], weight_M: Tensor, argmax_M: Tensor | None, truth_M: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Label]]:
-    """Each soft term's weight of each pair, and the label terms, of the terms' weights and the pairs' covered ones.
+    """Each soft term's weight of each pair, and the label terms, of the terms' weights (of all pairs, or [M]) and the
+    pairs' covered ones.
 
     `argmax_M` and `truth_M` are the labels' draft indices; wanted only where their terms are.
     """

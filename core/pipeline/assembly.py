@@ -24,7 +24,7 @@ from torchspec.core.interfaces.target import TargetHead, VocabularyMap, Vocabula
 from torchspec.core.models.target_head import load_target_head, load_target_head_shard
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.pipeline.engine_setup import ENGINE, engine_options
+from torchspec.core.pipeline.engine_setup import ENGINE, check_images, engine_options
 from torchspec.core.pipeline.identity import draft_facts
 from torchspec.core.pipeline.offline import stored
 from torchspec.core.pipeline.on_policy import pusher, writing_of, written_now
@@ -86,6 +86,8 @@ def load_data(
     """Rank 0 tokenises, the others find its work in the cache."""
     settings = DatasetSettings.of_training(config)
     train = context.main_first(lambda: load_dataset(config.data.train, tokenizer, settings, progress))
+    if config.pipeline.topology != "offline":  # what is stored was captured with its images
+        check_images(config, train)
     if not config.data.validation:
         return Data(train=train, prompts=())
     prompts = context.main_first(

@@ -32,7 +32,7 @@ from torchspec.core.pipeline.capture_config import captured_config, sequence_ran
 from torchspec.core.pipeline.capture_directory import Kept, claim, kept_records, opened, to_disk
 from torchspec.core.pipeline.capture_groups import cut_of, groups_facts, groups_of
 from torchspec.core.pipeline.device_fit import Ranks
-from torchspec.core.pipeline.engine_setup import ENGINE, engine_options
+from torchspec.core.pipeline.engine_setup import ENGINE, check_images, engine_options
 from torchspec.core.pipeline.offline import features_identity
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.run_dir import versions
@@ -80,6 +80,7 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
     torch_device = device.runtime.bind(0)
     settings = DatasetSettings.from_config(checked.config.data)
     data = load_dataset(checked.config.data.train, checked.tokenizer, settings, progress)
+    check_images(checked.config, data)
     identity = features_identity(
         checked.config, checked.algorithm, checked.target, checked.tokenizer, torch_device, data.ingredients
     )
@@ -172,8 +173,8 @@ class _Session:
     def _capture(self, engine: TargetEngine, group: Sequence[int]) -> dict[int, Features]:
         """The missing ones of the group. All of it is run: in another shape sums are rounded otherwise."""
         requests = [
-            CaptureRequest(record_id=record_name(index), input_ids=self._data[index].input_ids_T.tolist())
-            for index in group
+            CaptureRequest(record_id=record_name(index), input_ids=sample.input_ids_T.tolist(), images=sample.images)
+            for index, sample in ((index, self._data[index]) for index in group)
         ]
         memory = MemoryStore()
         with torch.no_grad():

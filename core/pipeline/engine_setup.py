@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torchspec.core import registry
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.data.dataset import TokenDataset
+from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import EngineOptions, TargetSpec
@@ -38,3 +40,19 @@ def engine_options(config: RunConfig, device: Device, directory: Path, local_ran
 
 def create_algorithm(config: RunConfig, target: TargetSpec) -> Algorithm:
     return registry.algorithms().spec(config.algorithm).create(config.draft, target)
+
+
+def check_images(config: RunConfig, data: TokenDataset) -> None:
+    """ConfigError when samples have images and the engine that is to capture them takes none."""
+    if data.with_images is None or "images" in registry.backends().spec(config.backend).capabilities:
+        return
+    raise ConfigError(
+        [
+            Problem(
+                field="backend",
+                value=config.backend,
+                message=f"captures no images, which sample {data.with_images!r} has",
+                remedy="name a backend with the capability `images`, such as hf, or leave such conversations out",
+            )
+        ]
+    )

@@ -220,7 +220,8 @@ def choose_exchange(
         ulysses=parallel.ulysses,
         ring=parallel.ring,
     )
-    activations = int(rows * algorithm.kept_values(recompute=config.train.recompute) * itemsize)
+    kept = algorithm.kept_values(recompute=config.train.recompute, text=longest or config.data.max_length)
+    activations = int(rows * kept * itemsize)
     return choose(traffic, activations)
 
 

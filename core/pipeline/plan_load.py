@@ -170,6 +170,7 @@ def load_of(config: RunConfig, subject: Subject, ranks: int) -> Load:
     return Load(
         ranks=ranks,
         rows=rows,
+        text=longest,
         captured=_captured(config, ranks, rows, longest),
         several=_several(config, subject, ranks, longest),
         compute=compute,

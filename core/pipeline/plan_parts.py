@@ -101,8 +101,8 @@ def micro_batch_parts(models: Models, load: Load) -> list[Part]:
 
 def _activations(models: Models, load: Load) -> list[tuple[str, str, float, tuple[Moment, ...]]]:
     algorithm, recompute = models.algorithm, load.memory.recompute
-    kept = algorithm.kept_values(recompute=recompute, moment="loss")
-    passing = algorithm.kept_values(recompute=recompute) - kept
+    kept = algorithm.kept_values(recompute=recompute, moment="loss", text=load.text)
+    passing = algorithm.kept_values(recompute=recompute, text=load.text) - kept
     again = ", the rest made again" if recompute else ""
     if load.offload in ("activations", "all"):
         kept, again = 2 * kept / algorithm.attention_shape.steps, ", the rest on the host"

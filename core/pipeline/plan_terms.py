@@ -73,6 +73,7 @@ class Load:
     """What decides a rank's memory beside the models. `compute` is the draft's precision, `target_dtype` the target's.
 
     rows        positions of a micro-batch on this rank, at most
+    text        tokens of the longest text
     captured    positions that this rank runs the target over at a time
     several     a step has more than one micro-batch
     memory      with `loss_bytes` given
@@ -82,6 +83,7 @@ class Load:
 
     ranks: int
     rows: int
+    text: int
     captured: int
     several: bool
     compute: torch.dtype

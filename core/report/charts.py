@@ -1,4 +1,4 @@
-"""Curves as inline SVG, one function per kind of chart."""
+"""Curves as inline SVG, or as PNG for files; one function per kind of chart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ Points = Sequence[tuple[float, float]]
 
 def lines(series: Mapping[str, Points], *, x: str, y: str, smooth: bool = False) -> str:
     """One line per named series of (x, y); `smooth` draws a running mean over the raw points."""
+    return _svg(_lines(series, x=x, y=y, smooth=smooth))
+
+
+def lines_png(series: Mapping[str, Points], *, x: str, y: str) -> bytes:
+    """As `lines`."""
+    return _png(_lines(series, x=x, y=y, smooth=False))
+
+
+def _lines(series: Mapping[str, Points], *, x: str, y: str, smooth: bool) -> Figure:
     figure, axes = _figure(x, y)
     for colour, (name, points) in zip(cycle(COLOURS), series.items(), strict=False):
         xs, ys = [p[0] for p in points], [p[1] for p in points]
@@ -25,7 +34,24 @@ def lines(series: Mapping[str, Points], *, x: str, y: str, smooth: bool = False)
         axes.plot(xs, ys, color=colour, linewidth=1.6, label=name, marker=marker, markersize=4)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=min(4, len(series)))
-    return _svg(figure)
+    drawn: Figure = figure
+    return drawn
+
+
+def pairs_png(values: Mapping[str, tuple[float, float]], *, names: tuple[str, str], x: str) -> bytes:
+    """Two labelled bars side by side per name."""
+    figure, axes = _figure(x, "")
+    places = range(len(values))
+    for number, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+        heights = [pair[number] for pair in values.values()]
+        drawn = axes.bar(
+            [place + 0.4 * number - 0.2 for place in places], heights, width=0.38, color=colour, label=name
+        )
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_xticks(list(places), list(values), rotation=20, ha="right")
+    axes.set_ylim(0, 1.2 * max([height for pair in values.values() for height in pair], default=1.0))
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    return _png(figure)
 
 
 def bars(values: Mapping[str, float], *, x: str, y: str, top: float | None = None) -> str:
@@ -57,6 +83,12 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
             total -= values[index - window]
         out.append(total / min(index + 1, window))
     return out
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _svg(figure: Figure) -> str:

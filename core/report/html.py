@@ -203,10 +203,12 @@ def _charts(record: RunRecord) -> list[Chart]:
     )
     add(
         "Acceptance length",
-        "Simulated: the walk decoding would take over the training text. Decoded: real speculative decoding of "
-        "validation prompts, by torchspec itself or in a serving engine.",
+        "Simulated: the walk decoding would take over the training text, where every position of it was drafted; the "
+        "mean over positions is above it, since decoding lingers where drafting is hard. Decoded: real speculative "
+        "decoding of validation prompts, by torchspec itself or in a serving engine.",
         {
             "simulated": _series(record.train, "simulated_acceptance_length"),
+            "mean over trained positions": _series(record.train, "joint_prefix_length"),
             "decoded": _series(record.validation, "acceptance_length"),
             "decoded while the text was written": _series(
                 [{"step": row["step"], **row["on_policy"]} for row in record.train if row.get("on_policy")],

@@ -191,7 +191,7 @@ def capture(model: Model, samples: Sequence[TrainingSample]) -> list[Features | 
     assert model.engine is not None
     store = MemoryStore()
     requests = [
-        CaptureRequest(record_id=str(slot), input_ids=sample.input_ids_T.tolist())
+        CaptureRequest(record_id=str(slot), input_ids=sample.input_ids_T.tolist(), images=sample.images)
         for slot, sample in enumerate(samples)
     ]
     with torch.no_grad():

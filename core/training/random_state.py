@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,12 @@ def seed_rank(runtime: Runtime, seed: int, step: int, rank: int) -> None:
     mixed = ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
     torch.manual_seed(mixed)
     runtime.manual_seed(mixed)
+
+
+def draw_of(seed: int, epoch: int, sample_id: str) -> int:
+    """See `Moment.draws`."""
+    digest = hashlib.blake2b(f"{seed}:{epoch}:{sample_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def capture_state(runtime: Runtime) -> dict[str, Tensor]:

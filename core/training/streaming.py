@@ -76,7 +76,8 @@ class StreamingFeed(AheadFeed):
         self._meter = Meter(engines)
 
     def whole(self, sample: TrainingSample) -> Features | Quarantined:
-        return self._capture(self._engines[0], [CaptureRequest(record_id="whole", input_ids=_ids(sample))])[0]
+        request = CaptureRequest(record_id="whole", input_ids=_ids(sample), images=sample.images)
+        return self._capture(self._engines[0], [request])[0]
 
     def flow(self) -> Flow | None:
         self._meter.look()
@@ -112,6 +113,7 @@ class StreamingFeed(AheadFeed):
             input_ids=_ids(documents.samples[number]),
             parts=() if self._sequence is None else tuple(rows or ((0, 1),) for rows in parts),
             part=self._rank,
+            images=documents.samples[number].images,
         )
 
     def _captured(self, engine: StreamedEngine, requests: Mapping[int, CaptureRequest]) -> Found:

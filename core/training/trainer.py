@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from torchspec.core.config.schema import TrainConfig
 from torchspec.core.errors import TargetError, TorchspecError
+from torchspec.core.interfaces.algorithm import Moment
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training import checkpoint
-from torchspec.core.training.capturing import Model, Samples
+from torchspec.core.training.capturing import Documents, Model, Samples
 from torchspec.core.training.checkpoint_files import directory_of, steps_on_disk
 from torchspec.core.training.feed import DirectFeed, Feed
 from torchspec.core.training.host_memory import release_heap
@@ -31,7 +32,7 @@ from torchspec.core.training.ledger import ledger_row
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from torchspec.core.training.plan import Cut, Plan, Shares
-from torchspec.core.training.random_state import untouched
+from torchspec.core.training.random_state import draw_of, untouched
 from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.served import ServedChecks
 from torchspec.core.training.signals import StopRequest
@@ -92,6 +93,8 @@ class Counters:
     tokens: int = 0
     validated_step: int = -1
     score: float | None = None
+    remembered: dict[str, list[float]] = field(default_factory=dict)
+    """What the algorithm `remembers` of the last window with supervision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +220,7 @@ class Trainer:
         self.context.device.runtime.reset_peak_memory()
         timer = StepTimer(self.context.torch_device)
         turns = self.plan.turns(counters.step)
-        result = run_window(self.model, self.samples, turns, self.feed, self.context, timer)
+        result = run_window(self.model, self.samples, turns, self.feed, self.context, timer, self._moment)
         quarantined = self._quarantine(result, batch)
         with timer.phase("optimizer"):
             rate, norm = self._update(result, batch)
@@ -267,6 +270,17 @@ class Trainer:
             )
         return found
 
+    def _moment(self, documents: Documents) -> Moment:
+        """Of a micro-batch of the step that comes."""
+        counters = self.counters
+        epoch = counters.step // self.steps_per_epoch
+        remembered = {name: torch.tensor(values, dtype=torch.float64) for name, values in counters.remembered.items()}
+        return Moment(
+            progress=counters.step / self.total_steps,
+            previous=remembered or None,
+            draws=tuple(draw_of(self.setup.seed, epoch, sample.sample_id) for sample in documents.samples),
+        )
+
     def _loss(self, sums: Sums) -> dict[str, Any]:
         if sums.denominator == 0:
             return {"loss": None}
@@ -304,6 +318,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         counters.updates += 1
+        counters.remembered = {name: sums.metrics[name].double().tolist() for name in self.model.algorithm.remembers}
         return rate, float(norm)
 
     def _refuse(self, result: WindowResult, batch: Sequence[int], norm: float) -> None:

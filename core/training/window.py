@@ -6,7 +6,7 @@ micro-batches and ranks, and the trainer divides once by the denominator of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 
 import torch
@@ -16,9 +16,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from torchspec.core.interfaces.algorithm import StepResult
+from torchspec.core.interfaces.algorithm import START, Moment, StepResult
 from torchspec.core.parallel.mesh import ParallelContext
-from torchspec.core.training.capturing import Model, Samples, Texts
+from torchspec.core.training.capturing import Documents, Model, Samples, Texts
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.offload import offloaded
 from torchspec.core.training.plan import Turn
@@ -123,7 +123,13 @@ class WindowResult:
 
 
 def run_window(
-    model: Model, samples: Samples, turns: Sequence[Turn], feed: Feed, context: ParallelContext, timer: StepTimer
+    model: Model,
+    samples: Samples,
+    turns: Sequence[Turn],
+    feed: Feed,
+    context: ParallelContext,
+    timer: StepTimer,
+    moment_of: Callable[[Documents], Moment] = lambda documents: START,
 ) -> WindowResult:
     """Accumulate the window's gradients of sum(numerator) in the draft's shards and return the global sums.
 
@@ -144,7 +150,8 @@ def run_window(
             rows, missing = feed.rows(turn, loaded)
             holes = loaded[context.data_rank].unwritten | missing
         with timer.phase("forward"), offloaded(model.draft, activations=model.offload_activations):
-            result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
+            moment = moment_of(loaded[context.data_rank])
+            result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory, moment)
         with timer.phase("backward"):
             torch.autograd.backward(result.numerator)
         mine = loaded[context.data_rank]

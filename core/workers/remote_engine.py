@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -300,11 +301,12 @@ class RemoteEngine:
 
     def _sample(self, request: CaptureRequest, attempt: int) -> dict[str, Any]:
         """As the protocol has it. Whoever takes a part of it must give the same name; no one else may."""
-        ids = list(request.input_ids)
+        sample: dict[str, Any] = {"input_ids": list(request.input_ids)}
+        if request.images:
+            sample["images"] = [asdict(image) for image in request.images]
         if not request.parts:
-            return {"id": f"{self._prefix}-{next(self._numbers)}", "input_ids": ids}
-        name = f"{request.record_id}-{attempt}"
-        return {"id": name, "input_ids": ids, "parts": request.parts, "part": request.part}
+            return {"id": f"{self._prefix}-{next(self._numbers)}", **sample}
+        return {"id": f"{request.record_id}-{attempt}", **sample, "parts": request.parts, "part": request.part}
 
     def _take(self, session: Session, ref: RecordRef) -> Features:
         """To the trainer's device: a copy on a CPU too, so that the record's memory is free. Streamed ones stay."""

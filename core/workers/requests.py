@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, Rows
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, ImageReference, Rows
 from torchspec.core.workers.protocol import ProtocolError, field, record_id, token_ids
 from torchspec.core.workers.runner import Ask
 
@@ -17,7 +17,11 @@ def capture_request(message: Any) -> CaptureRequest:
     part = message.get("part", 0)
     if parts and not (type(part) is int and 0 <= part < len(parts)):
         raise ProtocolError(f"'part' must be one of {len(parts)}, got {part!r}")
-    return CaptureRequest(record_id=name, input_ids=ids, parts=parts, part=part)
+    images = tuple(
+        ImageReference(source=field(each, "source", str), digest=field(each, "digest", str))
+        for each in (field(message, "images", list) if "images" in message else ())
+    )
+    return CaptureRequest(record_id=name, input_ids=ids, parts=parts, part=part, images=images)
 
 
 def asks_of(message: Any) -> list[Ask]:

@@ -107,6 +107,13 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+def refuse_images(engine: str, samples: Sequence[CaptureRequest]) -> None:
+    """For runners whose engine takes token ids alone."""
+    named = next((sample.record_id for sample in samples if sample.images), None)
+    if named is not None:
+        raise TargetError(f"{engine} captures no images, which sample {named!r} has: only backends with `images` do")
+
+
 def refuse_sources(engine: str, asks: Sequence[Ask]) -> None:
     """For runners whose engine takes no drafts while it runs."""
     if any(ask.source is not None for ask in asks):

@@ -16,7 +16,7 @@ from torchspec.backends.sglang.worker.orders import request_id
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
 from torchspec.core.errors import FeatureStoreError, TorchspecError, UnavailableError
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
-from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_sources
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_images, refuse_sources
 
 
 class SglangError(TorchspecError):
@@ -49,6 +49,7 @@ class SglangRunner:
             signal.signal(signal.SIGQUIT, lambda *_: os._exit(EXIT_DEAD))
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        refuse_images(self.facts.engine, samples)
         return [
             asyncio.run_coroutine_threadsafe(self._capture(each.record_id, list(each.input_ids)), self._loop)
             for each in samples

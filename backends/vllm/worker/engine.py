@@ -23,7 +23,7 @@ from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
 from torchspec.core.settings import set_defaults
 from torchspec.core.workers.reports import failure_of
-from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_sources
+from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_images, refuse_sources
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class VllmRunner:
             self._prove_capture()
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        refuse_images(self.facts.engine, samples)
         return [self._capture(each.record_id, each.input_ids) for each in samples]
 
     def _capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:

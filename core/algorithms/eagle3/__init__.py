@@ -19,17 +19,28 @@ def _create(options: Eagle3Options, target: TargetSpec) -> Algorithm:
     return Eagle3.create(options, target)
 
 
-def _reads(config: dict[str, Any]) -> bool:
+def is_eagle3(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a draft of this family, with EAGLE-3.1's norms or without."""
     if "speculators_model_type" in config:
         return bool(config["speculators_model_type"] == "eagle3")
     architectures = config.get("architectures")
     return isinstance(architectures, list) and "LlamaForCausalLMEagle3" in architectures
 
 
+def has_norms(config: dict[str, Any]) -> bool:
+    """Whether it has any of EAGLE-3.1's norms; a missing field means that it has not."""
+    return bool(config.get("fc_norm") or config.get("norm_output"))
+
+
+def _reads(config: dict[str, Any]) -> bool:
+    return is_eagle3(config) and not has_norms(config)
+
+
 def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
+    from torchspec.core.algorithms.eagle3.algorithm import Eagle3
     from torchspec.core.algorithms.eagle3.convert import from_files
 
-    return from_files(files, target)
+    return from_files(files, target, Eagle3, Eagle3Options)
 
 
 SPEC = AlgorithmSpec(name="eagle3", options=Eagle3Options, create=_create, reads=_reads, from_files=_from_files)

@@ -16,20 +16,26 @@ from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch, hal
 from torchspec.core.algorithms.eagle3.drafter import Eagle3Drafter
 from torchspec.core.algorithms.eagle3.geometry import Geometry, derive
 from torchspec.core.algorithms.eagle3.initialise import initialise
-from torchspec.core.algorithms.eagle3.metrics import pair_sums, summarise
+from torchspec.core.algorithms.eagle3.metrics import pair_sums
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.algorithms.lesson import lesson_of, result_of, rows_per_chunk
+from torchspec.core.algorithms.metrics import summarise
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.features.rows import FeatureRows
-from torchspec.core.interfaces.algorithm import KEEP_ALL, AttentionShape, DraftFiles, StepMemory, StepResult
+from torchspec.core.interfaces.algorithm import (
+    KEEP_ALL,
+    START,
+    AttentionShape,
+    DraftFiles,
+    Moment,
+    StepMemory,
+    StepResult,
+)
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.objectives.chunks import LossShape, chunk_rows
-from torchspec.core.objectives.distillation import Head, Supervision, distil
-from torchspec.core.objectives.teachers import teacher_of
-from torchspec.core.objectives.weighting import per_sequence, step_weights
-from torchspec.core.ops.distillation import LOG_TERMS
+from torchspec.core.objectives.distillation import Head, distil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +64,21 @@ class Eagle3:
 
         return convert.layouts(self.geometry, self.taps)
 
-    def kept_values(self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward") -> float:
-        """Once: the embedding and fc's output. Per step: output, its gradient, k and v. Of each step: q, the output of
-        the attention, the residual, gate and up. Made again, these are there once and in the backward pass only, and
-        the embedding's share of q, k, v stays. In the backward pass the outputs' gradients are scaled in a copy; later
-        come gate, up and their product again as gradients, and those of all steps' k and v, when the last step's output
-        and what stood beside it are gone (live bytes were counted: within 2 % from thousands of rows on)."""
+    def kept_values(
+        self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward", text: int | None = None
+    ) -> float:
+        """Once: the embedding and fc's output. Per step: output, its gradient, k and v; of all but the last also the
+        normed output, where that is fed back. Of each step: q, the output of the attention, the residual, gate and up.
+        Made again, these are there once and in the backward pass only, and the embedding's share of q, k, v stays. In
+        the backward pass the outputs' gradients are scaled in a copy; later come gate, up and their product again as
+        gradients, and those of all steps' k and v, when the last step's output and what stood beside it are gone (live
+        bytes were counted: within 2 % from thousands of rows on)."""
         geometry, steps = self.geometry, self.options.unroll
         size, heads = geometry.hidden_size, geometry.head_dim * geometry.num_attention_heads
         keys_values = 2 * geometry.head_dim * geometry.num_key_value_heads
         layer = size + 2 * heads + 2 * geometry.intermediate_size
         kept = 2 * size + steps * (2 * size + keys_values) + (heads + keys_values if recompute else steps * layer)
+        kept += (steps - 1) * size if geometry.norm_output else 0
         if moment == "loss":
             return kept
         gradients = 3 * geometry.intermediate_size - size
@@ -99,82 +109,67 @@ class Eagle3:
         """See `Algorithm.halo`."""
         return halo(self.options.unroll)
 
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """See `Algorithm.remembers`."""
+        return self.options.remembers
+
     def step(
-        self, draft: nn.Module, head: TargetHead, rows: FeatureRows, device: Device, memory: StepMemory = KEEP_ALL
+        self,
+        draft: nn.Module,
+        head: TargetHead,
+        rows: FeatureRows,
+        device: Device,
+        memory: StepMemory = KEEP_ALL,
+        moment: Moment = START,
     ) -> StepResult:
         """The training forward of one micro-batch; see `Algorithm.step`."""
         plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
-        return self.run(draft, head, build_batch(rows, plan), device, memory)
+        return self.run(draft, head, build_batch(rows, plan), device, memory, moment)
 
     def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
         """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
-        shape = LossShape(
+        rows = rows_per_chunk(
+            self.options,
+            head,
+            memory,
+            loss_bytes,
             steps=self.options.unroll,
             hidden=self.geometry.hidden_size,
             draft_vocabulary=self.geometry.draft_vocab_size,
             target_vocabulary=self.geometry.vocab_size,
-            itemsize=head.shard_VH.itemsize,
-            with_logs=not LOG_TERMS.isdisjoint(self.options.objective),
-            ranks=1 if head.shards is None else head.shards.size,
-            shard_logits=memory.shard_logits,
         )
         return Plan(
             steps=self.options.unroll,
-            chunk_rows=chunk_rows(shape, loss_bytes),
+            chunk_rows=rows,
             device=head.embedding_VH.device,
             shards=head.shards,
         )
 
     def run(
-        self, draft: nn.Module, head: TargetHead, batch: Batch, device: Device, memory: StepMemory = KEEP_ALL
+        self,
+        draft: nn.Module,
+        head: TargetHead,
+        batch: Batch,
+        device: Device,
+        memory: StepMemory = KEEP_ALL,
+        moment: Moment = START,
     ) -> StepResult:
         """The training forward of an assembled micro-batch."""
         options = self.options
-        vocabulary = vocabulary_of(draft)
-        teacher = teacher_of(
-            head,
-            head.normed(batch.last_RH, batch.norm_state),
-            vocabulary,
-            device.ops,
-            coverage=options.coverage,
-            with_logs=not LOG_TERMS.isdisjoint(options.objective),
-            shard_logits=memory.shard_logits,
-        )
-        base_M = step_weights(
-            batch.pairs.sizes, options.step_decay, dtype=teacher.wide, device=batch.pairs.row_M.device
-        )
-        sequences = None
-        if options.normalisation == "per_sequence":
-            coverage_M = teacher.survey(batch.chunks)[batch.pairs.row_M]
-            base_M, sequences = per_sequence(
-                base_M, coverage_M, batch.pairs.document_M, batch.documents, batch.inputs.sequence
-            )
-        supervision = Supervision(
-            teacher=teacher,
-            chunks=batch.chunks,
-            slot_M=batch.pairs.slot_M,
-            row_M=batch.pairs.row_M,
-            base_M=base_M,
-            weights={str(term): weight for term, weight in options.objective.items()},
-            truth_M=batch.truth(vocabulary) if "ground_truth" in options.objective else None,
-        )
+        lesson = lesson_of(options, batch, head, vocabulary_of(draft), device, memory, moment, decay=options.step_decay)
 
         def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            numerator, terms = distil(outputs, output_head, supervision, device.ops)
-            denominator = (base_M * terms.coverage_M).sum() if sequences is None else sequences
-            return numerator, pair_sums(batch, terms) | {"loss_denominator": denominator}
+            numerator, terms = distil(outputs, output_head, lesson.supervision, device.ops)
+            return numerator, pair_sums(batch, terms) | {"loss_denominator": lesson.denominator(terms)}
 
         numerator, sums = draft(
             batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=memory.recompute
         )
-        return StepResult(
-            numerator=numerator,
-            denominator=sums["loss_denominator"],
-            sums=sums | {"loss_numerator": numerator.detach()},
-        )
+        return result_of(numerator, sums)
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-        """See `metrics.summarise`."""
+        """See `algorithms.metrics.summarise`."""
         return summarise(sums, self.options.step_decay)
 
     def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> Eagle3Drafter:

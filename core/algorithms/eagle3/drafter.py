@@ -2,10 +2,11 @@
 possible. A draft step is a handful of small matrix products, so on a CPU the number of calls decides its speed.
 
 What is prepared once: q, k, v as one matrix, gate and up as one; every norm's weight folded into the matrix that
-follows it; and, while it is small, for each token the draft can say the embedding's whole share of q, k, v.
+follows it (EAGLE-3.1's norms of the taps into fc); and, while it is small, for each token the draft can say the
+embedding's whole share of q, k, v.
 
 Shape letters: B sequences, M newly confirmed positions, L drafted tokens, S cached positions, H draft hidden size,
-Z = (Hq + 2 Hk) D, D head size, N draft vocabulary, V target vocabulary.
+Z = (Hq + 2 Hk) D, D head size, N draft vocabulary, V target vocabulary, P taps, T target hidden size, F = P T.
 """
 
 from __future__ import annotations
@@ -53,18 +54,22 @@ class DraftWeights:
     """A draft's matrices, laid out for products from the left: [in, out], contiguous.
 
     embedded_NZ      each draft token's share of q, k, v; None where it would be too large
+    unit_tap         of a tap; None where taps are not normed
     hidden_scale_H   what turns a unit-normed feature into hidden_norm's output
+    output_scale_H   what turns a unit-normed output into the next feature; None where that is the output as it is
     ids_N            target ids of the draft vocabulary
     """
 
     geometry: Geometry
     unit: UnitNorm
+    unit_tap: UnitNorm | None
     embedding_VH: Tensor
     fc_FH: Tensor
     embed_HZ: Tensor
     feature_HZ: Tensor
     embedded_NZ: Tensor | None
     hidden_scale_H: Tensor
+    output_scale_H: Tensor | None
     out_XH: Tensor
     gate_up_HX: Tensor
     down_XH: Tensor
@@ -74,14 +79,14 @@ class DraftWeights:
     @classmethod
     @torch.inference_mode()
     def of(cls, draft: Eagle3Draft, head: TargetHead) -> DraftWeights:
-        layer, size = draft.midlayer, draft.geometry.hidden_size
+        layer, geometry, size = draft.midlayer, draft.geometry, draft.geometry.hidden_size
         attention, mlp = layer.self_attn, layer.mlp
         # Folding multiplies two rounded numbers: done in fp32, rounded once.
         dtype = draft.fc.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
 
         def scale(norm_weight_H: Tensor) -> Tensor:
-            scaled: Tensor = norm_weight_H.to(wide) * size**0.5
+            scaled: Tensor = norm_weight_H.to(wide) * norm_weight_H.numel() ** 0.5
             return scaled
 
         def folded(matrix_XH: Tensor, norm_weight_H: Tensor) -> Tensor:
@@ -90,19 +95,25 @@ class DraftWeights:
 
         qkv_ZX = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         embed_HZ = folded(qkv_ZX[:, :size], layer.input_layernorm.weight)
-        unit = UnitNorm(size, draft.geometry.rms_norm_eps, draft.fc.weight)
+        unit = UnitNorm(size, geometry.rms_norm_eps, draft.fc.weight)
+        unit_tap, fc_FH = None, draft.fc.weight.T.contiguous()
+        if geometry.fc_norm:
+            unit_tap = UnitNorm(geometry.target_hidden_size, geometry.rms_norm_eps, draft.fc.weight)
+            fc_FH = torch.cat([folded(part, norm.weight) for norm, part in draft.tap_maps])
         embedding_VH = draft.embedding(head.embedding_VH)
         ids_N = draft.vocabulary.ids_N
         fits = ids_N.numel() * embed_HZ.shape[1] * dtype.itemsize <= SHARES_BYTES
         return cls(
-            geometry=draft.geometry,
+            geometry=geometry,
             unit=unit,
+            unit_tap=unit_tap,
             embedding_VH=embedding_VH,
-            fc_FH=draft.fc.weight.T.contiguous(),
+            fc_FH=fc_FH,
             embed_HZ=embed_HZ,
             feature_HZ=folded(qkv_ZX[:, size:], layer.hidden_norm.weight),
             embedded_NZ=unit(embedding_VH[ids_N].to(dtype)) @ embed_HZ if fits else None,
             hidden_scale_H=scale(layer.hidden_norm.weight).to(dtype),
+            output_scale_H=scale(draft.norm.weight).to(dtype) if geometry.norm_output else None,
             out_XH=attention.o_proj.weight.T.contiguous(),
             gate_up_HX=folded(
                 torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), layer.post_attention_layernorm.weight
@@ -183,13 +194,15 @@ class Eagle3Session:
         confirmed = max(kept + count for kept, count in zip(self._lengths, counts, strict=True))
         # Step 0 writes as many columns in every row as the row with most news has, the fullest row included.
         self._reserve(max(confirmed + length, max(self._lengths) + max(counts)))
-        out_BH = self._confirm(taps, next_tokens, counts)
+        feature_BH = out_BH = self._confirm(taps, next_tokens, counts)
         chosen: list[Tensor] = []
         probs: list[Tensor] = []
         for step in range(length):
             if step:
-                out_BH = self._follow(out_BH, chosen[-1], step)
-            logits_BN = weights.unit(out_BH) @ weights.head_HN
+                out_BH = self._follow(feature_BH, chosen[-1], step)
+            unit_BH = weights.unit(out_BH)
+            feature_BH = out_BH if weights.output_scale_H is None else unit_BH * weights.output_scale_H
+            logits_BN = unit_BH @ weights.head_HN
             if temperature == 0.0:
                 chosen.append(logits_BN.max(-1).indices)
                 continue
@@ -212,11 +225,13 @@ class Eagle3Session:
         weights = self._weights
         dtype = weights.fc_FH.dtype
         if len(counts) == 1:
-            taps_BMF, tokens_BM = taps[0].flatten(1)[None], next_tokens[0][None]
+            taps_BMPT, tokens_BM = taps[0][None].to(dtype), next_tokens[0][None]
         else:
-            taps_BMF = pad_sequence([tap.flatten(1) for tap in taps], batch_first=True)
+            taps_BMPT = pad_sequence(list(taps), batch_first=True).to(dtype)
             tokens_BM = pad_sequence(list(next_tokens), batch_first=True)
-        feature_BMH = taps_BMF.to(dtype) @ weights.fc_FH
+        if weights.unit_tap is not None:
+            taps_BMPT = weights.unit_tap(taps_BMPT)
+        feature_BMH = taps_BMPT.flatten(2) @ weights.fc_FH
         embedded_BMH = weights.unit(F.embedding(tokens_BM, weights.embedding_VH).to(dtype))
         share_BMZ = embedded_BMH @ weights.embed_HZ
         starts = self._lengths
@@ -232,7 +247,7 @@ class Eagle3Session:
         return self._layer(feature_BMH[last], unit_BMH[last], query_BMHD[last], 0)
 
     def _follow(self, feature_BH: Tensor, chosen_B: Tensor, step: int) -> Tensor:
-        """A later step: the layer reads its own output and the token it chose."""
+        """A later step: the layer reads what the step before left, and the token it chose; -> its output [B, H]."""
         weights = self._weights
         unit_BH = weights.unit(feature_BH)
         qkv_BZ = torch.addmm(weights.share_of(chosen_B), unit_BH, weights.feature_HZ)

@@ -17,11 +17,11 @@ from torchspec.core.interfaces.target import TargetHead
 EARLIER_TAPS = 0.2
 """Standard deviation of the earlier taps' share of the first feature, over that of a plain initialisation."""
 
-
 COPIED = 6.0
 """Root mean square of what a copying head adds when it looks at one slot alone.
 
 On the embedded target, whose last tap has 10, anything from 2 to 14 learns to copy; without, it is learned late.
+Where taps are normed the first feature has 1, and a short training with 6 was no worse than one with 0.6.
 """
 
 FITTED_TOKENS, RIDGE = 4, 1e-3
@@ -33,8 +33,8 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
     """In place, from torch's global random state.
 
     Beside the usual random matrices: keys answer to the queries of their group, so a slot first looks at slots like
-    it and not at everything alike; and where the sizes allow it, the first feature is the target's last tap, the head
-    is the target's, and half of the key heads copy (see `_copy`).
+    it and not at everything alike; and where the sizes allow it, the first feature is the target's last tap (normed,
+    where the draft norms its taps), the head is the target's, and half of the key heads copy (see `_copy`).
     """
     if draft.fc.weight.is_meta:
         return  # a draft of shapes alone

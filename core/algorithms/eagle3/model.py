@@ -1,4 +1,5 @@
-"""The EAGLE-3 draft (2503.01840) and its training-time unroll. Parameter names are the published checkpoint's.
+"""The EAGLE-3 draft (2503.01840), with EAGLE-3.1's norms (2605.09992) or without, and its training-time unroll.
+Parameter names are the published checkpoint's.
 
 The forward pass of a micro-batch runs all K steps and hands their outputs to an objective *inside* the call, so that
 whoever shards the parameters sees their every use within one `forward`.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,10 @@ class DraftLayer(nn.Module):
 
 
 class Eagle3Draft(nn.Module):
-    """fc over the taps, one decoder layer, final norm, and a head over the draft vocabulary."""
+    """fc over the taps, one decoder layer, final norm, and a head over the draft vocabulary.
+
+    With `geometry.fc_norm` fc reads [fc_norm[0](tap 0) ; fc_norm[1](tap 1) ; ...].
+    """
 
     d2t: Tensor
     t2d: Tensor
@@ -116,6 +120,9 @@ class Eagle3Draft(nn.Module):
         size = geometry.hidden_size
         self.geometry = geometry
         self.fc = nn.Linear(geometry.num_taps * geometry.target_hidden_size, size, bias=False)
+        if geometry.fc_norm:
+            norms = (RMSNorm(geometry.target_hidden_size, geometry.rms_norm_eps) for _ in range(geometry.num_taps))
+            self.fc_norm = nn.ModuleList(norms)
         self.midlayer = DraftLayer(geometry)
         self.norm = RMSNorm(size, geometry.rms_norm_eps)
         self.lm_head = nn.Linear(size, vocabulary.size, bias=False)
@@ -162,13 +169,15 @@ class Eagle3Draft(nn.Module):
     ) -> list[Tensor]:
         """The layer's outputs [B, Q, H] of every step at the running slots, before the final norm."""
         shared = self._shared(inputs, embedding_VH, device)
-        feature_BSH = self.fc(inputs.taps_BSF.to(device=self.fc.weight.device, dtype=self.fc.weight.dtype))
+        feature_BSH = self.features(inputs.taps_BSF, device)
         # Made and exchanged outside what is run again: they are kept in any case.
         key, value = self.midlayer.first_keys(feature_BSH, shared)
         feature = inputs.slots.take(feature_BSH)
         outputs: list[Tensor] = []
         keys, values = [key], [value]
         for step in range(steps):
+            if step and self.geometry.norm_output:
+                feature = self.norm(feature, device.ops)
             given = (step, shared, feature, *keys, *values)
             if recompute and torch.is_grad_enabled():
                 # Nothing here draws random numbers. Tensors are arguments of their own, so that hooks on what is kept
@@ -181,6 +190,27 @@ class Eagle3Draft(nn.Module):
                 keys.append(own[0])
                 values.append(own[1])
         return outputs
+
+    def features(self, taps_BSF: Tensor, device: Device) -> Tensor:
+        """The first step's feature of every slot, [B, S, H]."""
+        weight_HF = self.fc.weight
+        taps_BSF = taps_BSF.to(device=weight_HF.device, dtype=weight_HF.dtype)
+        if not self.geometry.fc_norm:
+            feature_BSH: Tensor = self.fc(taps_BSF)
+            return feature_BSH
+        # Tap by tap, since a norm that is followed by a map keeps its input alone.
+        added: Tensor | None = None
+        taps = torch.split(taps_BSF, self.geometry.target_hidden_size, -1)
+        for tap, (norm, part) in zip(taps, self.tap_maps, strict=True):
+            (added,) = norm.then(tap, (part,), device.ops, (added,))
+        assert added is not None
+        return added
+
+    @property
+    def tap_maps(self) -> list[tuple[RMSNorm, Tensor]]:
+        """Where taps are normed: of each its norm, and the columns of fc that read it, [H, target hidden size]."""
+        parts = torch.split(self.fc.weight, self.geometry.target_hidden_size, -1)
+        return [(cast(RMSNorm, norm), part) for norm, part in zip(self.fc_norm, parts, strict=True)]
 
     def _shared(self, inputs: UnrollInputs, embedding_VH: Tensor, device: Device) -> Shared:
         layer, dtype, size = self.midlayer, self.fc.weight.dtype, self.geometry.hidden_size

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from torchspec.core.config.schema import Positive, Section
+from torchspec.core.config.schema import Positive
+from torchspec.core.objectives.terms import ObjectiveOptions
 
-Term = Literal["cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk_alpha", "argmax", "ground_truth"]
 
-
-class Eagle3Options(Section):
+class Eagle3Options(ObjectiveOptions):
     config: Path | None = Field(None, description="a draft config.json to take the geometry from")
     init_from: Path | None = Field(None, description="exported draft or checkpoint to start from")
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
@@ -30,21 +29,6 @@ class Eagle3Options(Section):
     norm_before_residual: bool = Field(False, description="the residual branch is the normed feature")
     unroll: Positive = Field(7, description="training-time-test steps K")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is step_decay ** k")
-    coverage: Literal["drop", "renormalise", "weight"] = Field(
-        "drop",
-        description="slots whose target argmax is outside the draft vocabulary: left out, kept on the "
-        "renormalised teacher, or all slots weighted by the teacher mass inside",
-    )
-    objective: dict[Term, Annotated[float, Field(gt=0)]] = Field(
-        {"cross_entropy": 1.0},
-        min_length=1,
-        description="terms of the loss and their weights: kl or cross_entropy (the same gradient), reverse_kl, jsd, "
-        "tv, lk_alpha, argmax (cross-entropy to the target's first choice among the tokens the draft can say), "
-        "ground_truth (to the text; a token the draft cannot say adds nothing but is counted)",
-    )
-    normalisation: Literal["token", "per_sequence"] = Field(
-        "token", description="mean over counted slots of the whole optimizer window, or of each sequence first"
-    )
 
     @field_validator("config")
     @classmethod

@@ -1,9 +1,10 @@
-"""How serving engines read an EAGLE-3 directory, in plain float64 torch: the exporter's independent reader.
+"""How engines read an EAGLE-3 or EAGLE-3.1 directory, in plain float64 torch: the exporter's independent reader.
 
 It shares no code with the trained module. Rules followed (seen in vLLM `llama_eagle3.py` and SGLang
 `llama_eagle3.py`): `d2t` holds offsets; `t2d` is ignored; the plain layout names its layer `midlayer`, the
 speculators layout `layers.0`; SGLang never applies `norm_before_residual` and skips names it does not know;
-rotary positions are those of the slot's feature, one more for each drafted token.
+rotary positions are those of the slot's feature, one more for each drafted token; both read `fc_norm` and `norm_output`
+from the top of the config, and what is missing is False.
 
 Shape letters: T prompt slots, L drafted tokens, H draft hidden size, Z = 2H, N draft vocabulary, V target vocabulary.
 """
@@ -20,6 +21,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from torchspec.core.errors import CheckpointError
+from torchspec.core.export.draft_config import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.target import TargetHead
 
@@ -40,18 +42,15 @@ LAYER_TENSORS = (
 VOCABULARY_TENSORS = ("d2t", "t2d")
 
 
-def is_speculators(config: Mapping[str, Any]) -> bool:
-    return "speculators_model_type" in config
-
-
 def layer_prefix(config: Mapping[str, Any]) -> str:
     return "layers.0." if is_speculators(config) else "midlayer."
 
 
-def check_names(files: DraftFiles) -> None:
+def check_names(files: DraftFiles, num_taps: int) -> None:
     """Raise CheckpointError with every tensor an engine needs and misses, and every one it would ignore."""
     prefix = layer_prefix(files.config)
     needed = {"fc.weight", "norm.weight", "lm_head.weight", *(prefix + name for name in LAYER_TENSORS)}
+    needed |= {f"fc_norm.{place}.weight" for place in range(num_taps) if files.config.get("fc_norm")}
     optional = {"d2t", "t2d", "embed_tokens.weight"}
     missing = sorted(needed - files.tensors.keys())
     ignored = sorted(files.tensors.keys() - needed - optional)
@@ -91,16 +90,16 @@ def served_taps(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
 
 def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor) -> Tensor:
     """Probabilities [L, V], float64, of each drafted token given those before it; see `Algorithm.serve`."""
-    check_names(files)
+    check_names(files, taps_TNH.shape[1])
     _check_map(files)
     reader = _Reader(files, head.embedding_VH)
-    tokens, feature_TH = next_tokens_T, taps_TNH.flatten(1).double() @ reader.weight["fc.weight"].T
+    tokens, feature_TH = next_tokens_T, reader.feature(taps_TNH.double())
     start, rows = 0, []
     for drafted in drafted_L:
         out_TH = reader.layer(feature_TH, tokens, start)
         rows.append(reader.probabilities(out_TH[-1]))
         start += tokens.numel()
-        tokens, feature_TH = drafted.reshape(1), out_TH[-1:]
+        tokens, feature_TH = drafted.reshape(1), reader.handed_on(out_TH[-1:])
     return torch.stack(rows)
 
 
@@ -112,6 +111,7 @@ class _Reader:
         inner = dict(config["transformer_layer_config"] if is_speculators(config) else config)
         default = is_speculators(config)
         self.norm_before_residual = bool(config.get("norm_before_residual", default)) if default else False
+        self.fc_norm, self.norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
         inner.pop("architectures", None)
         self.config = LlamaConfig(**{key: value for key, value in inner.items() if key != "model_type"})
         prefix, place = layer_prefix(config), target_embedding_VH.device
@@ -130,6 +130,17 @@ class _Reader:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight[name], self.config.rms_norm_eps)
+
+    def feature(self, taps_TNH: Tensor) -> Tensor:
+        """fc of the taps side by side, each of them normed before where the config says so."""
+        taps = list(taps_TNH.unbind(1))
+        if self.fc_norm:
+            taps = [self._norm(tap, f"fc_norm.{place}.weight") for place, tap in enumerate(taps)]
+        return torch.cat(taps, dim=-1) @ self.weight["fc.weight"].T
+
+    def handed_on(self, out_TH: Tensor) -> Tensor:
+        """The next step's feature."""
+        return self._norm(out_TH, "norm.weight") if self.norm_output else out_TH
 
     def layer(self, feature_TH: Tensor, tokens_T: Tensor, start: int) -> Tensor:
         """Residual stream after the layer, [T, H]; appends to the cache."""

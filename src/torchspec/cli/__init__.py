@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a checkpoint as a draft that an engine serves",
     "report": "write the HTML report of a run",
     "engine": "install engines, each into an environment of its own, and look after them",
+    "bench": "measure algorithms side by side",
     "doctor": "say which devices and engines can be used here, and what the others lack",
 }
 

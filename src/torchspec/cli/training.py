@@ -53,12 +53,20 @@ def latest_figures(metrics: Path) -> str:
         except ValueError:
             continue  # being written, or cut by the start of the tail
         if isinstance(row, dict) and row.get("kind") == "train" and row.get("loss") is not None:
-            length = row.get("simulated_acceptance_length")  # null where no text was long enough for a round
-            accepted = "" if length is None else f"simulated acceptance {length:.2f}, "
+            accepted = _accepted(row)
             return (
                 f"loss {row['loss']:.3f}, {accepted}{row['tokens_per_second']:.0f} tokens/s{_written(row)}{_flow(row)}"
             )
     return ""
+
+
+def _accepted(row: dict[str, Any]) -> str:
+    """Both lengths are null where no text was long enough for a round, the first where only some positions of each text
+    were drafted."""
+    walk, mean = row.get("simulated_acceptance_length"), row.get("joint_prefix_length")
+    if walk is not None:
+        return f"simulated acceptance {walk:.2f}, "
+    return "" if mean is None else f"mean prefix {mean:.2f}, "
 
 
 def _written(row: dict[str, Any]) -> str:

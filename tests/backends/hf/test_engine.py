@@ -24,7 +24,7 @@ from torchspec.core.registry import backends
 
 def test_registered_with_its_capabilities() -> None:
     spec = backends().spec("hf")
-    assert spec.capabilities == {"capture", "generate", "decode"}
+    assert spec.capabilities == {"capture", "generate", "decode", "images"}
     assert spec.probe().ok
     assert spec.probe().reason.startswith("transformers 5")
 

@@ -13,6 +13,7 @@ from torchspec.core.config.fields import choices, sections, settings, type_text
 from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig, run_schema
 from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.objectives.terms import Ramp
 
 REQUIRED = {"target.path": "embedded", "data.train": ["train.jsonl"], "output": "runs/a"}
 
@@ -88,9 +89,52 @@ def test_a_setting_that_is_a_mapping_is_given_whole_or_by_entry(tmp_path: Path) 
     config, source = load_config(file=file, flags=REQUIRED, overrides=["draft.objective.tv=0.5"], probe=False)
     assert config.draft.objective == {"kl": 1.0, "tv": 0.5}
     assert source["draft.objective"] == "run.yaml:2, command line"
-    for word in ("draft.objective.nothing=1", "draft.objective={}", "draft.objective.kl=-1"):
-        found = problems(flags=REQUIRED, overrides=[word])["draft.objective"]
-        assert "must be numbers > 0 by name (at least 1 of cross_entropy, kl, " in found.message
+    found = problems(flags=REQUIRED, overrides=["draft.objective.tvv=1"])["draft.objective"]
+    assert (found.message, found.value) == ("no such entry (command line)", "tvv")
+    assert found.choices[:2] == ("cross_entropy", "kl")
+    assert found.remedy == "did you mean tv?"
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["draft.objective={}"], {}),
+        (["draft.objective.kl=-1"], {"kl": -1}),
+        (["draft.objective.kl=x"], {"kl": "x"}),
+        (["draft.objective.tv.start=0"], {"tv": {"start": 0}}),
+        (["draft.objective.tv.begin=0"], {"tv": {"begin": 0}}),
+        (["draft.objective.tv=0.5", "draft.objective.tv.end=1"], {"tv": {"end": 1}}),
+        (["draft.objective={kl: 1, tv: {start: 0, end: -1}}"], {"tv": {"start": 0, "end": -1}}),
+    ],
+)
+def test_an_entry_is_refused_once_and_whole(words: list[str], value: dict[str, object]) -> None:
+    (found,) = problems(flags=REQUIRED, overrides=words).values()
+    assert (found.field, found.value) == ("draft.objective", value)
+    assert found.message.startswith(
+        "must be numbers > 0 or {start: a number >= 0, end: a number >= 0, until: a number > 0 and <= 1} by name "
+        "(at least 1 of cross_entropy, kl, "
+    )
+    assert found.message.endswith(" (command line)")
+
+
+def test_an_entry_may_be_a_ramp_given_by_its_parts(tmp_path: Path) -> None:
+    words = ["draft.objective.tv.start=0", "draft.objective.tv.end=1", "draft.objective.lk_lambda=1"]
+    config, source = load_config(flags=REQUIRED, overrides=words, probe=False)
+    assert config.draft.objective == {"tv": Ramp(start=0, end=1, until=1), "lk_lambda": 1.0}
+    assert source["draft.objective"] == "command line"
+    again, _ = load_config(file=write(tmp_path, to_yaml(config, source)), probe=False)
+    assert again.draft.objective == config.draft.objective
+
+
+def test_the_flag_of_a_mapping_replaces_it_and_words_add_entries(tmp_path: Path) -> None:
+    file = write(tmp_path, "draft:\n  objective: {kl: 1.0}\n")
+    flags = {**REQUIRED, "draft.objective": {"tv": 1.0}}
+    config, source = load_config(file=file, flags=flags, overrides=["draft.objective.jsd=0.5"], probe=False)
+    assert config.draft.objective == {"tv": 1.0, "jsd": 0.5}
+    assert source["draft.objective"] == "command line"
+    for word in ("draft.objective.tv=2", "draft.objective.tv.start=0"):
+        message = problems(flags=flags, overrides=[word])["draft.objective.tv"].message
+        assert message.startswith(f"given as --objective (1.0) and as {word}")
 
 
 def test_the_last_of_two_overrides_wins() -> None:
@@ -155,7 +199,7 @@ def test_the_last_values_that_work() -> None:
 
 
 def test_an_unknown_algorithm_does_not_hide_other_errors() -> None:
-    found = problems(flags={**REQUIRED, "algorithm": "eagle4"}, overrides=["train.lr=-1", "draft.unroll=3"])
+    found = problems(flags={**REQUIRED, "algorithm": "eagl3"}, overrides=["train.lr=-1", "draft.unroll=3"])
     assert set(found) == {"algorithm", "train.lr"}
     assert found["algorithm"].choices == registry.algorithms().names()
     assert "eagle3" in found["algorithm"].remedy

@@ -105,8 +105,20 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user", "content": 5}]}, "content must be text, it is a number"),
     ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "content must be text, it is an object"),
     (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-        "content has a part of type 'image_url': only text can be trained on",
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": "x"}]}]},
+        "content has a part of type 'input_audio': only text and images can be trained on",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]}]},
+        "message 1: the image https://a.b/c.png would have to be fetched",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "x.png"}]}]},
+        "message 2: the assistant message has an image: what a target says is text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "an image in content needs a path or a data: URI",
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a part of content must be text, it is missing"),
     ({"messages": [{**ASSISTANT, "reasoning": ["x"]}]}, "reasoning must be text, it is a list"),

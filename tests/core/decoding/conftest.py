@@ -18,8 +18,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchspec.core.algorithms.eagle3.algorithm import Eagle3
-from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import Algorithm, Drafter, Proposal, StepResult
@@ -36,7 +34,7 @@ from torchspec.core.interfaces.features import Captured, Features, FeatureSink
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec
-from torchspec.core.registry import load_device, load_engine
+from torchspec.core.registry import algorithms, load_device, load_engine
 
 STATES = 4099
 
@@ -248,7 +246,7 @@ def make_drafter() -> type[ScriptedDrafter]:
 
 @dataclass(kw_only=True)
 class RealParts:
-    """The hf engine over a target and an EAGLE-3 draft for it, float32 on the CPU, trained as far as asked."""
+    """The hf engine over a target and a draft for it, float32 on the CPU, trained as far as asked."""
 
     engine: TargetEngine
     head: TargetHead
@@ -280,15 +278,17 @@ class RealParts:
 
 @pytest.fixture(scope="session")
 def make_parts() -> Callable[..., RealParts]:
-    """make_parts(target, ids_N=..., **options of the draft): an untrained draft on the target's engine."""
+    """make_parts(target, kind="eagle3", ids_N=..., **options of the draft): an untrained draft on the target's engine."""
 
-    def make(path: Path, *, ids_N: Tensor | None = None, seed: int = 0, **options: Any) -> RealParts:
+    def make(
+        path: Path, *, kind: str = "eagle3", ids_N: Tensor | None = None, seed: int = 0, **options: Any
+    ) -> RealParts:
         device = load_device("cpu")
-        spec = read_target_spec(path)
-        vocabulary = VocabularyMap.identity(spec.vocab_size)
+        spec, target = algorithms().spec(kind), read_target_spec(path)
+        vocabulary = VocabularyMap.identity(target.vocab_size)
         if ids_N is not None:
-            vocabulary = VocabularyMap(ids_N=ids_N, target_size=spec.vocab_size)
-        algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
+            vocabulary = VocabularyMap(ids_N=ids_N, target_size=target.vocab_size)
+        algorithm = spec.create(spec.options(vocab_size=vocabulary.size, **options), target)
         head = load_target_head(path, dtype=torch.float32, device=torch.device("cpu"))
         torch.manual_seed(seed)
         return RealParts(
@@ -297,7 +297,7 @@ def make_parts() -> Callable[..., RealParts]:
             device=device,
             algorithm=algorithm,
             draft=algorithm.build_draft(vocabulary, head),
-            context=spec.max_position_embeddings,
+            context=target.max_position_embeddings,
         )
 
     return make

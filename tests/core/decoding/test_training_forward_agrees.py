@@ -1,8 +1,9 @@
 """What training reports is what decoding does: on text the target generated greedily, round by round.
 
 For every drafting round of real decoding that lies inside the text (i + 1 + K <= e, the last position of its span)
-the number of accepted tokens equals the prefix hits A_i of the training forward at the round's slot i, the next round
-starts at i + 1 + A_i, and the simulated acceptance length is the mean over those rounds. Greedy, float32, exact.
+the number of accepted tokens equals the prefix hits A_i of the training forward at the round's slot i (for drafts of
+blocks: of the block at anchor i + 1), the next round starts at i + 1 + A_i, and the simulated acceptance length is the
+mean over those rounds. Greedy, float32, exact.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from torchspec.core.algorithms.blocks import batch as blocks
+from torchspec.core.algorithms.blocks.body import BlockDraft, Drafted
 from torchspec.core.algorithms.eagle3.batch import Plan, build_batch
 from torchspec.core.decoding.generation import DecodeSettings, Generation
 from torchspec.core.decoding.speculative import decode
 from torchspec.core.features.rows import FeatureRows
+from torchspec.core.interfaces.algorithm import START
 from torchspec.core.models.target_spec import resolve_target
 from torchspec.core.objectives.distillation import Head
 
@@ -76,7 +80,7 @@ def make_case(make_parts: Callable[..., Any], path: Path, prompts: list[list[int
     A tiny random target soon repeats itself; in such a text a draft that reads the wrong token goes unnoticed.
     """
     steps, limit, turns = options.pop("steps"), options.pop("max_new_tokens"), options.pop("turns", 1)
-    parts = make_parts(path, unroll=K, **options)
+    parts = make_parts(path, **({} if "kind" in options else {"unroll": K}), **options)
     first = parts.engine.generate(prompts, max_new_tokens=limit)
     prompts = [prompts[row] for row in sorted(range(len(prompts)), key=lambda row: -len(set(first[row])))[:ROWS]]
     rows: list[list[tuple[list[int], list[int]]]] = [[] for _ in prompts]
@@ -91,13 +95,29 @@ def make_case(make_parts: Callable[..., Any], path: Path, prompts: list[list[int
     return case
 
 
-@pytest.fixture(scope="module", params=["qwen3, two turns", "llama, small vocabulary", "embedded"])
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3, two turns": {"steps": 140, "max_new_tokens": 25, "turns": 2},
+    "llama, small vocabulary": {"ids_N": torch.arange(0, 300, 2), "steps": 60, "max_new_tokens": 40},
+    "embedded": {"steps": 20, "max_new_tokens": 40},
+    "dflash, qwen3, two turns": {
+        "kind": "dflash", "num_layers": 2, "block_size": K + 1, "layer_types": ("full", "sliding"), "sliding_window": 9,
+        "steps": 40, "max_new_tokens": 25, "turns": 2,
+    },
+    "dflash, llama, small vocabulary": {
+        "kind": "dflash", "num_layers": 2, "block_size": K, "sample_from_anchor": True,
+        "ids_N": torch.arange(0, 300, 2), "steps": 30, "max_new_tokens": 40,
+    },
+    "dflash, embedded": {"kind": "dflash", "num_layers": 2, "block_size": K + 1, "steps": 40, "max_new_tokens": 40},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_target: Path, tiny_llama: Path) -> Case:
-    if request.param == "qwen3, two turns":
-        return make_case(make_parts, tiny_target, random_prompts(40, 1), steps=140, max_new_tokens=25, turns=2)
-    if request.param == "llama, small vocabulary":
-        ids_N = torch.arange(0, 300, 2)
-        return make_case(make_parts, tiny_llama, random_prompts(40, 2), ids_N=ids_N, steps=60, max_new_tokens=40)
+    options = dict(CASES[request.param])
+    if "qwen3" in request.param:
+        return make_case(make_parts, tiny_target, random_prompts(40, 1), **options)
+    if "llama" in request.param:
+        return make_case(make_parts, tiny_llama, random_prompts(40, 2), **options)
     path = resolve_target("embedded")
     tokenizer = AutoTokenizer.from_pretrained(path)
     questions = [
@@ -114,13 +134,27 @@ def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_ta
         )
         for question in questions
     ]
-    return make_case(make_parts, path, prompts, steps=20, max_new_tokens=40)
+    return make_case(make_parts, path, prompts, **options)
+
+
+Choices = dict[tuple[int, int, int], int]  # of (row, slot, step), those supervised
 
 
 def training_hits(parts: Any, sequences: Sequence[Sequence[int]], masks: Sequence[Tensor]) -> list[list[int]]:
     """A_i of every slot, counted here from the draft's outputs in the training forward: a step is a hit if the
     predicted token is supervised and the draft's first choice is the text's own token, which is the target's argmax."""
     rows = FeatureRows.of(parts.features(sequences), masks)
+    said = (block_choices if isinstance(parts.draft, BlockDraft) else unrolled_choices)(parts, rows)
+    return [
+        [
+            next((k for k in range(K) if said.get((row, i, k)) != (ids[i + 2 + k] if i + 2 + k < len(ids) else -1)), K)
+            for i in range(len(ids))
+        ]
+        for row, ids in enumerate(sequences)
+    ]
+
+
+def unrolled_choices(parts: Any, rows: FeatureRows) -> Choices:
     batch = build_batch(rows, Plan(steps=K, chunk_rows=64, device=torch.device("cpu")))
     steps = torch.split(batch.pairs.slot_M, list(batch.pairs.sizes))
 
@@ -131,17 +165,32 @@ def training_hits(parts: Any, sequences: Sequence[Sequence[int]], masks: Sequenc
 
     with torch.no_grad():
         choice_M = parts.draft(batch.inputs, parts.head.embedding_VH, K, parts.device, first_choices)
-    length = max(map(len, sequences))
-    said: dict[tuple[int, int, int], int] = {}
+    length, said = rows.tokens.length, {}
     for cell, token in zip(batch.pairs.cell_M.tolist(), choice_M.tolist(), strict=True):
         said[cell // K // length, cell // K % length, cell % K] = token
-    return [
-        [
-            next((k for k in range(K) if said.get((row, i, k)) != (ids[i + 2 + k] if i + 2 + k < len(ids) else -1)), K)
-            for i in range(len(ids))
-        ]
-        for row, ids in enumerate(sequences)
-    ]
+    return said
+
+
+def block_choices(parts: Any, rows: FeatureRows) -> Choices:
+    batch = blocks.build_batch(rows, parts.algorithm.plan(parts.head, 1 << 20), START)
+
+    def first_choices(drafted: Drafted) -> Tensor:
+        head = drafted.head
+        outputs_KXH = torch.stack(drafted.outputs)
+        logits_KXN = (
+            torch.nn.functional.rms_norm(outputs_KXH, head.norm_H.shape, head.norm_H, head.eps) @ head.head_NH.T
+        )
+        if drafted.extras is not None:
+            logits_KXN = logits_KXN + torch.stack(drafted.extras) @ head.extra_NX.T  # type: ignore[union-attr]
+        return parts.draft.vocabulary.ids_N[logits_KXN.argmax(-1)].T
+
+    with torch.no_grad():
+        choice_XK = parts.draft(batch.inputs, parts.head, parts.device, first_choices)
+    count, said = batch.blocks.count, {}
+    for cell in batch.pairs.cell_M.tolist():
+        row, block, step = cell // K // count, cell // K % count, cell % K
+        said[row, int(batch.blocks.anchor_BA[row, block]) - 1, step] = int(choice_XK[cell // K, step])
+    return said
 
 
 def whole_rounds(generation: Generation, length: int) -> list[Any]:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchspec.core import registry
-from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.errors import CheckpointError, ConfigError
 from torchspec.core.export.layout import ExportContext, read_draft, read_files, write_draft
 from torchspec.core.export.selfcheck import Probe, check_files
@@ -31,12 +30,15 @@ DRAFT_VOCABULARY = 64
 def make(
     target: Path, vocab_size: int | None = DRAFT_VOCABULARY, **options: object
 ) -> tuple[Algorithm, nn.Module, ExportContext]:
-    """A draft with every weight random, norms included, so that no tensor could be left out unnoticed."""
+    """A draft with every weight random, norms included, so that no tensor could be left out unnoticed.
+
+    With options of EAGLE-3.1 it is one.
+    """
     torch.manual_seed(0)
     device = registry.load_device("cpu")
     head = load_target_head(target, dtype=torch.float32, device=torch.device("cpu"))
-    spec = registry.algorithms().spec("eagle3")
-    algorithm = spec.create(Eagle3Options(vocab_size=vocab_size, **options), read_target_spec(target))
+    spec = registry.algorithms().spec("eagle3.1" if {"fc_norm", "norm_output"} & options.keys() else "eagle3")
+    algorithm = spec.create(spec.options(vocab_size=vocab_size, **options), read_target_spec(target))
     ids_N = torch.randperm(300)[: algorithm.vocabulary_size].sort().values
     draft = algorithm.build_draft(VocabularyMap(ids_N=ids_N, target_size=300), head)
     with torch.no_grad():
@@ -49,13 +51,23 @@ def make(
 
 
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
-@pytest.mark.parametrize("options", [{}, {"taps": (0, 2, 5)}, {"hidden_size": 32, "num_attention_heads": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"taps": (0, 2, 5)},
+        {"hidden_size": 32, "num_attention_heads": 2},
+        {"fc_norm": True},
+        {"fc_norm": True, "norm_output": False},
+        {"fc_norm": False, "hidden_size": 32, "num_attention_heads": 2},
+    ],
+)
 def test_round_trip_predicts_the_same(tiny_target: Path, tmp_path: Path, layout: str, options: dict) -> None:
     algorithm, draft, context = make(tiny_target, **options)
     check = write_draft(algorithm, draft, layout, tmp_path / "draft", context)
     assert check.total_variation < 1e-5
     again, loaded = read_draft(tmp_path / "draft", algorithm.target)
-    assert again.taps == algorithm.taps
+    assert (again.name, again.taps) == (algorithm.name, algorithm.taps)
     assert again.geometry == algorithm.geometry
     state = loaded.state_dict()
     assert state.keys() == draft.state_dict().keys()
@@ -91,6 +103,21 @@ def test_names_and_fields_engines_read(tiny_target: Path, tmp_path: Path) -> Non
     assert "layers.0.self_attn.q_proj.weight" in names
     offsets = load_file(tmp_path / "plain/model.safetensors")["d2t"]
     assert torch.equal(torch.arange(DRAFT_VOCABULARY) + offsets, draft.vocabulary.ids_N)
+
+
+@pytest.mark.parametrize("layout", ["plain", "speculators"])
+def test_the_norms_of_eagle31_are_told_to_engines(
+    tiny_target: Path, tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    algorithm, draft, context = make(tiny_target, fc_norm=True)
+    write_draft(algorithm, draft, layout, tmp_path / "draft", context)
+    config = json.loads((tmp_path / "draft/config.json").read_text())
+    assert config["fc_norm"] is True
+    assert config["norm_output"] is True
+    tensors = load_file(tmp_path / "draft/model.safetensors")
+    assert [tensors[f"fc_norm.{tap}.weight"].shape for tap in range(3)] == [(64,)] * 3
+    (message,) = caplog.messages
+    assert "without fc_norm and norm_output" in message
 
 
 @pytest.mark.parametrize("layout", ["plain", "speculators"])
@@ -163,6 +190,44 @@ def test_self_check_catches(
     if fault is _offsets_as_ids:  # ids beyond the vocabulary cannot even be placed
         files.tensors["d2t"].clamp_(max=300 - DRAFT_VOCABULARY)
     with pytest.raises(CheckpointError, match="does not predict"):
+        check_files(algorithm, draft, files, context.head, context.device, None)
+
+
+def _tap_norms_exchanged(files: DraftFiles) -> None:
+    first, last = "fc_norm.0.weight", "fc_norm.2.weight"
+    files.tensors[first], files.tensors[last] = files.tensors[last], files.tensors[first]
+
+
+def _output_flag_lost(files: DraftFiles) -> None:
+    del files.config["norm_output"]
+
+
+def _tap_flag_lost(files: DraftFiles) -> None:
+    files.config["fc_norm"] = False
+
+
+def _tap_norm_lost(files: DraftFiles) -> None:
+    del files.tensors["fc_norm.2.weight"]
+
+
+@pytest.mark.parametrize("layout", ["plain", "speculators"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_tap_norms_exchanged, "does not predict"),
+        (_output_flag_lost, "does not predict"),
+        (_tap_flag_lost, r"skip or refuse them: fc_norm.0.weight, fc_norm.1.weight, fc_norm.2.weight"),
+        (_tap_norm_lost, r"missing: fc_norm.2.weight"),
+    ],
+)
+def test_self_check_catches_the_norms_of_eagle31(
+    tiny_target: Path, tmp_path: Path, layout: str, fault: Callable[[DraftFiles], None], message: str
+) -> None:
+    algorithm, draft, context = make(tiny_target, fc_norm=True)
+    write_draft(algorithm, draft, layout, tmp_path / "draft", context)
+    files = read_files(tmp_path / "draft")
+    fault(files)
+    with pytest.raises(CheckpointError, match=message):
         check_files(algorithm, draft, files, context.head, context.device, None)
 
 

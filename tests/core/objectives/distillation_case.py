@@ -2,13 +2,14 @@
 
 The reference runs the eager terms under autograd and knows nothing of chunks, tiles, runs or stacks. Loaded by path.
 
-Shape letters: R target rows, S slots, M supervised pairs grouped by step, H hidden size, N draft vocabulary.
+Shape letters: R target rows, S slots, M supervised pairs grouped by step, H hidden size, N draft vocabulary, X width of
+what is added to the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -34,17 +35,57 @@ class SmallSlices(FusedOps):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a pass leaves: gradients are those of the loss itself."""
+    """What a pass leaves: gradients are those of the loss itself; none of a frozen head or of what is not added."""
 
     loss: Tensor
     terms: PairTerms
     doutputs: tuple[Tensor, ...]
     dnorm_H: Tensor
-    dhead_NH: Tensor
+    dhead_NH: Tensor | None
+    dextras: tuple[Tensor, ...] = ()
+    dextra_NX: Tensor | None = None
 
     def gradients(self) -> dict[str, Tensor]:
         steps = {f"outputs[{step}]": grad for step, grad in enumerate(self.doutputs)}
-        return steps | {"norm": self.dnorm_H, "head": self.dhead_NH}
+        steps |= {f"extras[{step}]": grad for step, grad in enumerate(self.dextras)}
+        others = {"norm": self.dnorm_H, "head": self.dhead_NH, "extra": self.dextra_NX}
+        return steps | {name: grad for name, grad in others.items() if grad is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves:
+    """What gradients are asked of."""
+
+    outputs: list[Tensor]
+    norm_H: Tensor
+    head_NH: Tensor
+    extras: list[Tensor] | None
+    extra_NX: Tensor | None
+
+    def head(self, *, is_part: bool = False) -> Head:
+        return Head(norm_H=self.norm_H, head_NH=self.head_NH, eps=EPS, extra_NX=self.extra_NX, is_part=is_part)
+
+    def trained(self) -> list[Tensor]:
+        every = [*self.outputs, *(self.extras or ()), self.norm_H, self.head_NH, self.extra_NX]
+        return [leaf for leaf in every if leaf is not None and leaf.requires_grad]
+
+    def found(self, loss: Tensor, terms: PairTerms, *, scale: float) -> Found:
+        """After a backward pass of `scale` times the loss."""
+
+        def gradient(leaf: Tensor) -> Tensor:
+            assert leaf.grad is not None
+            return leaf.grad / scale
+
+        assert self.head_NH.requires_grad or self.head_NH.grad is None
+        return Found(
+            loss=loss.detach(),
+            terms=terms,
+            doutputs=tuple(gradient(leaf) for leaf in self.outputs),
+            dnorm_H=gradient(self.norm_H),
+            dhead_NH=gradient(self.head_NH) if self.head_NH.requires_grad else None,
+            dextras=tuple(gradient(leaf) for leaf in self.extras or ()),
+            dextra_NX=None if self.extra_NX is None else gradient(self.extra_NX),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +104,18 @@ class Case:
     base_M: Tensor
     truth_M: Tensor
     coverage: Coverage = "drop"
-    weights: Mapping[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    """Of all pairs, or of each, [M]."""
     shard_logits: ShardLogits = "tokens"
     document_M: Tensor | None = None
     """With it and a survey every document counts alike."""
+    extras: tuple[Tensor, ...] | None = None
+    extra_NX: Tensor | None = None
+    """What is added to the logits of each step, [S, X], and its map."""
+    frozen: bool = False
+    """The head wants no gradient."""
+    is_part: bool = False
+    """`head_NH` are this rank's rows alone."""
 
     @classmethod
     def random(cls, target: TargetHead, vocabulary: VocabularyMap, rows: int, steps: int, scale: float = 1.0) -> Case:
@@ -100,6 +149,30 @@ class Case:
             truth_M=truth_M,
         )
 
+    def with_extras(self, width: int = 5) -> Case:
+        """What is added is as large as the logits, so that it decides as much as they do."""
+        generator, dtype = torch.Generator().manual_seed(width), self.norm_H.dtype
+        size = self.head_NH.double().norm(dim=-1).mean() / width**0.5
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        return replace(
+            self,
+            extras=tuple(random(len(output_SH), width).to(dtype) for output_SH in self.outputs),
+            extra_NX=(size * random(len(self.head_NH), width)).to(dtype),
+        )
+
+    def weighing_each(self, names: Sequence[str]) -> Case:
+        """Terms whose weights differ from pair to pair, and more so from step to step."""
+        generator = torch.Generator().manual_seed(len(self.row_M))
+        step_M = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        each = {}
+        for place, name in enumerate(names):
+            weight_M = torch.rand(len(self.row_M), generator=generator, dtype=torch.float64)
+            each[name] = (weight_M + step_M * (1 + place)).to(self.base_M.dtype)
+        return replace(self, weights={**self.weights, **each})
+
     @property
     def with_logs(self) -> bool:
         return not {"reverse_kl", "jsd"}.isdisjoint(self.weights)
@@ -121,30 +194,43 @@ class Case:
             weights=self.weights, truth_M=self.truth_M,
         )  # fmt: skip
 
-    def leaves(self, dtype: torch.dtype | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
-        outputs = [output_SH.to(dtype).clone().requires_grad_() for output_SH in self.outputs]
-        norm_H, head_NH = (x.to(dtype).clone().requires_grad_() for x in (self.norm_H, self.head_NH))
-        return outputs, norm_H, head_NH
+    def leaves(self, dtype: torch.dtype | None = None) -> Leaves:
+        def leaf(value: Tensor, *, trained: bool = True) -> Tensor:
+            return value.to(dtype).clone().requires_grad_(trained)
+
+        return Leaves(
+            outputs=[leaf(output_SH) for output_SH in self.outputs],
+            norm_H=leaf(self.norm_H),
+            head_NH=leaf(self.head_NH, trained=not self.frozen),
+            extras=None if self.extras is None else [leaf(extra_SX) for extra_SX in self.extras],
+            extra_NX=None if self.extra_NX is None else leaf(self.extra_NX),
+        )
 
     def run(self, most_rows: int, ops: FusedOps | None = None, *, survey: bool = False) -> Found:
         ops = ops or SmallSlices()
-        outputs, norm_H, head_NH = self.leaves()
-        head = Head(norm_H=norm_H, head_NH=head_NH, eps=EPS)
-        loss, terms = distil(outputs, head, self.supervision(most_rows, ops, survey), ops)
+        leaves = self.leaves()
+        head = leaves.head(is_part=self.is_part)
+        loss, terms = distil(leaves.outputs, head, self.supervision(most_rows, ops, survey), ops, leaves.extras)
         (4 * loss).backward()
-        return found(loss, terms, outputs, norm_H, head_NH, scale=4)
+        return leaves.found(loss, terms, scale=4)
+
+    def _at_pairs(self, values: Sequence[Tensor]) -> Tensor:
+        slots = self.slot_M.split(list(self.sizes))
+        return torch.cat([value[slot_m] for value, slot_m in zip(values, slots, strict=True)])
 
     def reference(self) -> Found:
         """In float64. The normed output has compute precision, as in Llama, and is the loss's input all the same."""
-        outputs, norm_H, head_NH = self.leaves(torch.float64)
-        slots = self.slot_M.split(list(self.sizes))
-        raw_MH = torch.cat([output_SH[slot_m] for output_SH, slot_m in zip(outputs, slots, strict=True)])
+        leaves = self.leaves(torch.float64)
+        raw_MH = self._at_pairs(leaves.outputs)
         unit_MH = raw_MH / (raw_MH.square().mean(-1, keepdim=True) + EPS).sqrt()
-        normed_MH = unit_MH * norm_H
+        normed_MH = unit_MH * leaves.norm_H
         if self.norm_H.dtype == torch.bfloat16:
             rounded_MH = unit_MH.to(torch.bfloat16) * self.norm_H
             normed_MH = normed_MH + (rounded_MH - normed_MH).detach()
-        logits_MN = normed_MH @ head_NH.T
+        logits_MN = normed_MH @ leaves.head_NH.T
+        if leaves.extras is not None:
+            assert leaves.extra_NX is not None
+            logits_MN = logits_MN + self._at_pairs(leaves.extras) @ leaves.extra_NX.T
 
         products_RV = self.normed_RH.double() @ self.target.head_VH.double().T
         if self.target.head_VH.dtype == torch.bfloat16:  # a target in bf16 decodes from logits rounded to bf16
@@ -175,21 +261,9 @@ class Case:
             alpha_M=eager.acceptance(logits_MN, p_MN, inside_M).detach(),
             agree_M=self.vocabulary.ids_N[logits_MN.argmax(-1)] == best_R[self.row_M],
             coverage_M=coverage_M,
+            truth_M=forms["ground_truth"]().detach() if "ground_truth" in self.weights else None,
         )
-        return found(loss, terms, outputs, norm_H, head_NH, scale=1)
-
-
-def found(
-    loss: Tensor, terms: PairTerms, outputs: Sequence[Tensor], norm_H: Tensor, head_NH: Tensor, *, scale: float
-) -> Found:
-    doutputs, others = [], []
-    for leaf in outputs:
-        assert leaf.grad is not None
-        doutputs.append(leaf.grad / scale)
-    for leaf in (norm_H, head_NH):
-        assert leaf.grad is not None
-        others.append(leaf.grad / scale)
-    return Found(loss=loss.detach(), terms=terms, doutputs=tuple(doutputs), dnorm_H=others[0], dhead_NH=others[1])
+        return leaves.found(loss, terms, scale=1)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -203,12 +277,15 @@ def compare(
     those."""
     assert relative(got.loss, want.loss) < loss
     wanted, least = want.gradients(), {} if ordinary is None else ordinary.gradients()
+    assert got.gradients().keys() == wanted.keys()
     for name, value in got.gradients().items():
         size = torch.maximum(wanted[name].norm(), least[name].norm() if least else wanted[name].new_zeros(()))
         assert (value.double() - wanted[name].double()).norm() <= gradient * size.double(), name
     for each in fields(PairTerms):
         got_M, want_M = getattr(got.terms, each.name), getattr(want.terms, each.name)
-        if each.name == "agree_M":
+        if want_M is None:
+            assert got_M is None, each.name
+        elif each.name == "agree_M":
             assert torch.equal(got_M, want_M)
         else:
             torch.testing.assert_close(got_M.double(), want_M.double(), rtol=terms, atol=terms, msg=each.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -29,12 +29,14 @@ BOUNDS = {2: (0, 5, 17), 3: (0, 5, 5, 17), 4: (0, 9, 9, 10, 17)}
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """`silent`: the first rank's rows teach nothing. `documents`: every document counts alike. `saturated`: one token
-    has all the probability, and draft and target disagree about it."""
+    has all the probability, and draft and target disagree about it. `extras`: something is added to the logits.
+    `each`: terms whose weights are each pair's own. `frozen`: the head wants no gradient. `is_part`: each rank is given
+    its rows of it alone."""
 
     name: str
     form: str
     ids: str = "pruned"
-    weights: Mapping[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    weights: Mapping[str, float | Tensor] = field(default_factory=lambda: {"cross_entropy": 1.0})
     coverage: str = "drop"
     dtype: torch.dtype = torch.float64
     vocabulary: int = V
@@ -48,6 +50,10 @@ class Cell:
     capped: bool = False
     saturated: bool = False
     watched: bool = False
+    extras: bool = False
+    each: Sequence[str] = ()
+    frozen: bool = False
+    is_part: bool = False
 
 
 def cells() -> list[Cell]:
@@ -68,11 +74,22 @@ def cells() -> list[Cell]:
                 Cell(name=f"{name}-documents", survey=True, documents=True, **mix),
                 Cell(name=f"{name}-silent", silent=True, capped=True, **mix),
                 Cell(name=f"{name}-nothing", rows=0, **mix),
+                Cell(name=f"{name}-extras", extras=True, **mix),
+                Cell(name=f"{name}-extras-nothing", extras=True, rows=0, **mix),
+                Cell(name=f"{name}-each", each=("kl", "tv", "ground_truth"), silent=True, **mix),
+                Cell(name=f"{name}-frozen", frozen=True, extras=True, each=("tv",), **mix),
                 Cell(
                     name=f"{name}-saturated", saturated=True, dtype=torch.float32, scale=500.0,
                     **{**mix, "weights": {term: weight for term, weight in MIX.items() if term != "lk_alpha"}},
                 ),
             ]  # fmt: skip
+            if form == "vocabulary":
+                part: dict[str, Any] = {"is_part": True, **mix}
+                made += [
+                    Cell(name=f"{name}-part", extras=True, silent=True, **part),
+                    Cell(name=f"{name}-part-frozen", frozen=True, each=("kl",), **part),
+                    Cell(name=f"{name}-part-nothing", rows=0, **part),
+                ]
             if ids != "whole":  # whose survey reads nothing
                 made += [
                     Cell(name=f"{name}-documents-drop", survey=True, documents=True, **{**mix, "coverage": "drop"}),
@@ -87,6 +104,7 @@ def cells() -> list[Cell]:
                     "scale": 0.3, "rows": rows, "most_rows": 16, "survey": survey,
                 }  # fmt: skip
                 made.append(Cell(name=f"{form}-{ids}-{short}", weights=MIX, **common))
+                made.append(Cell(name=f"{form}-{ids}-{short}-extras", weights=MIX, extras=True, each=("kl",), **common))
                 if not survey:
                     made.append(Cell(name=f"{form}-{ids}-{short}-cross-entropy", **common))
     return made
@@ -136,7 +154,12 @@ def whole(cell: Cell, ranks: int) -> Any:
     case = by_path("distillation_case").Case.random(head, vocabulary, rows=cell.rows, steps=3, scale=scale)
     if cell.saturated:  # other slots' outputs
         case = replace(case, outputs=tuple(output_SH.roll(1, 0) for output_SH in case.outputs))
-    case = replace(case, weights=cell.weights, coverage=cell.coverage, shard_logits=cell.form)
+    case = replace(
+        case, weights=cell.weights, coverage=cell.coverage, shard_logits=cell.form, frozen=cell.frozen
+    )  # fmt: skip
+    if cell.extras:
+        case = case.with_extras()
+    case = case.weighing_each(cell.each)
     if cell.silent:
         case = kept(case, case.row_M >= bounds(cell, ranks)[1])
     if cell.documents:
@@ -149,7 +172,9 @@ def kept(case: Any, keep_M: Tensor) -> Any:
     """The case with these pairs alone."""
     per_pair = ("slot_M", "row_M", "base_M", "truth_M", "document_M")
     values = {name: getattr(case, name)[keep_M] for name in per_pair if getattr(case, name) is not None}
-    return replace(case, sizes=tuple(int(part.sum()) for part in keep_M.split(list(case.sizes))), **values)
+    weights = {name: w[keep_M] if isinstance(w, Tensor) else w for name, w in case.weights.items()}
+    sizes = tuple(int(part.sum()) for part in keep_M.split(list(case.sizes)))
+    return replace(case, sizes=sizes, weights=weights, **values)
 
 
 def owned(case: Any, cell: Cell, rank: int, ranks: int) -> Tensor:
@@ -172,6 +197,9 @@ def part(case: Any, cell: Cell, shards: VocabularyShards) -> Any:
         **_scaling(cell),
     )
     mine = kept(case, owned(case, cell, shards.rank, shards.size))
+    if cell.is_part:
+        own_N = (case.vocabulary.ids_N >= first) & (case.vocabulary.ids_N < last)
+        mine = replace(mine, head_NH=mine.head_NH[own_N], is_part=True)
     return replace(mine, target=target, normed_RH=case.normed_RH[start:stop], row_M=mine.row_M - start)
 
 
@@ -184,6 +212,8 @@ def merged(cell: Cell, case: Any, parts: list[dict[str, Tensor]]) -> Any:
     distillation = by_path("distillation_case")
     ranks, terms = len(parts), {}
     for name in PairTerms.__dataclass_fields__:
+        if name not in parts[0]:
+            continue
         terms[name] = torch.empty(len(case.row_M), dtype=parts[0][name].dtype)
         for rank, found in enumerate(parts):
             terms[name][owned(case, cell, rank, ranks)] = found[name]
@@ -191,7 +221,12 @@ def merged(cell: Cell, case: Any, parts: list[dict[str, Tensor]]) -> Any:
     def total(name: str) -> Tensor:
         return torch.stack([found[name].double() for found in parts]).sum(0)
 
+    head = None
+    if not cell.frozen:
+        head = torch.cat([found["head"] for found in parts]) if cell.is_part else total("head")
     return distillation.Found(
         loss=total("loss"), terms=PairTerms(**terms), doutputs=tuple(total(f"outputs[{step}]") for step in range(3)),
-        dnorm_H=total("norm"), dhead_NH=total("head"),
+        dnorm_H=total("norm"), dhead_NH=head,
+        dextras=tuple(total(f"extras[{step}]") for step in range(3)) if cell.extras else (),
+        dextra_NX=total("extra") if cell.extras else None,
     )  # fmt: skip

@@ -75,7 +75,8 @@ def run_rank(sharded: ModuleType, results: Path, rank: int, ranks: int) -> None:
             continue
         found = mine.run(cell.most_rows, survey=cell.survey)
         made |= {f"{cell.name}/{name}": value for name, value in found.gradients().items()}
-        made |= {f"{cell.name}/{each.name}": getattr(found.terms, each.name) for each in fields(PairTerms)}
+        terms = {each.name: getattr(found.terms, each.name) for each in fields(PairTerms)}
+        made |= {f"{cell.name}/{name}": value for name, value in terms.items() if value is not None}
         made[f"{cell.name}/loss"] = found.loss
     save_file({name: value.contiguous() for name, value in made.items()}, results / f"{rank}.safetensors")
     dist.destroy_process_group()

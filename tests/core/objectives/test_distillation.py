@@ -13,7 +13,7 @@ import torch
 from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.objectives import chunks
-from torchspec.core.objectives.distillation import TERMS, Head, distil
+from torchspec.core.objectives.distillation import TERMS, distil
 from torchspec.core.objectives.teacher import Coverage
 
 Heads = Callable[..., TargetHead]
@@ -67,6 +67,7 @@ def test_no_pair_at_all(cases: ModuleType, make_head: Heads, survey: bool) -> No
         assert all(not gradient.any() for gradient in got.gradients().values())
         assert [tuple(gradient.shape) for gradient in got.doutputs] == [(3, 8), (3, 8)]
         assert got.terms.agree_M.shape == (0,)
+        assert got.terms.truth_M.shape == (0,)
 
 
 def test_idle_slots_get_no_gradient(case: Any) -> None:
@@ -93,6 +94,63 @@ def test_bfloat16_compute_keeps_fp32_logits(cases: ModuleType, make_head: Heads,
     assert got.loss.dtype == got.terms.alpha_M.dtype == torch.float32
     assert all(gradient.dtype == torch.bfloat16 for gradient in got.gradients().values())
     cases.compare(got, given.reference(), loss=1e-6, gradient=4e-3, terms=1e-4)
+
+
+@pytest.mark.parametrize("most_rows", [1, 4, 100])
+@pytest.mark.parametrize("weights", [{"cross_entropy": 1.0}, MIX], ids=["cross_entropy", "mix"])
+def test_what_is_added_to_the_logits(
+    cases: ModuleType, case: Any, most_rows: int, weights: Mapping[str, float]
+) -> None:
+    given = replace(case, weights=weights, coverage="weight").with_extras()
+    want = given.reference()
+    assert not torch.equal(want.terms.agree_M, case.reference().terms.agree_M), "it decides first choices"
+    cases.exactly(given.run(most_rows), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", ["whole", "pruned"])
+def test_what_is_added_to_the_logits_in_compute_precision(
+    cases: ModuleType, make_head: Heads, dtype: torch.dtype, ids: str
+) -> None:
+    target = make_head(600, 64, 0.3, dtype)
+    given = cases.Case.random(target, cases.vocabularies(600)[ids], rows=40, steps=3).with_extras(24)
+    given = replace(given, weights=MIX, coverage="weight")
+    got = given.run(16)
+    assert all(gradient.dtype == dtype for gradient in got.gradients().values())
+    half = dtype == torch.bfloat16
+    cases.compare(
+        got, given.reference(), loss=1e-6, gradient=4e-3 if half else 1e-5, terms=1e-4 if half else 1e-5
+    )  # fmt: skip
+
+
+def test_what_is_added_without_any_pair(cases: ModuleType, make_head: Heads) -> None:
+    got = cases.Case.random(make_head(60, 8), cases.every_third(60), rows=0, steps=2).with_extras().run(4)
+    assert got.loss.item() == 0.0
+    assert {"extras[0]", "extras[1]", "extra"} < got.gradients().keys()
+    assert all(not gradient.any() for gradient in got.gradients().values())
+
+
+def test_what_is_added_needs_its_map(case: Any) -> None:
+    given, ops = case.with_extras(), FusedOps()
+    leaves = given.leaves()
+    with pytest.raises(AssertionError, match="needs its map"):
+        distil(leaves.outputs, leaves.head(), given.supervision(4, ops), ops)
+
+
+def test_a_frozen_head_changes_nothing_else(cases: ModuleType, case: Any) -> None:
+    trained = replace(case, weights=MIX).with_extras()
+    frozen = replace(trained, frozen=True)
+    cases.exactly(frozen.run(4), frozen.reference())
+    got, want = frozen.run(4).gradients(), trained.run(4).gradients()
+    assert want.keys() - got.keys() == {"head"}
+    assert all(torch.equal(gradient, want[name]) for name, gradient in got.items())
+
+
+@pytest.mark.parametrize("coverage", ["drop", "renormalise", "weight"])
+@pytest.mark.parametrize("names", [("kl", "tv"), TERMS], ids=["two of the mix", "all"])
+def test_weights_of_each_pair(cases: ModuleType, case: Any, coverage: Coverage, names: tuple[str, ...]) -> None:
+    given = replace(case, weights=MIX, coverage=coverage).weighing_each(names)
+    cases.exactly(given.run(4), given.reference())
 
 
 # Logits up to about 1e4: one token has all the probability, most others underflow to nothing in fp32.
@@ -145,14 +203,12 @@ def test_tiles_of_the_target_vocabulary(
 
 
 def test_a_head_may_be_asked_for_its_gradient_twice(case: Any) -> None:
-    outputs, norm_H, head_NH = case.leaves()
-    ops = FusedOps()
-    head = Head(norm_H=norm_H, head_NH=head_NH, eps=1e-3)
-    loss = 3 * distil(outputs, head, case.supervision(4, ops), ops)[0]
+    given = case.with_extras()
+    leaves, ops = given.leaves(), FusedOps()
+    loss = 3 * distil(leaves.outputs, leaves.head(), given.supervision(4, ops), ops, leaves.extras)[0]
     loss.backward(retain_graph=True)
-    leaves = [*outputs, norm_H, head_NH]
-    first = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    first = [leaf.grad.clone() for leaf in leaves.trained()]
+    assert len(first) == 9
     loss.backward()
-    for leaf, gradient in zip(leaves, first, strict=True):
-        assert leaf.grad is not None
+    for leaf, gradient in zip(leaves.trained(), first, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=1e-14, atol=0)

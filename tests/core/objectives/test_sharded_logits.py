@@ -88,14 +88,16 @@ def test_saturated_logits_stay_finite_and_right(cases: ModuleType, sharded: Modu
 
 
 def test_bfloat16(cases: ModuleType, sharded: ModuleType, results: Path) -> None:
-    """Of each gradient: no further from float64 than 1.5 times what one process is."""
+    """Of each gradient: no further from float64 than 1.5 times what one process is, or a rounding more: a rank rounds
+    its own part."""
     for cell, case, got in found(results, sharded, [c for c in sharded.cells() if c.dtype == torch.bfloat16]):
         alone, want = case.run(cell.most_rows, survey=cell.survey), case.reference()
         assert cases.relative(got.loss, want.loss) < 1e-6
         for name, exact in want.gradients().items():
             ours, theirs = (cases.relative(each.gradients()[name], exact) for each in (got, alone))
-            assert ours < 1.5 * theirs, (cell.name, name)
-        for name in ("cross_entropy_M", "entropy_M", "alpha_M", "coverage_M"):
+            assert ours < max(1.5 * theirs, theirs + 2**-9), (cell.name, name)
+        names = ("cross_entropy_M", "entropy_M", "alpha_M", "coverage_M")
+        for name in (*names, "truth_M") if "ground_truth" in cell.weights else names:
             torch.testing.assert_close(
                 getattr(got.terms, name).double(), getattr(want.terms, name).double(), rtol=1e-4, atol=1e-4, msg=name
             )

@@ -1,7 +1,8 @@
 """Training windows whose sequences ranks share: `sequence_worker.py cells.json results/ ranks port`.
 
 The ranks are forks of one process; each runs every cell. A cell is a window of ragged documents through a small EAGLE-3
-draft, its target's features made up from the tokens. Rank 0 writes the summed loss, metrics and gradients.
+draft, its target's features made up from the tokens. Rank 0 writes the summed loss, metrics and gradients, of the last
+of `windows` over the same documents without an update between.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,10 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchspec.core import registry
-from torchspec.core.algorithms.eagle3.algorithm import Eagle3
-from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.attention.volume import Traffic
 from torchspec.core.data.batches import MicroBatch
 from torchspec.core.features.memory import MemoryStore
-from torchspec.core.interfaces.algorithm import StepMemory, TrainingSample
+from torchspec.core.interfaces.algorithm import Moment, StepMemory, TrainingSample
 from torchspec.core.interfaces.device import Communication
 from torchspec.core.interfaces.engine import CaptureRequest, TargetSpec
 from torchspec.core.interfaces.features import Captured, Features, Quarantined
@@ -43,6 +43,7 @@ from torchspec.core.training.capturing import Documents as FullDocuments
 from torchspec.core.training.capturing import Model, captured_rows
 from torchspec.core.training.feed import DirectFeed
 from torchspec.core.training.plan import Cut, Turn
+from torchspec.core.training.random_state import draw_of
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
 from torchspec.core.training.window import run_window
@@ -135,7 +136,9 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
         tie_word_embeddings=False,
         eos_token_ids=(0,),
     )
-    algorithm = Eagle3.create(Eagle3Options(vocab_size=60, unroll=3, **cell.get("options", {})), spec)
+    trained = registry.algorithms().spec(cell.get("algorithm", "eagle3"))
+    options = {**cell.get("steps", {"unroll": 3}), **cell.get("options", {})}
+    algorithm = trained.create(trained.options(vocab_size=60, **options), spec)
     ids_N = torch.arange(V)[torch.arange(V) % 3 != 1]
     torch.manual_seed(0)
     ends = torch.randn(2, V, H, dtype=torch.float64)
@@ -150,6 +153,8 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
         for name, parameter in draft.named_parameters():
             if "norm" in name:
                 parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif not parameter.any():  # behind it no gradient would be seen
+                parameter.normal_(std=0.1)
     bf16 = dtype == torch.bfloat16
     return Model(
         algorithm=algorithm,
@@ -167,6 +172,10 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
     )
 
 
+def of_documents(moment: Moment, documents: FullDocuments) -> Moment:
+    return replace(moment, draws=tuple(draw_of(0, 0, sample.sample_id) for sample in documents.samples))
+
+
 def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
     model = make_model(cell, context)
     documents = Documents(cell.get("supervision", "dense"), cell.get("unsupervised", ()))
@@ -178,7 +187,12 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
         Turn(step=0, number=number, micro_batches={i: share[number] for i, share in shares.items()}, some=0)
         for number in range(len(shares[context.data_rank]))
     ]
-    window = run_window(model, documents, turns, DirectFeed(model, context), context, StepTimer(context.torch_device))
+    moment = Moment(progress=0.25)
+    for _ in range(cell.get("windows", 1)):
+        model.draft.zero_grad()
+        feed, timer = DirectFeed(model, context), StepTimer(context.torch_device)
+        window = run_window(model, documents, turns, feed, context, timer, partial(of_documents, moment))
+        moment = replace(moment, previous={name: window.sums.metrics[name] for name in model.algorithm.remembers})
     tensors = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["tokens"] = torch.tensor(window.sums.tokens - sum(LENGTHS[index] for index in documents.unsupervised))
     reasons = {index: f"length {LENGTHS[index]}" for index in cell.get("fails", ())}

@@ -1,7 +1,7 @@
 """However ranks share sequences, loss, metrics and every gradient are those of one process that owns everything.
 
-Ranks are real processes over gloo. The one process is held against the definition in
-tests/core/algorithms/eagle3/test_oracle.py.
+Ranks are real processes over gloo. The one process is held against the definitions in test_oracle.py of
+tests/core/algorithms/eagle3 and tests/core/algorithms/blocks.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ def exchanges(ulysses: int, ring: int) -> list[str]:
     return ["gather", "usp", *(["ulysses"] if ring == 1 else []), *(["ring"] if ulysses == 1 else [])]
 
 
+# What the second window's loss is depends on the first.
+OBJECTIVE = {"lk_lambda": 1.0, "kl": 0.2, "tv": {"start": 0.0, "end": 0.3}}
+
+BLOCKS = {"block_size": 4, "num_layers": 2, "layer_types": ["full", "sliding"], "sliding_window": 9, "taps": [1, 3, 4]}
+
+
 def problem(**changes: Any) -> Cell:
     """What the numbers depend on, and no way of computing them."""
     return {"dtype": "float64", "supervision": "dense", "kv_heads": 4, "options": {}} | changes
@@ -49,6 +55,22 @@ PROBLEMS = {
     "holes": problem(fails=[2, 5]),
     "float32": problem(dtype="float32", supervision="sparse"),
     "bfloat16": problem(dtype="bfloat16", supervision="sparse"),
+    "remembering": problem(supervision="sparse", options={"objective": OBJECTIVE, "coverage": "weight"}, windows=2),
+    "eagle3.1": problem(supervision="sparse", algorithm="eagle3.1"),
+    "blocks": problem(algorithm="dflash", steps=BLOCKS, options={"num_anchors": 7}),
+    "blocks-paced": problem(
+        supervision="sparse",
+        algorithm="dflash",
+        steps=BLOCKS,
+        kv_heads=2,
+        options={
+            "weighting": "dpace",
+            "sample_from_anchor": True,
+            "sliding_window_non_causal": True,
+            "normalisation": "per_sequence",
+            "coverage": "weight",
+        },
+    ),
 }
 
 
@@ -69,7 +91,11 @@ def cells(ranks: int) -> list[Cell]:
             how = {"ulysses": ulysses, "ring": ring, "exchange": exchange}
             name = f"{ulysses}x{ring}-{exchange}-dp{data}"
             for key in PROBLEMS:
-                if data == 2 and key not in ("dense", "sparse", "holes", "float32"):
+                if key in ("remembering", "eagle3.1") and (exchange != "gather" or ranks == 8):
+                    continue  # what is remembered, and norms of single slots, know nothing of exchanges
+                if key.startswith("blocks") and ranks == 8:
+                    continue
+                if data == 2 and key not in ("dense", "sparse", "holes", "float32", "remembering", "eagle3.1"):
                     continue  # of the sharing alone; data parallelism has its own tests
                 for packed in (False, True) if key == "sparse" else (list(PROBLEMS).index(key) % 2 == 0,):
                     rows = {"row_tokens": max(PACKED * ulysses * ring, 61)} if packed else {}
@@ -77,6 +103,10 @@ def cells(ranks: int) -> list[Cell]:
                     lean = packed and key == "sparse"
                     memory = {"recompute": lean, "offload": lean}
                     made.append({**PROBLEMS[key], **how, **rows, **memory, "problem": key, "name": label})
+    made += [
+        {**PROBLEMS["remembering"], "problem": "remembering", "micro_batch_size": size, "name": f"in-{size}s-{ranks}"}
+        for size in ((1, 4, 8) if ranks == 1 else ())
+    ]
     return [*made, *shared_head_cells(ranks)]
 
 
@@ -87,7 +117,8 @@ def shared_head_cells(ranks: int) -> list[Cell]:
          "shard_logits": form, "name": f"{u}x{r}-of-{ranks}-{key}-head-by-{form}"}
         for u, r in ((1, 1), (2, 1), (1, 2), (2, 2)) if ranks > 1 and ranks % (u * r) == 0
         for form in ("tokens", "vocabulary")
-        for key in ("sparse", "none", "float32", "per-sequence") if ranks < 8 or key == "sparse"
+        for key in ("sparse", "none", "float32", "per-sequence", "remembering", "blocks", "blocks-paced")
+        if ranks < 8 or key == "sparse"
     ]  # fmt: skip
 
 
@@ -120,6 +151,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             chosen += [reference(key) for key in PROBLEMS]
             exact = {**PROBLEMS["bfloat16"], "dtype": "float64"}
             chosen += [{**exact, "name": "reference-bfloat16-exact"}]
+            chosen += [{**PROBLEMS["remembering"], "name": "reference-remembering-first", "windows": 1}]
         chosen += [*bytes_cells(ranks), *gather_cells(ranks)]
         here = directory / str(ranks)
         here.mkdir()
@@ -158,6 +190,15 @@ def test_loss_metrics_and_every_gradient_are_one_processes(results: Results, cel
             assert not got[name].any(), name
     if cell["problem"] != "none":
         assert all(value.any() for name, value in expected.items() if name.startswith("grad."))
+
+
+def test_the_window_before_decides(results: Results) -> None:
+    """Without one the same objective has another loss and other gradients."""
+    first, second = results["reference-remembering-first"], results["reference-remembering"]
+    for name in ("sum.sums/alpha", "sum.sums/supervised", "sum.sums/cross_entropy"):
+        assert torch.equal(first[name], second[name])
+    apart = distance(second, first, "grad.") | distance(second, first, "sum.numerator")
+    assert min(apart.values()) > 1e-2
 
 
 @pytest.mark.parametrize("cell", [c for c in EVERY if c["dtype"] == "bfloat16"], ids=lambda cell: cell["name"])

@@ -24,6 +24,7 @@ from torchspec.core.pipeline.plan_parts import micro_batch_parts, target_parts
 from torchspec.core.pipeline.plan_terms import LARGE_BLOCK, MOMENTS, Load, Models
 
 LOAD = Load(
+    text=4096,
     ranks=1,
     rows=2048,
     captured=2048,

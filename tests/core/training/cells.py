@@ -7,6 +7,9 @@ from typing import Any
 
 Cell = dict[str, Any]
 
+# What the loss is depends on the window before and on how far the run has come.
+OBJECTIVE = {"lk_lambda": 1.0, "kl": 0.2, "tv": {"start": 0.0, "end": 0.3, "until": 0.5}}
+
 WINDOW = {"kind": "gradients", "config": {"batch_size": 7, "micro_batch_size": 2}}
 GRADIENTS: list[Cell] = [
     {**WINDOW, "name": "float64", "dtype": "float64"},
@@ -17,12 +20,15 @@ GRADIENTS: list[Cell] = [
     {**WINDOW, "name": "whole", "dtype": "float64", "config": {"batch_size": 7, "micro_batch_size": 7}},
     {**WINDOW, "name": "nothing", "dtype": "float64", "unsupervised": list(range(13))},
     {**WINDOW, "name": "bfloat16", "compute": "bfloat16"},
+    *({**WINDOW, "name": f"lk_lambda-{size}", "dtype": "float64", "objective": OBJECTIVE,
+       "config": {"batch_size": 7, "micro_batch_size": size}, "count": 21, "unsupervised": list(range(0, 21, 2))}
+      for size in (1, 4, 7)),
 ]  # fmt: skip
 
 # Dropout draws from each rank's own random state; 5 epochs of 4 steps, and the last batch of each is short.
 STEPS, EVERY = 20, 3
 CONFIG = {"epochs": 5, "batch_size": 4, "micro_batch_size": 1, "checkpoint_every": EVERY, "keep_last": 2}
-RUN: Cell = {"kind": "train", "config": CONFIG, "dropout": 0.3}
+RUN: Cell = {"kind": "train", "config": CONFIG, "dropout": 0.3, "objective": OBJECTIVE}
 KILLS = (1, 7, 15)  # before the first checkpoint, between two, where one is due
 # Where a SIGKILL falls: some Python calls after the start, or after a step; a step takes about 17,000, a checkpoint
 # 35,000. So it may fall in a step, in a checkpoint, or while a run is being resumed.

@@ -37,7 +37,7 @@ COMPARED = ("grad.", "param.", "sum.", "norms", "losses", "tokens")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("cell", ["float64", "float32", "holes", "whole"])
+@pytest.mark.parametrize("cell", ["float64", "float32", "holes", "whole", "lk_lambda-1", "lk_lambda-4"])
 def test_ranks_give_one_processes_gradients_and_parameters(results: Any, ranks: int, cell: str) -> None:
     tolerance = TOLERANCE.get(cell, TOLERANCE["float64"])
     assert distance(results[ranks][cell], results[1][cell], COMPARED) <= tolerance
@@ -46,6 +46,14 @@ def test_ranks_give_one_processes_gradients_and_parameters(results: Any, ranks: 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_accumulation_changes_nothing(results: Any, ranks: int) -> None:
     assert distance(results[ranks]["whole"], results[ranks]["float64"], COMPARED) <= TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_the_window_before_decides_does_not_depend_on_accumulation(results: Any, ranks: int, size: int) -> None:
+    """lk_lambda: the losses are of windows after the first."""
+    got, want = results[ranks][f"lk_lambda-{size}"], results[1]["lk_lambda-7"]
+    assert distance(got, want, COMPARED) <= TOLERANCE["float64"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -40,6 +40,8 @@ def assert_same_run(run: Path, reference: Path) -> None:
         for name, tensor in expected.items():
             assert torch.equal(got[name], tensor), name
     assert (mine / "trainer.json").read_text() == (theirs / "trainer.json").read_text()
+    remembered = files.read_json(mine / "trainer.json")["remembered"]
+    assert {name: len(values) for name, values in remembered.items()} == {"alpha": 2, "supervised": 2}
 
 
 @pytest.mark.parametrize("step", [1, 7, 15])

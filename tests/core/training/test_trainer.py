@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,6 +83,52 @@ def test_empty_windows_are_counted_and_leave_the_schedule_alone(
     assert tiny.make_trainer(job, context).counters.updates == 0
 
 
+def overlap_losses(tiny: ModuleType, trainer: Any, state: dict[str, Tensor], batch: list[int]) -> Tensor:
+    """[K, 3] in float64: of each step the sums of cross-entropy to the text and of its alpha, and how many they are."""
+    target, found_K3 = tiny.RecurrentTarget(torch.float64), torch.zeros(tiny.K, 3, dtype=torch.float64)
+    for index in batch:
+        sample = trainer.samples[index]
+        taps_TNH, _ = target.states(sample.input_ids_T.tolist(), target.zero())
+        for i in range(sample.input_ids_T.numel()):
+            hidden_H = torch.tanh(state["fc.weight"] @ taps_TNH[i].flatten()) * state["norm"]
+            for k in range(tiny.K):
+                j = i + 1 + k
+                if j < sample.input_ids_T.numel() and sample.loss_mask_T[j]:
+                    log_q = (state[f"heads.{k}.weight"] @ hidden_H).log_softmax(0)[sample.input_ids_T[j]]
+                    found_K3[k] += torch.stack((-log_q, log_q.exp(), torch.ones_like(log_q)))
+    return found_K3
+
+
+def test_lk_lambda_weighs_by_the_last_window_that_taught_anything(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path
+) -> None:
+    """Losses from the definition (2602.23881), with windows of two samples of which some teach nothing, and a ramp."""
+    objective = {"lk_lambda": 0.7, "tv": {"start": 0.1, "end": 0.5, "until": 0.5}}
+    samples = tiny.TinySamples(count=16, unsupervised=[n for n in range(16) if n % 8 not in (1, 2, 4)])
+    config = {"batch_size": 2, "micro_batch_size": 1, "lr": 0.3}
+    job = tiny.Job(directory=tmp_path, config=config, dtype=torch.float64, samples=samples, objective=objective)
+    trainer = tiny.make_trainer(job, context)
+    alpha_K, kinds = torch.zeros(tiny.K, dtype=torch.float64), []
+    for step in range(trainer.total_steps):
+        tv = 0.1 + 0.4 * min(1.0, step / trainer.total_steps / 0.5)
+        cross_K, overlap_K, count_K = overlap_losses(
+            tiny, trainer, unsharded_state(trainer.model.draft), trainer.plan.batch(step)
+        ).unbind(1)  # fmt: skip
+        row = trainer._step()
+        kinds.append(row["loss"] is None)
+        if not count_K.any():
+            assert row["loss"] is None
+            continue
+        lambda_K = torch.exp(-3.0 * alpha_K)
+        missed_K = count_K - overlap_K
+        loss_K = 0.7 * lambda_K * cross_K + (0.7 * (1 - lambda_K) + tv) * missed_K
+        decay_K = torch.tensor(tiny.STEP_WEIGHTS, dtype=torch.float64)
+        assert row["loss"] == pytest.approx(float((decay_K * loss_K).sum() / (decay_K * count_K).sum()), rel=1e-12)
+        alpha_K = overlap_K / count_K
+    assert (True, False) in set(pairwise(kinds)), "a window without supervision, then one with"
+    assert alpha_K.min() > 0.02
+
+
 class Poisoned:
     """Makes the loss of one sample something else."""
 
@@ -92,8 +139,8 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def step(self, draft: Any, head: Any, rows: Any, device: Any, memory: Any) -> StepResult:
-        result: StepResult = self.inner.step(draft, head, rows, device, memory)
+    def step(self, draft: Any, head: Any, rows: Any, device: Any, memory: Any, moment: Any) -> StepResult:
+        result: StepResult = self.inner.step(draft, head, rows, device, memory, moment)
         lengths = (rows.tokens.document_BT >= 0).sum(-1).tolist()
         documents = [ids_T[:length] for ids_T, length in zip(rows.tokens.input_ids_BT, lengths, strict=True)]
         if any(torch.equal(ids_T, self.tokens) for ids_T in documents):

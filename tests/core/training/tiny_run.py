@@ -18,11 +18,20 @@ from torch.nn import functional as F
 from torchspec.core import registry
 from torchspec.core.config.schema import TrainConfig
 from torchspec.core.features.rows import FeatureRows
-from torchspec.core.interfaces.algorithm import DraftFiles, Proposal, StepMemory, StepResult, TrainingSample
+from torchspec.core.interfaces.algorithm import (
+    START,
+    DraftFiles,
+    Moment,
+    Proposal,
+    StepMemory,
+    StepResult,
+    TrainingSample,
+)
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import CaptureRequest, Prefill, StepOutput, TargetSpec
 from torchspec.core.interfaces.features import Captured, Features, FeatureSink
 from torchspec.core.interfaces.target import VocabularyMap
+from torchspec.core.objectives.terms import ObjectiveOptions, term_weights
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.training import trainer
 from torchspec.core.training.capturing import Model
@@ -143,22 +152,33 @@ class TinyDraft(nn.Module):
     def hidden(self, taps_TNH: Tensor) -> Tensor:
         return torch.tanh(self.fc(taps_TNH.flatten(1).to(self.fc.weight.dtype))) * self.norm
 
-    def forward(self, taps: Sequence[Tensor], tokens: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self,
+        taps: Sequence[Tensor],
+        tokens: Sequence[Tensor],
+        masks: Sequence[Tensor],
+        terms: Sequence[tuple[float, float]] = K * ((1.0, 0.0),),
+    ) -> dict[str, Tensor]:
+        """`terms`: of each step, what cross-entropy and TV to the text weigh."""
         wide = torch.promote_types(self.fc.weight.dtype, torch.float32)
         numerator, denominator = torch.zeros((), dtype=wide), torch.zeros((), dtype=wide)
         counted_K, correct_K = torch.zeros(K, dtype=torch.int64), torch.zeros(K, dtype=torch.int64)
+        alpha_K = torch.zeros(K, dtype=wide)
         for taps_TNH, tokens_T, mask_T in zip(taps, tokens, masks, strict=True):
             hidden_TH = F.dropout(self.hidden(taps_TNH), self.dropout)  # draws from the global random state
-            for k, weight in enumerate(STEP_WEIGHTS):
+            for k, (weight, (near, far)) in enumerate(zip(STEP_WEIGHTS, terms, strict=True)):
                 shift = k + 1
                 logits_TV = self.heads[k](hidden_TH)[: tokens_T.numel() - shift].to(wide)
                 kept_T = mask_T[shift:].to(wide)
                 loss_T = F.cross_entropy(logits_TV, tokens_T[shift:], reduction="none")
-                numerator = numerator + weight * (loss_T * kept_T).sum()
+                alpha_T = torch.exp(-loss_T)  # the overlap with a target that is sure of the text
+                numerator = numerator + weight * ((near * loss_T + far * (1 - alpha_T)) * kept_T).sum()
                 denominator = denominator + weight * kept_T.sum()
                 counted_K[k] += mask_T[shift:].sum()
+                alpha_K[k] += (alpha_T.detach() * kept_T).sum()
                 correct_K[k] += ((logits_TV.argmax(-1) == tokens_T[shift:]) & mask_T[shift:]).sum()
-        return {"numerator": numerator, "denominator": denominator, "counted": counted_K, "correct": correct_K}
+        sums = {"supervised": counted_K, "correct": correct_K, "alpha": alpha_K}
+        return {"numerator": numerator, "denominator": denominator, **sums}
 
 
 @dataclass(frozen=True)
@@ -170,6 +190,12 @@ class TinyAlgorithm:
     options: Any = None
     vocabulary_size: int = V
     halo: int = K
+    objective: ObjectiveOptions | None = None
+    """Of `kl`, `tv` and `lk_lambda`; cross-entropy without."""
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        return () if self.objective is None else self.objective.remembers
 
     def kept_values(self, *, recompute: bool) -> float:
         return float(3 * H)
@@ -184,15 +210,24 @@ class TinyAlgorithm:
         rows: FeatureRows,
         device: Device,
         memory: StepMemory | None = None,
+        moment: Moment = START,
     ) -> StepResult:
         lengths = (rows.tokens.document_BT >= 0).sum(-1).tolist()
         parts = (rows.taps_BSF, rows.tokens.input_ids_BT, rows.tokens.loss_mask_BT)
-        made = draft(*([x_T[:length] for x_T, length in zip(part, lengths, strict=True)] for part in parts))
+        cut = [[x_T[:length] for x_T, length in zip(part, lengths, strict=True)] for part in parts]
+        if self.objective is None:
+            made = draft(*cut)
+        else:
+            weights = term_weights(self.objective, moment, K * (1,), dtype=torch.float64, device=torch.device("cpu"))
+            kl_K, tv_K = (
+                (torch.zeros(K, dtype=torch.float64) + weights.get(term, 0.0)).tolist() for term in ("kl", "tv")
+            )
+            made = draft(*cut, list(zip(kl_K, tv_K, strict=True)))
         numerator, denominator = made.pop("numerator"), made.pop("denominator")
         return StepResult(numerator=numerator, denominator=denominator, sums=made)
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-        accuracy = (sums["correct"] / sums["counted"].clamp(min=1)).tolist()
+        accuracy = (sums["correct"] / sums["supervised"].clamp(min=1)).tolist()
         return {"accuracy": accuracy, "simulated_acceptance_length": 1 + accuracy[0] * (1 + accuracy[1])}
 
     def drafter(self, draft: nn.Module, head: Any, device: Device) -> TinyDrafter:
@@ -271,6 +306,7 @@ class Job:
     seed: int = 3
     compute: str = "float32"
     facts: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] | None = None
 
 
 def cpu() -> Device:
@@ -278,7 +314,9 @@ def cpu() -> Device:
 
 
 def make_trainer(job: Job, context: ParallelContext, validate: Any = None, validate_every: int = 0) -> trainer.Trainer:
-    algorithm, target = TinyAlgorithm(dropout=job.dropout, dtype=job.dtype), RecurrentTarget(job.dtype)
+    objective = None if job.objective is None else ObjectiveOptions(objective=job.objective)
+    algorithm = TinyAlgorithm(dropout=job.dropout, dtype=job.dtype, objective=objective)
+    target = RecurrentTarget(job.dtype)
     vocabulary = VocabularyMap.identity(V)
     torch.manual_seed(job.seed)
     draft = shard_draft(algorithm.build_draft(vocabulary, target), context, job.compute)

@@ -64,6 +64,7 @@ def make_job(tiny: ModuleType, cell: Cell, results: Path) -> Any:
         samples=samples,
         compute=cell.get("compute", "float32"),
         facts=cell.get("facts", {}),
+        objective=cell.get("objective"),
     )
 
 

@@ -75,12 +75,10 @@ def run(words: Sequence[str]) -> int:
     data = options.output / "data"
 
     announce(f"1/5 conversations, from the standard library of this Python, in {data}")
-    if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):
-        with ProgressDisplay() as progress:
-            prepare(data, progress)
+    write_conversations(data)
     train_files = [data / "train.jsonl"]
     config, _ = _configure(options, data, train_files, overrides)
-    nproc = options.nproc or _default_nproc(config)
+    nproc = options.nproc or default_nproc(config.device)
     if options.generate:
         train_files = _answers(options, config, data, nproc)
     else:
@@ -99,6 +97,13 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
+def write_conversations(data: Path) -> None:
+    """Those of this Python's standard library, if they are not there."""
+    if not all((data / f"{split}.jsonl").exists() for split in ("train", "validation", "test")):
+        with ProgressDisplay() as progress:
+            prepare(data, progress)
+
+
 def _setting_problems(options: QuickstartOptions | None, overrides: Sequence[str]) -> list[Problem]:
     """All that the training would refuse, asked before anything is touched; `options`: None if they are wrong."""
     from torchspec.core.pipeline.device_fit import Ranks
@@ -115,7 +120,7 @@ def _setting_problems(options: QuickstartOptions | None, overrides: Sequence[str
             asked = asked.model_copy(update={"output": Path(place) / "run"})
         try:
             config, _ = _configure(asked, data, [data / "train.jsonl"], overrides)
-            nproc = asked.nproc or _default_nproc(config)
+            nproc = asked.nproc or default_nproc(config.device)
             earlier = asked.output / "data"
             count = len(_rows(earlier)) if (earlier / "train.jsonl").exists() else asked.generate
             files = _train_files(asked, data, count, nproc)
@@ -171,11 +176,11 @@ def _configure(
         return load_config(file=recipe, values=values, values_source="quickstart", overrides=overrides)
 
 
-def _default_nproc(config: RunConfig) -> int:
+def default_nproc(device: str | None) -> int:
     """A small model on a CPU gains nothing from a second thread, and everything from a second process."""
     from torchspec.core import registry, settings
 
-    name, _ = registry.choose_device(config.device, settings.default_device())
+    name, _ = registry.choose_device(device, settings.default_device())
     return min(settings.cores(), MOST_RANKS) if name == "cpu" else 1
 
 
@@ -205,8 +210,19 @@ def _train_files(options: QuickstartOptions, data: Path, rows: int, nproc: int) 
     """What is trained on: the answers, in a file per process that writes them, or the texts as they are."""
     if not options.generate:
         return [data / "train.jsonl"]
-    count = min(options.generate, rows)
+    return answer_files(data, min(options.generate, rows), nproc)
+
+
+def answer_files(data: Path, count: int, nproc: int) -> list[Path]:
+    """Where `count` answers stand, in a file per process that writes them."""
     return [data / f"generated-{count}-{part}.jsonl" for part in range(min(nproc, count))]
+
+
+def embedded_answers(target: TargetOptions, data: Path, count: int, nproc: int) -> list[Path]:
+    """Conversations of the standard library in `data`, so many of them answered by the target; made if missing."""
+    write_conversations(data)
+    rows = _rows(data)
+    return answers(target, data, rows, answer_files(data, min(count, len(rows)), nproc))
 
 
 def _answers(options: QuickstartOptions, config: RunConfig, data: Path, nproc: int) -> list[Path]:
@@ -214,10 +230,16 @@ def _answers(options: QuickstartOptions, config: RunConfig, data: Path, nproc: i
     rows = _rows(data)
     count = min(options.generate, len(rows))
     announce(f"2/5 answers: the target writes its own to {count} of them, the text a draft learns most from")
+    return answers(_target_options(config), data, rows, _train_files(options, data, len(rows), nproc))
+
+
+def answers(target: TargetOptions, data: Path, rows: Sequence[str], files: Sequence[Path]) -> list[Path]:
+    """Have the target answer as many of the conversations as the files' names say, a file per process; -> `files`."""
+    nproc, count = len(files), int(files[0].stem.split("-")[1])
     # Evenly over the modules, which the file has in order.
     chosen = [rows[place * len(rows) // count] for place in range(count)]
     parts = []
-    for part, answered in enumerate(_train_files(options, data, len(rows), nproc)):
+    for part, answered in enumerate(files):
         asked = data / f"asked-{count}-{part}.jsonl"
         asked.write_text("".join(chosen[part::nproc]), encoding="utf-8")
         parts.append((asked, answered))
@@ -225,12 +247,11 @@ def _answers(options: QuickstartOptions, config: RunConfig, data: Path, nproc: i
         ProgressDisplay() as progress,
         ProcessPoolExecutor(nproc, mp_context=get_context("spawn")) as processes,
     ):
-        target = _target_options(config)
         others = [processes.submit(_answer, target, asked, answered) for asked, answered in parts[1:]]
         _answer(target, *parts[0], progress, alone=not others)
         for other in others:
             other.result()
-    return [answered for _, answered in parts]
+    return list(files)
 
 
 def _answer(

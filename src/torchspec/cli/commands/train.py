@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from yaml import YAMLError
 
 from torchspec.cli.console import announce
 from torchspec.cli.options import Parser, add_options
 from torchspec.cli.training import train
 from torchspec.core.config.fields import FLAGS, default_text, settings, type_text
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.config.sources import parse_value
 from torchspec.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from torchspec.core.pipeline.plan import Plan
+
+OBJECTIVE = "draft.objective"
+"""The algorithm's, whose settings are not known before it is imported."""
 
 _INTRODUCTION = """\
 Train a draft for a target on conversations.
@@ -34,7 +41,15 @@ def parser() -> Parser:
 def bare_parser() -> Parser:
     """The options alone; listing the algorithm's settings takes an import of torch."""
     made = Parser("train", _INTRODUCTION, usage="torchspec train [options] [section.key=value ...]")
-    add_options(made, RunConfig, FLAGS)
+    add_options(made, RunConfig, {path: flag for path, flag in FLAGS.items() if path != OBJECTIVE})
+    made.add_argument(
+        FLAGS[OBJECTIVE],
+        dest=OBJECTIVE,
+        metavar="TERM[=WEIGHT],...",
+        default=SUPPRESS,
+        help="terms of the loss, each with a weight (1 if none is given), in the place of the default: lk_lambda, or "
+        "kl=0.5,tv=0.5 (the terms: draft.objective)",
+    )
     made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
     made.add_argument("--nproc", metavar="N", default="1", help="start N ranks on this machine [default: 1]")
     made.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
@@ -72,6 +87,8 @@ def run(words: Sequence[str]) -> int:
     if as_json and not dry_run:
         problems.append(Problem(field="--json", message="means the plan of --dry-run", remedy="give both or neither"))
     nproc = _nproc(values.pop("nproc"), problems)
+    if OBJECTIVE in values:
+        values[OBJECTIVE] = read_terms(values[OBJECTIVE], problems)
 
     from torchspec import __version__
     from torchspec.core.settings import launch as place
@@ -127,6 +144,25 @@ def run(words: Sequence[str]) -> int:
 
         return cluster.run(check(config, ranks).config, words, announce)
     return train(config, provenance, silent=not first)
+
+
+def read_terms(text: str, problems: list[Problem]) -> dict[str, Any]:
+    """Terms and weights of `kl=0.5,tv=0.5`; which there are and what they may weigh is the schema's to say."""
+    terms: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, weight = (piece.strip() for piece in part.partition("="))
+        try:
+            value = parse_value(weight) if equals else 1.0
+        except YAMLError:
+            value = None
+        if not name or value is None:
+            message, remedy = "not TERM or TERM=WEIGHT", "such as lk_lambda or kl=0.5,tv=0.5"
+            problems.append(Problem(field=FLAGS[OBJECTIVE], value=part, message=message, remedy=remedy))
+        elif name in terms:
+            problems.append(Problem(field=FLAGS[OBJECTIVE], value=name, message="given twice"))
+        else:
+            terms[name] = value
+    return terms
 
 
 def _show_plan(plan: Plan, as_json: bool) -> int:

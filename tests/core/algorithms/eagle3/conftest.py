@@ -16,6 +16,8 @@ from torchspec.core.algorithms.eagle3.algorithm import Eagle3
 from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
+from torchspec.core.algorithms.eagle31.algorithm import Eagle31
+from torchspec.core.algorithms.eagle31.options import Eagle31Options
 from torchspec.core.features.rows import FeatureRows, TokenRows
 from torchspec.core.interfaces.algorithm import KEEP_ALL, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
@@ -78,7 +80,10 @@ def cpu() -> Device:
 
 @pytest.fixture
 def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., World]:
-    """make_world(dtype=..., draft_config={...}, **options); `draft_config` becomes the file of options.config."""
+    """make_world(dtype=..., draft_config={...}, **options); `draft_config` becomes the file of options.config.
+
+    With options of EAGLE-3.1 it is one.
+    """
 
     def make(
         dtype: torch.dtype = torch.float64,
@@ -94,7 +99,10 @@ def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., W
         vocabulary = VocabularyMap.identity(spec.vocab_size)
         if ids_N is not None:
             vocabulary = VocabularyMap(ids_N=ids_N, target_size=spec.vocab_size)
-        algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
+        if {"fc_norm", "norm_output"} & options.keys():
+            algorithm: Eagle3 = Eagle31.create(Eagle31Options(vocab_size=vocabulary.size, **options), spec)
+        else:
+            algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
         head = load_target_head(tiny_llama, dtype=dtype, device=torch.device("cpu"))
         torch.manual_seed(0)
         draft = algorithm.build_draft(vocabulary, head)

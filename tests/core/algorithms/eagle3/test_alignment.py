@@ -113,9 +113,11 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert (got[name] - gradient).norm() <= 1e-12 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("normalisation", ["token", "per_sequence"])
-def test_gradients_do_not_depend_on_how_samples_are_batched(make_world: Worlds, normalisation: str) -> None:
-    world = make_world(unroll=3, ids_N=torch.arange(0, 300, 2), normalisation=normalisation)
+@pytest.mark.parametrize(
+    "options", [{}, {"normalisation": "per_sequence"}, {"fc_norm": True}], ids=["token", "per_sequence", "eagle3.1"]
+)
+def test_gradients_do_not_depend_on_how_samples_are_batched(make_world: Worlds, options: dict[str, Any]) -> None:
+    world = make_world(unroll=3, ids_N=torch.arange(0, 300, 2), **options)
     lengths = (30, 8, 19, 3)
     features = [world.features(world.tokens(n, n), n) for n in lengths]
     masks = [torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5 for n in lengths]
@@ -132,9 +134,10 @@ def test_gradients_do_not_depend_on_how_samples_are_batched(make_world: Worlds, 
         assert parts[name] == pytest.approx(value, rel=1e-12), name
 
 
-def test_padding_changes_nothing(make_world: Worlds) -> None:
+@pytest.mark.parametrize("options", [{}, {"fc_norm": True}], ids=["eagle3", "eagle3.1"])
+def test_padding_changes_nothing(make_world: Worlds, options: dict[str, Any]) -> None:
     """Rubbish behind a row's end, as a longer neighbour makes room for it, is never looked at."""
-    world = make_world(unroll=3)
+    world = make_world(unroll=3, **options)
     feature = world.features(world.tokens(12, 1), 1)
     mask_T = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool)
     alone = [world.step([feature], [mask_T])]

@@ -103,8 +103,15 @@ def make_texts(world: Any, lengths: Sequence[int], limit: int) -> list[Text]:
 @pytest.mark.parametrize("lengths", [(5,), (5, 12, 2), (4, 4)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ids_N": torch.arange(0, 300, 3)}, {"norm_before_residual": True, "draft_config": {"hidden_size": 32}}],
-    ids=["whole_vocabulary", "pruned", "own_embedding"],
+    [
+        {},
+        {"ids_N": torch.arange(0, 300, 3)},
+        {"norm_before_residual": True, "draft_config": {"hidden_size": 32}},
+        {"fc_norm": True, "norm_output": False},
+        {"fc_norm": False, "norm_output": True},
+        {"fc_norm": True, "norm_before_residual": True, "draft_config": {"hidden_size": 32}},
+    ],
+    ids=["whole_vocabulary", "pruned", "own_embedding", "tap_norms", "output_norm", "both_norms_own_embedding"],
 )
 def test_every_round_is_the_training_forwards_prefix(
     make_world: Worlds, lengths: Sequence[int], options: dict[str, Any]

@@ -28,6 +28,19 @@ def test_it_starts_from_the_last_tap_and_the_targets_head(make_world: Worlds) ->
     torch.testing.assert_close(draft.norm(last_TH, world.device.ops), head.normed(last_TH, "pre_norm"))
 
 
+def test_with_norms_of_the_taps_it_starts_from_the_last_one_normed(make_world: Worlds) -> None:
+    """Whatever the taps' sizes are; so it says what the target's head says of the last tap."""
+    world = make_world(fc_norm=True, dtype=torch.float32)
+    draft, head, size = fresh(world), world.head, world.algorithm.geometry.hidden_size
+    draft.fc.weight[:, :-size] = 0
+    taps_TNH = torch.tensor([3.0, 6.0, 10.0])[:, None] * torch.randn(5, 3, size)
+    feature_TH = draft.features(taps_TNH.flatten(1)[None], world.device)[0]
+    torch.testing.assert_close(feature_TH, torch.nn.functional.rms_norm(taps_TNH[:, -1], (size,), eps=1e-6))
+    said_TV = draft.lm_head(draft.norm(feature_TH, world.device.ops))
+    expected_TV = head.normed(taps_TNH[:, -1], "pre_norm") @ head.head_VH.T
+    torch.testing.assert_close(said_TV, expected_TV, rtol=1e-3, atol=1e-3)
+
+
 def test_each_key_answers_to_the_first_query_of_its_group(make_world: Worlds) -> None:
     """As it is, or, in the first half of the key heads, features to embeddings."""
     draft = fresh(make_world())

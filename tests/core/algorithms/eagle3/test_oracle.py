@@ -1,4 +1,4 @@
-"""The training forward against EAGLE-3's definition, recomputed slot by slot, step by step, key by key, in float64.
+"""The training forward against the definitions of EAGLE-3 and EAGLE-3.1, recomputed key by key in float64.
 
 The oracle follows docs/concepts.md and shares no code with the implementation: a slot's attention is a Python list of
 keys, supervision is looked up token by token, and the target's distribution is sliced out of a softmax over all V.
@@ -72,7 +72,9 @@ class Oracle:
             return self.memo[i, k]
         w, geometry = self.params, self.world.algorithm.geometry
         eps, heads, kv_heads = geometry.rms_norm_eps, geometry.num_attention_heads, geometry.num_key_value_heads
-        h = w["fc.weight"] @ self.g[i] if k == 0 else self.slot(i, k - 1)[0]
+        h = self.first_feature(i) if k == 0 else self.slot(i, k - 1)[0]
+        if k > 0 and geometry.norm_output:
+            h = rms(h, w["norm.weight"], eps)
         table = w.get("embed_tokens.weight", self.world.head.embedding_VH)
         e = table[self.x[i + 1 + k]]
         h_normed = rms(h, w["midlayer.hidden_norm.weight"], eps)
@@ -111,6 +113,14 @@ class Oracle:
         out = r + w["midlayer.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
         self.memo[i, k] = (out, own_k, own_v)
         return self.memo[i, k]
+
+    def first_feature(self, i: int) -> Tensor:
+        w, geometry = self.params, self.world.algorithm.geometry
+        read: list[Tensor] = []
+        for n in range(geometry.num_taps):
+            tap = self.g[i][n * geometry.target_hidden_size : (n + 1) * geometry.target_hidden_size]
+            read.append(rms(tap, w[f"fc_norm.{n}.weight"], geometry.rms_norm_eps) if geometry.fc_norm else tap)
+        return w["fc.weight"] @ torch.cat(read)
 
     def supervised(self, i: int, k: int) -> bool:
         j = i + 2 + k
@@ -166,6 +176,14 @@ CASES = [
     for coverage in ("drop", "renormalise", "weight")
     for normalisation in ("token", "per_sequence")
     for name, extra in (("same_width", {}), ("own_embedding", {"norm_before_residual": True}))
+] + [
+    pytest.param({"coverage": "drop", "normalisation": "token", **norms, **extra}, id=name)
+    for name, norms, extra in (
+        ("tap_norms", {"norm_output": False}, {}),
+        ("output_norm", {"fc_norm": False}, {}),
+        ("both_norms", {"fc_norm": True}, {}),
+        ("both_norms_own_embedding", {"fc_norm": True}, {"norm_before_residual": True}),
+    )
 ]
 
 

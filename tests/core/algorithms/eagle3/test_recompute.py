@@ -46,7 +46,9 @@ def step(world: Any, supervised: float, memory: StepMemory) -> tuple[Tensor, dic
 
 
 @pytest.mark.parametrize("supervised", [1.0, 0.4], ids=["dense", "sparse"])
-@pytest.mark.parametrize("options", [{}, {"norm_before_residual": True, "draft_config": {"hidden_size": 32}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm_before_residual": True, "draft_config": {"hidden_size": 32}}, {"fc_norm": True}]
+)
 def test_loss_and_gradients_are_the_same(
     make_world: Callable[..., Any], supervised: float, options: dict[str, Any]
 ) -> None:
@@ -60,10 +62,14 @@ def test_loss_and_gradients_are_the_same(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("options", [{}, {"fc_norm": True}], ids=["eagle3", "eagle3.1"])
 def test_the_estimate_is_near_the_peak(
-    make_world: Callable[..., Any], peak_bytes: Callable[[Callable[[], object]], int], recompute: bool
+    make_world: Callable[..., Any],
+    peak_bytes: Callable[[Callable[[], object]], int],
+    recompute: bool,
+    options: dict[str, Any],
 ) -> None:
-    world = make_world(unroll=7, ids_N=torch.arange(0, 300, 10), dtype=torch.float32)
+    world = make_world(unroll=7, ids_N=torch.arange(0, 300, 10), dtype=torch.float32, **options)
     tokens = 2000
     features, masks = [world.features(world.tokens(tokens))], [torch.ones(tokens, dtype=torch.bool)]
 

@@ -1,0 +1,79 @@
+"""What users say of a draft of blocks; each algorithm derives its `draft` section from it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from torchspec.core.config.schema import Positive
+from torchspec.core.objectives.terms import ObjectiveOptions, Term, Weight
+
+LayerKind = Literal["full", "sliding"]
+GAMMA_OF_16 = 7.0
+
+
+class BlockOptions(ObjectiveOptions):
+    config: Path | None = Field(None, description="a draft config.json to take the geometry from")
+    init_from: Path | None = Field(None, description="exported draft or checkpoint to start from")
+    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="target layers whose outputs feed the draft, 0-based; default: five, evenly from 1 to n - 3"
+    )
+    vocab_size: Positive | None = Field(
+        None, description="size; default: the target's. A smaller one keeps the tokens used most"
+    )
+    num_layers: Positive = Field(5, description="decoder layers of the draft")
+    block_size: Annotated[int, Field(ge=2)] = Field(16, description="slots of a block; it drafts one token fewer")
+    sample_from_anchor: bool = Field(
+        False, description="the slot of the known token predicts too: a block drafts as many tokens as it has slots"
+    )
+    mask_token: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="token that stands for those to be drafted, best one that texts do not contain; default: the last "
+        "of the target's embedding",
+    )
+    num_anchors: Positive = Field(
+        512, description="blocks trained per text and epoch, at positions drawn anew in every epoch"
+    )
+    intermediate_size: Positive | None = Field(None, description="default: the target's")
+    num_attention_heads: Positive | None = Field(None, description="default: the target's")
+    num_key_value_heads: Positive | None = Field(None, description="default: the target's")
+    head_dim: Positive | None = Field(None, description="default: the target's")
+    layer_types: tuple[LayerKind, ...] | None = Field(
+        None,
+        description="of each layer: full, or sliding (sees `sliding_window` positions back); default: all sliding if "
+        "sliding_window is given, else all full",
+    )
+    sliding_window: Positive | None = Field(None, description="positions that a sliding layer sees, its own included")
+    sliding_window_non_causal: bool = Field(
+        False, description="slots of sliding layers see the later ones of their block, too"
+    )
+    objective: dict[Term, Weight] = Field(
+        {"ground_truth": 1.0},
+        min_length=1,
+        description="terms of the loss and their weights, as for eagle3: ground_truth, cross_entropy, kl, reverse_kl, "
+        "jsd, tv, lk_alpha, lk_lambda, argmax",
+    )
+    weighting: Literal["decay", "dpace"] = Field(
+        "decay",
+        description="how positions weigh: exp(-k / gamma), or by how much they add to the expected accepted length "
+        "as the draft is now (D-PACE, 2605.18810; one more pass over the logits, without gradients)",
+    )
+    gamma: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of `decay`; default: 7 for blocks of 16, in proportion for others"
+    )
+    dpace_smoothing: float = Field(0.5, ge=0, le=1, description="of `dpace`: what an unlikely token leaves of the rest")
+
+    @property
+    def step_decay(self) -> float:
+        """Weight of a step over that of the step before."""
+        gamma = GAMMA_OF_16 * self.block_size / 16 if self.gamma is None else self.gamma
+        return math.exp(-1 / gamma)
+
+    @field_validator("config")
+    @classmethod
+    def _the_file(cls, config: Path | None) -> Path | None:
+        """The file itself: checkpoints carry the files that options name, and compare them by their contents."""
+        return config / "config.json" if config is not None and config.is_dir() else config

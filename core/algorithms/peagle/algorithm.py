@@ -1,0 +1,253 @@
+"""P-EAGLE for the trainer: builds the draft, runs a micro-batch, sums the metrics, hands out drafters.
+
+Shape letters: B rows, T positions, K depths, M supervised (slot, depth) elements, R target rows, H draft hidden size,
+N draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from torchspec.core.algorithms.eagle3.batch import halo
+from torchspec.core.algorithms.metrics import summarise
+from torchspec.core.algorithms.peagle import serving
+from torchspec.core.algorithms.peagle.batch import Batch, Plan, build_batch
+from torchspec.core.algorithms.peagle.drafter import PEagleDrafter
+from torchspec.core.algorithms.peagle.geometry import PEagleGeometry, derive
+from torchspec.core.algorithms.peagle.initialise import initialise
+from torchspec.core.algorithms.peagle.metrics import element_sums
+from torchspec.core.algorithms.peagle.model import PEagleDraft, vocabulary_of
+from torchspec.core.algorithms.peagle.options import PEagleOptions
+from torchspec.core.algorithms.peagle.sampling import DepthSampling
+from torchspec.core.errors import CheckpointError, ConfigError, Problem
+from torchspec.core.features.rows import FeatureRows
+from torchspec.core.interfaces.algorithm import (
+    KEEP_ALL,
+    START,
+    AttentionShape,
+    DraftFiles,
+    Moment,
+    StepMemory,
+    StepResult,
+)
+from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.objectives.chunks import LossShape, chunk_rows
+from torchspec.core.objectives.distillation import Head, Supervision, distil
+from torchspec.core.objectives.teachers import teacher_of
+from torchspec.core.objectives.terms import term_weights
+from torchspec.core.objectives.weighting import per_sequence, step_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PEagle:
+    """The algorithm for one target. `geometry` fixes the draft; `create` derives it."""
+
+    options: PEagleOptions
+    target: TargetSpec
+    geometry: PEagleGeometry
+    taps: tuple[int, ...]
+    name: str = "peagle"
+
+    @classmethod
+    def create(cls, options: PEagleOptions, target: TargetSpec) -> PEagle:
+        """Raises ConfigError with everything about the options that does not fit the target."""
+        geometry, taps = derive(options, target)
+        return cls(options=options, target=target, geometry=geometry, taps=taps)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.geometry.draft_vocab_size
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        from torchspec.core.algorithms.peagle import convert
+
+        return convert.LAYOUTS
+
+    @property
+    def sampling(self) -> DepthSampling:
+        options = self.options
+        return DepthSampling(depths=options.depths, ratio=options.depth_ratio, least=options.depth_ratio_min)
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """See `Algorithm.attention_shape`; of one layer."""
+        geometry = self.geometry
+        return AttentionShape(
+            query_heads=geometry.num_attention_heads,
+            key_heads=geometry.num_key_value_heads,
+            head_size=geometry.head_dim,
+            steps=self.options.depths,
+        )
+
+    @property
+    def halo(self) -> int:
+        """See `Algorithm.halo`; the last depth looks as far ahead as EAGLE-3's last step."""
+        return halo(self.options.depths)
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """See `Algorithm.remembers`."""
+        return self.options.remembers
+
+    def kept_values(
+        self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward", text: int | None = None
+    ) -> float:
+        """Per token: the embedding and fc's output. Per element and layer: q, k, v, the attention's output, the
+        residual, gate, up and the output; of layers that are made again k, v and the output alone. In the first layer
+        the v of elements beyond depth 0 is one for all. The last outputs have a gradient each, which is scaled in a
+        copy in the backward pass, when the outputs are gone.
+
+        That goes from the last layer's last depth to its first. At each there are the gradients of gate, up and their
+        product, those of the keys and values of the depths before, twice as they are added up, and no longer what the
+        depths behind it kept."""
+        geometry, layers = self.geometry, self.geometry.num_layers
+        size, heads = geometry.hidden_size, geometry.head_dim * geometry.num_attention_heads
+        keys_values = 2 * geometry.head_dim * geometry.num_key_value_heads
+        shares = [self.sampling.share(depth) for depth in range(self.options.depths)]
+        elements = sum(shares)
+        made = 2 * heads + size + 2 * geometry.intermediate_size
+        kept = 2 * size + elements * (layers * (size + keys_values) + size) - (elements - 1) * keys_values / 2
+        if not recompute:
+            kept += layers * elements * made
+        if moment == "loss":
+            return kept
+        passing = [0.0]
+        for depth, share in enumerate(shares):
+            behind = sum(shares[depth + 1 :])
+            again = made * share if recompute else -made * behind
+            keys = keys_values * (sum(shares[: depth + 1]) + depth * share)
+            passing.append(3 * geometry.intermediate_size * share + keys + again - size * (elements + behind))
+        return kept + max(passing)
+
+    def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> PEagleDraft:
+        """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
+        self._check(vocabulary)
+        draft = PEagleDraft(self.geometry, vocabulary)
+        initialise(draft, head)
+        return draft
+
+    def step(
+        self,
+        draft: nn.Module,
+        head: TargetHead,
+        rows: FeatureRows,
+        device: Device,
+        memory: StepMemory = KEEP_ALL,
+        moment: Moment = START,
+    ) -> StepResult:
+        """The training forward of one micro-batch; see `Algorithm.step`."""
+        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
+        return self.run(draft, head, build_batch(rows, plan, moment), device, memory, moment)
+
+    def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
+        """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
+        shape = LossShape(
+            steps=self.options.depths,
+            hidden=self.geometry.hidden_size,
+            draft_vocabulary=self.geometry.draft_vocab_size,
+            target_vocabulary=self.geometry.vocab_size,
+            itemsize=head.shard_VH.itemsize,
+            with_logs=self.options.with_logs,
+            ranks=1 if head.shards is None else head.shards.size,
+            shard_logits=memory.shard_logits,
+        )
+        return Plan(
+            sampling=self.sampling,
+            chunk_rows=chunk_rows(shape, loss_bytes),
+            device=head.embedding_VH.device,
+            shards=head.shards,
+        )
+
+    def run(
+        self,
+        draft: nn.Module,
+        head: TargetHead,
+        batch: Batch,
+        device: Device,
+        memory: StepMemory = KEEP_ALL,
+        moment: Moment = START,
+    ) -> StepResult:
+        """The training forward of an assembled micro-batch."""
+        options, pairs = self.options, batch.pairs
+        vocabulary = vocabulary_of(draft)
+        teacher = teacher_of(
+            head,
+            head.normed(batch.last_RH, batch.norm_state),
+            vocabulary,
+            device.ops,
+            coverage=options.coverage,
+            with_logs=options.with_logs,
+            shard_logits=memory.shard_logits,
+        )
+        placed: Any = {"dtype": teacher.wide, "device": pairs.row_M.device}
+        base_M = step_weights(pairs.sizes, options.depth_decay, **placed)
+        sequences = None
+        if options.normalisation == "per_sequence":
+            coverage_M = teacher.survey(batch.chunks)[pairs.row_M]
+            base_M, sequences = per_sequence(
+                base_M, coverage_M, pairs.document_M, batch.documents, batch.inputs.sequence
+            )
+        supervision = Supervision(
+            teacher=teacher,
+            chunks=batch.chunks,
+            slot_M=pairs.slot_M,
+            row_M=pairs.row_M,
+            base_M=base_M,
+            weights=term_weights(options, moment, pairs.sizes, **placed),
+            truth_M=batch.truth(vocabulary) if "ground_truth" in options.objective else None,
+        )
+
+        def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            numerator, terms = distil(outputs, output_head, supervision, device.ops)
+            denominator = (base_M * terms.coverage_M).sum() if sequences is None else sequences
+            return numerator, element_sums(batch, terms) | {"loss_denominator": denominator}
+
+        numerator, sums = draft(batch.inputs, head.embedding_VH, device, objective, recompute=memory.recompute)
+        return StepResult(
+            numerator=numerator,
+            denominator=sums["loss_denominator"],
+            sums=sums | {"loss_numerator": numerator.detach()},
+        )
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
+        """See `metrics.summarise`; the walk is over texts that kept every element: at a depth_ratio of 1 all."""
+        return summarise(sums, self.options.depth_decay)
+
+    def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> PEagleDrafter:
+        """Drafts with the parameters `draft` holds now, in their precision; `draft` must not be sharded."""
+        assert isinstance(draft, PEagleDraft)
+        return PEagleDrafter(draft, head, device, self.taps)
+
+    def to_files(self, draft_state: dict[str, Tensor], layout: str) -> DraftFiles:
+        from torchspec.core.algorithms.peagle import convert
+
+        return convert.to_files(self, draft_state, layout)
+
+    def serve(
+        self, files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
+    ) -> Tensor:
+        served = serving.served_taps(files.config, self.target.num_layers)
+        if served != self.taps:
+            raise CheckpointError(
+                f"an engine that reads the exported config.json taps the layers {list(served)}, but the draft was "
+                f"trained on {list(self.taps)}: its tap ids are wrong"
+            )
+        return serving.serve(files, head, taps_TNH, next_tokens_T, drafted_L)
+
+    def _check(self, vocabulary: VocabularyMap) -> None:
+        wanted = (self.geometry.draft_vocab_size, self.geometry.vocab_size)
+        if (vocabulary.size, vocabulary.target_size) != wanted:
+            problem = Problem(
+                field="draft.vocab_size",
+                value=wanted[0],
+                message=f"the vocabulary map holds {vocabulary.size} of {vocabulary.target_size} tokens, "
+                f"the draft is to have {wanted[0]} of {wanted[1]}",
+                remedy="use the map that belongs to this draft and target",
+            )
+            raise ConfigError([problem])

@@ -1,0 +1,53 @@
+"""The `draft` section of a P-EAGLE run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from torchspec.core.config.schema import Positive
+from torchspec.core.objectives.terms import ObjectiveOptions
+
+
+class PEagleOptions(ObjectiveOptions):
+    config: Path | None = Field(None, description="a draft config.json to take the geometry from")
+    init_from: Path | None = Field(None, description="exported draft or checkpoint to start from")
+    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="target layers whose outputs feed the draft, 0-based; default [1, n//2 - 1, n - 4]"
+    )
+    vocab_size: Positive | None = Field(
+        None,
+        description="size; default: min(32000, the target's). A smaller one keeps the tokens used most",
+    )
+    num_layers: Positive = Field(4, description="decoder layers of the draft; the first one reads the taps")
+    mask_token: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="token that stands for those to be drafted, best one that texts do not contain; default: the last "
+        "of the target's embedding",
+    )
+    hidden_size: Positive | None = Field(None, description="default: the target's")
+    intermediate_size: Positive | None = Field(None, description="default: the target's")
+    num_attention_heads: Positive | None = Field(None, description="default: the target's")
+    num_key_value_heads: Positive | None = Field(None, description="default: the target's")
+    head_dim: Positive | None = Field(None, description="default: the target's")
+    norm_before_residual: bool = Field(False, description="the first layer's residual branch is the normed feature")
+    depths: Annotated[int, Field(ge=2)] = Field(8, description="tokens drafted at once, K")
+    depth_ratio: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="depth j is trained at a share depth_ratio ** j of the positions, drawn anew in every epoch; 1: at "
+        "all of them",
+    )
+    depth_ratio_min: float = Field(0.2, ge=0, le=1, description="the least such share")
+    depth_decay: float = Field(
+        1.0, gt=0, le=1, description="weight of depth j is depth_decay ** j, beside there being fewer positions of it"
+    )
+
+    @field_validator("config")
+    @classmethod
+    def _the_file(cls, config: Path | None) -> Path | None:
+        """The file itself: checkpoints carry the files that options name, and compare them by their contents."""
+        return config / "config.json" if config is not None and config.is_dir() else config
