@@ -45,7 +45,7 @@ class DSpark(BlockAlgorithm):
     form: ClassVar[Format] = files.FORM
     title: ClassVar[str] = "a DSpark draft"
     options_class: ClassVar[type[BlockOptions]] = DSparkOptions
-    gaps: ClassVar[bool] = True
+    gaps: ClassVar[bool] = False
     options: DSparkOptions
     geometry: DSparkGeometry
     name: str = "dspark"

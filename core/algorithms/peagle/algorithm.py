@@ -7,11 +7,12 @@ N draft vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from torchspec.core.algorithms.eagle3.batch import halo
+from torchspec.core.algorithms.lesson import lesson_of, result_of, rows_per_chunk
 from torchspec.core.algorithms.metrics import summarise
 from torchspec.core.algorithms.peagle import serving
 from torchspec.core.algorithms.peagle.batch import Batch, Plan, build_batch
@@ -36,11 +37,7 @@ from torchspec.core.interfaces.algorithm import (
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.objectives.chunks import LossShape, chunk_rows
-from torchspec.core.objectives.distillation import Head, Supervision, distil
-from torchspec.core.objectives.teachers import teacher_of
-from torchspec.core.objectives.terms import term_weights
-from torchspec.core.objectives.weighting import per_sequence, step_weights
+from torchspec.core.objectives.distillation import Head, distil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +144,19 @@ class PEagle:
 
     def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
         """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
-        shape = LossShape(
+        rows = rows_per_chunk(
+            self.options,
+            head,
+            memory,
+            loss_bytes,
             steps=self.options.depths,
             hidden=self.geometry.hidden_size,
             draft_vocabulary=self.geometry.draft_vocab_size,
             target_vocabulary=self.geometry.vocab_size,
-            itemsize=head.shard_VH.itemsize,
-            with_logs=self.options.with_logs,
-            ranks=1 if head.shards is None else head.shards.size,
-            shard_logits=memory.shard_logits,
         )
         return Plan(
             sampling=self.sampling,
-            chunk_rows=chunk_rows(shape, loss_bytes),
+            chunk_rows=rows,
             device=head.embedding_VH.device,
             shards=head.shards,
         )
@@ -174,46 +171,17 @@ class PEagle:
         moment: Moment = START,
     ) -> StepResult:
         """The training forward of an assembled micro-batch."""
-        options, pairs = self.options, batch.pairs
-        vocabulary = vocabulary_of(draft)
-        teacher = teacher_of(
-            head,
-            head.normed(batch.last_RH, batch.norm_state),
-            vocabulary,
-            device.ops,
-            coverage=options.coverage,
-            with_logs=options.with_logs,
-            shard_logits=memory.shard_logits,
-        )
-        placed: Any = {"dtype": teacher.wide, "device": pairs.row_M.device}
-        base_M = step_weights(pairs.sizes, options.depth_decay, **placed)
-        sequences = None
-        if options.normalisation == "per_sequence":
-            coverage_M = teacher.survey(batch.chunks)[pairs.row_M]
-            base_M, sequences = per_sequence(
-                base_M, coverage_M, pairs.document_M, batch.documents, batch.inputs.sequence
-            )
-        supervision = Supervision(
-            teacher=teacher,
-            chunks=batch.chunks,
-            slot_M=pairs.slot_M,
-            row_M=pairs.row_M,
-            base_M=base_M,
-            weights=term_weights(options, moment, pairs.sizes, **placed),
-            truth_M=batch.truth(vocabulary) if "ground_truth" in options.objective else None,
+        options = self.options
+        lesson = lesson_of(
+            options, batch, head, vocabulary_of(draft), device, memory, moment, decay=options.depth_decay
         )
 
         def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            numerator, terms = distil(outputs, output_head, supervision, device.ops)
-            denominator = (base_M * terms.coverage_M).sum() if sequences is None else sequences
-            return numerator, element_sums(batch, terms) | {"loss_denominator": denominator}
+            numerator, terms = distil(outputs, output_head, lesson.supervision, device.ops)
+            return numerator, element_sums(batch, terms) | {"loss_denominator": lesson.denominator(terms)}
 
         numerator, sums = draft(batch.inputs, head.embedding_VH, device, objective, recompute=memory.recompute)
-        return StepResult(
-            numerator=numerator,
-            denominator=sums["loss_denominator"],
-            sums=sums | {"loss_numerator": numerator.detach()},
-        )
+        return result_of(numerator, sums)
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
         """See `metrics.summarise`; the walk is over texts that kept every element: at a depth_ratio of 1 all."""

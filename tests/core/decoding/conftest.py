@@ -278,7 +278,7 @@ class RealParts:
 
 @pytest.fixture(scope="session")
 def make_parts() -> Callable[..., RealParts]:
-    """make_parts(target, kind="eagle3", ids_N=..., **options of the draft): an untrained draft on the target's engine."""
+    """make_parts(target, kind="eagle3", ids_N=..., **options of the draft): an untrained draft on a target's engine."""
 
     def make(
         path: Path, *, kind: str = "eagle3", ids_N: Tensor | None = None, seed: int = 0, **options: Any

@@ -40,7 +40,7 @@ def save_like(tiny_target: Path, tmp_path: Path) -> Any:
         sizes = json.loads((tiny_target / "config.json").read_text())
         directory = tmp_path / kind.model_type
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(kind(**{name: sizes[name] for name in SHARED}, **facts))
+        model = AutoModelForCausalLM.from_config(kind(**{**{name: sizes[name] for name in SHARED}, **facts}))
         model.save_pretrained(directory)
         for file in (*tiny_target.glob("*token*"), *tiny_target.glob("chat_template*")):
             shutil.copy(file, directory)
@@ -55,9 +55,9 @@ def test_experts(save_like: Any, make_config: Any, tmp_path: Path) -> None:
 
 
 def test_latent_attention(save_like: Any, make_config: Any, tmp_path: Path) -> None:
-    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     groups = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
-    target = save_like(DeepseekV3Config, num_key_value_heads=4, **ranks, **groups, **EXPERTS)
+    target = save_like(DeepseekV3Config, num_key_value_heads=4, head_dim=8, v_head_dim=8, **ranks, **groups, **EXPERTS)
     trained_and_evaluated(target, make_config, tmp_path / "run")
 
 

@@ -90,7 +90,7 @@ def _recipes(options: BenchOptions) -> dict[str, Path]:
     known = shipped()
     if not options.recipes:
         return known
-    return {Path(name).stem: known.get(name, Path(name)) for name in options.recipes}
+    return {name if name in known else Path(name).stem: known.get(name, Path(name)) for name in options.recipes}
 
 
 def _problems(options: BenchOptions) -> list[Problem]:

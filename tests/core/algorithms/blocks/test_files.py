@@ -198,8 +198,11 @@ def test_the_check_catches_files_that_an_engine_would_read_otherwise(make_world:
         "norm": tensor("hidden_norm.weight", torch.ones(64))(plain),
     }
     for name, files in wrong.items():
-        with pytest.raises(CheckpointError, match=r"tap ids are wrong|does not predict"):
+        try:
             check_files(world.algorithm, world.draft, files, world.head, world.device, None)
+        except CheckpointError as error:
+            assert any(words in str(error) for words in ("tap ids are wrong", "does not predict")), name  # noqa: PT017
+        else:
             pytest.fail(name)
 
 
