@@ -71,7 +71,7 @@ def shift_spans(spans: Sequence[Span], placed: Sequence[Placed]) -> list[Span]:
 
     def shifted(character: int) -> int:
         before = [each for each in placed if each.stop <= character]
-        return character + before[0].placed_stop - before[0].stop if before else character
+        return character + before[-1].placed_stop - before[-1].stop if before else character
 
     return [(shifted(start), shifted(end)) for start, end in spans]
 
