@@ -280,7 +280,7 @@ def _find(weights: TargetWeights, name: str, shape: tuple[int, ...]) -> str | No
     ]
     parts = set(name.split("."))
     common = {stored: len(parts.intersection(stored.split("."))) for stored in similar}
-    nearest = [stored for stored in similar ]
+    nearest = [stored for stored in similar if common[stored] == max(common.values())]
     if len(nearest) > 1:
         raise TargetError(f"{weights.path}: {name} may be any of {', '.join(sorted(nearest))}")
     return nearest[0] if nearest else None

@@ -52,11 +52,13 @@ class Format:
     """How files name a draft: its class in the plain layout, its kind in the speculators layout (None: it has none).
 
     says_anchor   the plain layout has a field for `sample_from_anchor`
+    projector     what the plain layout's `projector_type` says, which tells drafts of one class apart
     """
 
     architecture: str
     kind: str | None
     says_anchor: bool = False
+    projector: str | None = None
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -67,7 +69,9 @@ class Format:
         if is_speculators(config):
             return bool(config["speculators_model_type"] == self.kind)
         named = config.get("architectures")
-        return isinstance(named, list) and self.architecture in named
+        special = config.get("dflash_config")
+        projector = config.get("projector_type") or (special or {}).get("projector_type")
+        return isinstance(named, list) and self.architecture in named and projector == self.projector
 
 
 def layouts(form: Format, geometry: BlockGeometry) -> tuple[str, ...]:

@@ -1,0 +1,20 @@
+"""What users say of a Domino draft: the `draft` section of its configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from torchspec.core.algorithms.blocks.options import BlockOptions
+from torchspec.core.config.schema import Positive
+from torchspec.core.objectives.terms import Ramp
+
+
+class DominoOptions(BlockOptions):
+    gru_hidden_dim: Positive | None = Field(
+        None, description="width of the state that reads the tokens chosen so far; default: the target's hidden size"
+    )
+    emb_dim: Positive = Field(256, description="width of the correction before it is mapped to the vocabulary")
+    curriculum: Ramp = Field(
+        Ramp(start=1.0, end=0.0, until=0.5),
+        description="share of the loss that the uncorrected logits have, the corrected ones having the rest",
+    )
