@@ -9,12 +9,17 @@ from torchspec.core.config.schema import Positive
 from torchspec.core.objectives.terms import Ramp
 
 
+class Curriculum(Ramp):
+    """Of the share of the loss that the uncorrected logits have, the corrected ones having the rest."""
+
+    start: float = Field(1.0, ge=0, le=1, description="share of the uncorrected logits in the loss at the first step")
+    end: float = Field(0.0, ge=0, le=1, description="that share from `until` on")
+    until: float = Field(0.5, gt=0, le=1, description="share of all steps after which it stays at `end`")
+
+
 class DominoOptions(BlockOptions):
     gru_hidden_dim: Positive | None = Field(
         None, description="width of the state that reads the tokens chosen so far; default: the target's hidden size"
     )
     emb_dim: Positive = Field(256, description="width of the correction before it is mapped to the vocabulary")
-    curriculum: Ramp = Field(
-        Ramp(start=1.0, end=0.0, until=0.5),
-        description="share of the loss that the uncorrected logits have, the corrected ones having the rest",
-    )
+    curriculum: Curriculum = Curriculum()
