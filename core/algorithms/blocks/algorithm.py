@@ -164,7 +164,7 @@ class BlockAlgorithm:
     @property
     def decay(self) -> float:
         """Of the weights from step to step."""
-        return self.options.step_decay
+        return self.options.step_decay(self.geometry.block_size)
 
     def kept_values(
         self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward", text: int | None = None

@@ -70,7 +70,8 @@ class Format:
             return bool(config["speculators_model_type"] == self.kind)
         named = config.get("architectures")
         special = config.get("dflash_config")
-        projector = config.get("projector_type") or (special or {}).get("projector_type")
+        inside = special.get("projector_type") if isinstance(special, Mapping) else None
+        projector = config.get("projector_type") or inside
         return isinstance(named, list) and self.architecture in named and projector == self.projector
 
 

@@ -66,10 +66,9 @@ class BlockOptions(ObjectiveOptions):
     )
     dpace_smoothing: float = Field(0.5, ge=0, le=1, description="of `dpace`: what an unlikely token leaves of the rest")
 
-    @property
-    def step_decay(self) -> float:
-        """Weight of a step over that of the step before."""
-        gamma = GAMMA_OF_16 * self.block_size / 16 if self.gamma is None else self.gamma
+    def step_decay(self, block_size: int) -> float:
+        """Weight of a step over that of the step before, in blocks of this size."""
+        gamma = GAMMA_OF_16 * block_size / 16 if self.gamma is None else self.gamma
         return math.exp(-1 / gamma)
 
     @field_validator("config")

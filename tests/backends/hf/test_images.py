@@ -35,7 +35,7 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (40, 31)) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> tuple[ImageReference, ImageReference]:
-    first, second = picture(tmp_path / "a.png", 0), picture(tmp_path / "b.png", 1, (56, 28))
+    first, second = picture(tmp_path / "a.png", 0), picture(tmp_path / "b.png", 1, (84, 56))
     return refer_to_image(str(first)), refer_to_image(str(second))
 
 
@@ -157,7 +157,7 @@ def test_positions_in_three_dimensions(
     places = [(p, p, p) for p in range(3)]
     places += [(3, 3 + row, 3 + column) for row in range(rows) for column in range(columns)]
     places += [(3 + max(rows, columns) + p,) * 3 for p in range(2)]
-    assert rows != columns
+    assert (rows, columns) == (2, 3)  # six tokens take three positions
 
     (features,) = captured(engine, [CaptureRequest(record_id="s", input_ids=ids, images=images[1:])])
     model = engine._target.model

@@ -145,4 +145,4 @@ def test_a_file_that_says_less_takes_the_options(make_world: Callable[..., Any])
     world = make_world(draft_config={"confidence_head_with_markov": False}, sample_from_anchor=False)
     geometry = world.algorithm.geometry
     assert (geometry.confidence_head_with_markov, geometry.sample_from_anchor) == (False, False)
-    assert world.algorithm.options.step_decay == pytest.approx(2.718281828459045**-0.25)
+    assert world.algorithm.decay == pytest.approx(2.718281828459045**-0.25)
