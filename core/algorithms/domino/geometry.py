@@ -43,6 +43,15 @@ def derive(
                 remedy="leave it out",
             )
         )
+    if body.block_size == 2:
+        problems.append(
+            Problem(
+                field="draft.block_size",
+                value=2,
+                message="no token of such a block is corrected: the first one never is",
+                remedy="draft.block_size=3 or more",
+            )
+        )
     if body.draft_vocab_size != body.vocab_size:
         problems.append(
             Problem(

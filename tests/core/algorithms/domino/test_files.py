@@ -109,5 +109,6 @@ def test_missing_and_unknown_tensors_are_named(make_world: Callable[..., Any]) -
 
 def test_what_the_layout_cannot_hold_is_refused_at_once(make_world: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError) as refused:
-        make_world(sample_from_anchor=True, vocab_size=100)
-    assert {problem.field for problem in refused.value.problems} == {"draft.sample_from_anchor", "draft.vocab_size"}
+        make_world(sample_from_anchor=True, vocab_size=100, block_size=2)
+    fields = {problem.field for problem in refused.value.problems}
+    assert fields == {"draft.sample_from_anchor", "draft.vocab_size", "draft.block_size"}
