@@ -6,6 +6,7 @@ reference), and is used. The `draft` section belongs to the algorithm and is put
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -276,6 +277,15 @@ class RunConfig(Section):
     eval: EvalConfig = Field(default_factory=lambda: EvalConfig())
 
     draft: Any = None
+
+
+def stated(options: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a checked section's JSON what is not its default: what else a file named in it says is not contradicted.
+
+    Nothing is lost: a default that somebody wrote, too, was found to agree with the file when the section was checked.
+    """
+    defaults = options().model_dump(mode="json")
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 def run_schema(options: type[BaseModel]) -> type[RunConfig]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from torchspec.core import registry, settings
-from torchspec.core.config.schema import RunConfig, run_schema
+from torchspec.core.config.schema import RunConfig, run_schema, stated
 from torchspec.core.interfaces.engine import StartedEngine
 from torchspec.core.pipeline import hosted
 from torchspec.core.pipeline.engine_setup import ENGINE, engine_name, engine_options
@@ -131,4 +131,4 @@ def own_address() -> str:
 def read_config(values: dict[str, Any]) -> RunConfig:
     """Of a checked configuration's JSON."""
     options = registry.algorithms().spec(values["algorithm"]).options
-    return run_schema(options).model_validate(values)
+    return run_schema(options).model_validate({**values, "draft": stated(options, values["draft"])})

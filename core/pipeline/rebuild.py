@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from torchspec.core import registry
+from torchspec.core.config.schema import stated
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.layout import read_draft
 from torchspec.core.export.selfcheck import Probe
@@ -109,7 +110,7 @@ def recorded_probe(run: Path) -> Probe | None:
 def _algorithm(found: Path, facts: dict[str, Any], target: TargetSpec) -> Algorithm:
     """From the options in draft.json; files they name are restored from it for as long as that takes."""
     spec = registry.algorithms().spec(facts["identity"]["algorithm"])
-    values = dict(facts["config"]["draft"])
+    values = stated(spec.options, facts["config"]["draft"])
     with tempfile.TemporaryDirectory() as place:
         for name, text in facts["option_files"].items():
             file = Path(place) / f"{name}.json"

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from torchspec.core.algorithms.blocks.options import BlockOptions
 from torchspec.core.algorithms.dflash.algorithm import DFlash
+from torchspec.core.config.schema import stated
 from torchspec.core.errors import ConfigError
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import Moment
@@ -146,6 +147,17 @@ def test_draft_configs_that_do_not_fit(
 def test_the_decay_of_a_draft_config_is_that_of_its_block(spec: TargetSpec, draft_config: Callable[..., Path]) -> None:
     algorithm = DFlash.create(BlockOptions(config=draft_config(block_size=8)), spec)
     assert algorithm.decay == pytest.approx(math.exp(-1 / 3.5))
+
+
+def test_options_that_a_checkpoint_kept_do_not_contradict_the_file(
+    spec: TargetSpec, draft_config: Callable[..., Path]
+) -> None:
+    options = BlockOptions(config=draft_config(block_size=8, num_hidden_layers=2), num_anchors=3, mask_token=7)
+    kept = options.model_dump(mode="json")
+    assert problems(spec, **kept).keys() >= {"draft.block_size", "draft.num_layers"}
+    again = BlockOptions(**stated(BlockOptions, kept))
+    assert again == options
+    assert DFlash.create(again, spec).geometry == DFlash.create(options, spec).geometry
 
 
 def test_a_mask_token_without_an_embedding_is_refused(spec: TargetSpec, tiny_llama: Path) -> None:

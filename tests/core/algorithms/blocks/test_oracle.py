@@ -69,10 +69,12 @@ class Row:
 
 @dataclass
 class Oracle:
-    """`kinds` of layers, window W and whether sliding layers are causal, block size b."""
+    """`kinds` of layers, window W and whether sliding layers are causal, block size b; `head` are the rows of the draft
+    vocabulary of the `whole_head`."""
 
     params: dict[str, Tensor]
     embedding: Tensor
+    whole_head: Tensor
     head: Tensor
     kinds: tuple[str, ...]
     window: int | None
@@ -92,8 +94,7 @@ class Oracle:
         xs = [self.embedding[row.x[a] if z == 0 else MASK] for z in range(self.size)]
         for n, kind in enumerate(self.kinds):
             xs = self.layer(f"layers.{n}", kind, row, a, context, xs)
-        rows = self.head
-        return [rows @ rms(x, w["norm.weight"]) for x in xs]
+        return [self.head @ rms(x, w["norm.weight"]) for x in xs]
 
     def layer(
         self, layer: str, kind: str, row: Row, a: int, context: dict[int, Tensor], xs: list[Tensor]
@@ -144,7 +145,7 @@ def pair_of(
     a = block[1]
     logq = logits.log_softmax(-1)
     q = logq.exp()
-    full = (oracle.whole_head @ row.last[a + s]).softmax(-1)  # type: ignore[attr-defined]
+    full = (oracle.whole_head @ row.last[a + s]).softmax(-1)
     inside = full[ids]
     p, best = inside / inside.sum(), int(full.argmax())
     truth = row.x[a + 1 + s]
@@ -158,7 +159,7 @@ def pair_of(
     }
     share = {"drop": float(best in ids), "renormalise": 1.0, "weight": float(inside.sum())}[cover]
     return Pair(
-        row.d[a], block, s, cost, share, float(alpha), ids[int(q.argmax())] == best, float(cost["kl"]), truth in ids
+        row.d[a], block, s, cost, share, alpha.item(), ids[int(q.argmax())] == best, cost["kl"].item(), truth in ids
     )
 
 
@@ -289,6 +290,7 @@ def test_loss_metrics_and_every_gradient_are_the_definitions(
     oracle = Oracle(
         params,
         world.head.embedding_VH,
+        world.head.head_VH,
         world.head.head_VH[ids],
         options["layer_types"],
         options.get("sliding_window"),
@@ -296,7 +298,6 @@ def test_loss_metrics_and_every_gradient_are_the_definitions(
         options["block_size"],
         options.get("sample_from_anchor", False),
     )
-    oracle.whole_head = world.head.head_VH  # type: ignore[attr-defined]
     steps = oracle.size - (not oracle.from_anchor)
     cover = options.get("coverage", "drop")
     pairs, hits = [], {}
@@ -329,7 +330,7 @@ def test_loss_metrics_and_every_gradient_are_the_definitions(
         loss = sum(over for over, _ in counted) / sum(under for _, under in counted)
     loss.backward()
 
-    assert float(result.numerator / result.denominator) == pytest.approx(float(loss), rel=1e-12)
+    assert (result.numerator / result.denominator).item() == pytest.approx(loss.item(), rel=1e-12)
     for name, parameter in world.draft.named_parameters():
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, params[name].grad, rtol=1e-9, atol=1e-13, msg=name)
