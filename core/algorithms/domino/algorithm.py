@@ -111,16 +111,15 @@ class Domino(BlockAlgorithm):
         return figures
 
     def to_files(self, draft_state: dict[str, Tensor], layout: str) -> DraftFiles:
+        """What is Domino's stands in `dflash_config`, where every reader looks for it."""
         made = super().to_files(draft_state, layout)
-        note = "SGLang alone reads Domino drafts, from 0.5.23 or so on and on CUDA, greedily"
-        return replace(made, notes=(*made.notes, note))
+        own = serving.CONSTANT | {name: getattr(self.geometry, name) for name in SIZES}
+        config = {**made.config, "dflash_config": {**made.config["dflash_config"], **own}}
+        note = "SGLang reads Domino drafts (seen in 0.5.23): on CUDA, greedily, with a target whose weights are bf16"
+        return replace(made, config=config, notes=(*made.notes, note))
 
     def serve(
         self, draft_files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
     ) -> Tensor:
         self.check_taps(draft_files)
         return serving.serve(draft_files, head, taps_TNH, next_tokens_T, drafted_L)
-
-    def extra_fields(self) -> Mapping[str, Any]:
-        """See `BlockAlgorithm.extra_fields`."""
-        return serving.CONSTANT | {name: getattr(self.geometry, name) for name in SIZES}

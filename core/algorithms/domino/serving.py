@@ -44,7 +44,7 @@ def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: 
     """Probabilities [L, V], float64, of each drafted token. See `Algorithm.serve`."""
     check_names(files, OWN)
     for name, wanted in CONSTANT.items():
-        if files.config.get(name) != wanted:
-            raise CheckpointError(f"config.json of the draft: {name} must be {wanted!r}")
+        if files.config["dflash_config"].get(name) != wanted:
+            raise CheckpointError(f"config.json of the draft: dflash_config.{name} must be {wanted!r}")
     reader, anchor = DominoReader(files, head), next_tokens_T[-1]
     return reader.probabilities(reader.corrected(reader.states(taps_TNH, anchor), anchor, drafted_L))

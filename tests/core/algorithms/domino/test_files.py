@@ -15,6 +15,8 @@ from torchspec.core.errors import CheckpointError, ConfigError
 from torchspec.core.export.selfcheck import check_files
 from torchspec.core.interfaces.algorithm import DraftFiles
 
+OWN = ("projector_type", "shift_label", "pure_draft_prefix_len", "gru_hidden_dim", "emb_dim")
+
 
 def written(world: Any, layout: str = "plain") -> DraftFiles:
     state = {name: tensor.detach().clone() for name, tensor in world.draft.state_dict().items()}
@@ -45,11 +47,11 @@ def test_each_draft_of_the_class_is_read_by_one_algorithm(make_world: Callable[.
     config = written(make_world()).config
     readers = [name for name in registry.algorithms().names() if registry.algorithms().spec(name).reads(config)]
     assert readers == ["domino"]
-    nested = {name: value for name, value in config.items() if name not in ("projector_type", "shift_label")}
-    nested["dflash_config"] = {**config["dflash_config"], "projector_type": "domino", "shift_label": False}
-    assert Domino.form.reads(nested)
-    Domino.stated_fields(nested)
-    plain = {name: value for name, value in config.items() if name != "projector_type"}
+    own, body = ({n: v for n, v in config["dflash_config"].items() if (n in OWN) == mine} for mine in (True, False))
+    beside = {**config, **own, "dflash_config": body}
+    assert Domino.form.reads(beside)
+    assert Domino.stated_fields(beside) == Domino.stated_fields(config)
+    plain = {**config, "dflash_config": body}
     readers = [name for name in registry.algorithms().names() if registry.algorithms().spec(name).reads(plain)]
     assert readers == ["dflash"]
 
@@ -57,12 +59,13 @@ def test_each_draft_of_the_class_is_read_by_one_algorithm(make_world: Callable[.
 def test_fields_stand_where_sglang_reads_them(make_world: Callable[..., Any]) -> None:
     config = written(make_world(gru_hidden_dim=12, emb_dim=7)).config
     assert config["architectures"] == ["DFlashDraftModel"]
-    assert {name: config[name] for name in ("projector_type", "shift_label", "pure_draft_prefix_len")} == {
+    assert {name: config["dflash_config"][name] for name in OWN} == {
         "projector_type": "domino",
         "shift_label": False,
         "pure_draft_prefix_len": 1,
+        "gru_hidden_dim": 12,
+        "emb_dim": 7,
     }
-    assert (config["gru_hidden_dim"], config["emb_dim"]) == (12, 7)
 
 
 FAULTS: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
@@ -94,8 +97,9 @@ def test_tampered_files_fail_the_check(make_world: Callable[..., Any], fault: An
 def test_configs_of_other_drafts_are_refused(make_world: Callable[..., Any], change: Any, message: str) -> None:
     world = make_world()
     files = written(world)
+    config = {**files.config, "dflash_config": {**files.config["dflash_config"], **change}}
     with pytest.raises(CheckpointError, match=message):
-        Domino.from_files(replace(files, config={**files.config, **change}), world.algorithm.target)
+        Domino.from_files(replace(files, config=config), world.algorithm.target)
 
 
 def test_missing_and_unknown_tensors_are_named(make_world: Callable[..., Any]) -> None:

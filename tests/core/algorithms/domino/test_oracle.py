@@ -72,7 +72,9 @@ def test_loss_and_every_gradient_are_the_definitions(
     size, steps = 4, 3
     # With the identity for a head the oracle of blocks says the states after the final norm.
     identity = torch.eye(world.algorithm.geometry.hidden_size).double()
-    oracle = blocks.Oracle(params, world.head.embedding_VH, identity, ("full", "full"), None, True, size, False)
+    oracle = blocks.Oracle(
+        params, world.head.embedding_VH, identity, identity, ("full", "full"), None, True, size, False
+    )
     gamma = options.get("gamma", 7 * size / 16)
     objective = options.get("objective", {"ground_truth": 1.0})
     by_document: dict[int, list[Any]] = {}

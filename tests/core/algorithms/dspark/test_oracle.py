@@ -78,6 +78,7 @@ def test_loss_confidence_and_every_gradient_are_the_definitions(
         params,
         world.head.embedding_VH,
         torch.eye(hidden_size).double(),
+        torch.eye(hidden_size).double(),
         ("full", "full"),
         None,
         True,
