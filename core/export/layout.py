@@ -30,7 +30,8 @@ from torchspec.core.tensor_files import save_tensors
 logger = logging.getLogger(__name__)
 
 FORMATS = {"hf": "plain", "sglang": "plain", "vllm": "speculators"}
-"""Command-line format to layout: plain EAGLE-3 serves in both engines, the speculators layout in vLLM alone."""
+"""Command-line format to layout: the plain layouts serve in both engines (what is to be heeded is in
+`DraftFiles.notes`), the speculators layout in vLLM alone."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

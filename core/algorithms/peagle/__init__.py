@@ -1,4 +1,4 @@
-"""P-EAGLE (2602.01469) as defined in docs/concepts.md: registered as `peagle`."""
+"""P-EAGLE (2602.01469) as defined in docs/algorithms.md: registered as `peagle`."""
 
 from __future__ import annotations
 
