@@ -28,7 +28,7 @@ class ExportOptions(Section):
         description="a run directory (its best checkpoint, else its newest), one checkpoint of it, or an exported draft"
     )
     format: Literal["hf", "sglang", "vllm"] = Field(
-        description="hf and sglang: the algorithm's plain layout, which vLLM mostly reads, too; vllm: the speculators one"
+        description="hf and sglang: the algorithm's plain layout, mostly read by vLLM, too; vllm: the speculators one"
     )
     output: Path = Field(description="the directory to write; an earlier draft there is replaced")
     target: Path | None = Field(
