@@ -1,6 +1,6 @@
 """However ranks share sequences, block attention and all its gradients are those of one process that owns everything.
 
-Ranks are real processes over gloo. The one process is held against the definition in test_block.py.
+Ranks are real processes over gloo. tests/devices/test_block_attention.py holds the one process against the definition.
 """
 
 from __future__ import annotations

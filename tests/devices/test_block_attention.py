@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,26 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchspec.core.attention.block import BlockForm, BlockMask, block_attention
-
-
-def _attentions_under_test() -> ModuleType:
-    path = Path(__file__).parents[2] / "devices" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("attentions_under_test", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look
-    spec.loader.exec_module(module)
-    return module
-
-
-_attentions = _attentions_under_test()
-subject = _attentions.subject  # every device, and the kernels of others emulated on the CPU
-cuda_emulation, npu_emulation, npu_emulated = (
-    _attentions.cuda_emulation,
-    _attentions.npu_emulation,
-    _attentions.npu_emulated,
-)
 
 SCALE = 0.41
 # ||got - exact|| / ||exact||: fp64 and fp32 round at 1e-16 and 6e-8 a term. bf16: inputs are exact in the oracle; each
