@@ -63,16 +63,22 @@ class VocabularyMap:
 class VocabularyShards:
     """The rows of a target's output head divided over the ranks of `group`; `core.parallel.vocabulary` communicates.
 
-    Raises ValueError where there are more ranks than rows.
+    `sizes` are the ranks' numbers of rows, in rank order; None divides them as equally as can be. Raises ValueError
+    where there are more ranks than rows, or the sizes are not those of the ranks and rows.
     """
 
     group: ProcessGroup
     communication: Communication
     target_size: int
+    sizes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.target_size < self.size:
+        if self.sizes is None and self.target_size < self.size:
             raise ValueError(f"{self.target_size} rows of a head cannot be divided over {self.size} ranks")
+        if self.sizes is not None and (
+            len(self.sizes) != self.size or min(self.sizes) < 0 or sum(self.sizes) != self.target_size
+        ):
+            raise ValueError(f"{list(self.sizes)} do not divide {self.target_size} rows over {self.size} ranks")
 
     @property
     def rank(self) -> int:
@@ -84,6 +90,9 @@ class VocabularyShards:
 
     def bounds(self, rank: int) -> tuple[int, int]:
         """Rows [start, stop) of the head are group rank `rank`'s."""
+        if self.sizes is not None:
+            start = sum(self.sizes[:rank])
+            return start, start + self.sizes[rank]
         return self.target_size * rank // self.size, self.target_size * (rank + 1) // self.size
 
 

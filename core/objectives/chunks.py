@@ -165,8 +165,19 @@ def plan_shared_chunks(
     )
 
 
+def token_spans(tokens: int, most: int) -> list[slice]:
+    """[0, tokens) in spans as equal as they can be, of `most` tokens at the most and FEWEST_ROWS at least; where both
+    cannot be, the least counts (`most` below twice FEWEST_ROWS), and fewer tokens than that are one span."""
+    count = min(-(-tokens // most), max(1, tokens // FEWEST_ROWS))
+    return [slice(*edges) for edges in pairwise(_even_edges(tokens, count))] if count else []
+
+
+def _even_edges(rows: int, count: int) -> list[int]:
+    return [rows * place // count for place in range(count + 1)]
+
+
 def _cut(row_M: Tensor, sizes: Sequence[int], rows: int, count: int) -> tuple[Chunk, ...]:
-    edges = [rows * place // count for place in range(count + 1)] if count else [0]
+    edges = _even_edges(rows, count) if count else [0]
     cuts: list[list[tuple[int, int]]] = []
     first = 0
     for row_m in torch.split(row_M, list(sizes)):

@@ -30,16 +30,25 @@ def make_head() -> Callable[..., SafetensorsTargetHead]:
     return make
 
 
-@pytest.fixture(scope="session")
-def cases() -> ModuleType:
-    """distillation_case.py."""
-    name = "distillation_case"
+def _by_path(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def cases() -> ModuleType:
+    """distillation_case.py."""
+    return _by_path("distillation_case")
+
+
+@pytest.fixture(scope="session")
+def policies() -> ModuleType:
+    """log_probability_case.py."""
+    return _by_path("log_probability_case")
 
 
 @pytest.fixture(params=["whole", "pruned"])

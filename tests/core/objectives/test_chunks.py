@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.core.objectives import chunks
-from torchspec.core.objectives.chunks import Chunk, LossShape, ShardLogits, chunk_rows, plan_chunks, vocabulary_tile
+from torchspec.core.objectives.chunks import (
+    FEWEST_ROWS,
+    Chunk,
+    LossShape,
+    ShardLogits,
+    chunk_rows,
+    plan_chunks,
+    token_spans,
+    vocabulary_tile,
+)
 
 
 @st.composite
@@ -55,6 +64,19 @@ def test_chunks_follow_each_other_and_are_as_equal_as_they_can_be(case: tuple[in
     assert max(lengths) <= most
     assert max(lengths) - min(lengths) <= 1
     assert (len(made) - 1) * most < rows, "one chunk less would not do"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 3000), st.integers(FEWEST_ROWS, 1000))
+def test_spans_of_tokens_are_whole_even_and_never_small(tokens: int, most: int) -> None:
+    spans = token_spans(tokens, most)
+    lengths = [span.stop - span.start for span in spans]
+    assert [token for span in spans for token in range(span.start, span.stop)] == list(range(tokens))
+    if tokens:
+        assert max(lengths) - min(lengths) <= 1
+        assert min(lengths) >= FEWEST_ROWS or lengths == [tokens]
+        assert max(lengths) <= most or most < 2 * FEWEST_ROWS > max(lengths)
+        assert (len(spans) - 1) * most < tokens, "one span less would not do"
 
 
 def test_no_rows_make_no_chunks() -> None:
