@@ -76,6 +76,19 @@ print(hashlib.sha256(sys.stdin.buffer.read() + repr((sys.version, sys.argv[1:]))
     say "set-up done"
 }
 
+# torchao in a folder of its own, which its tests add: transformers imports it wherever it finds it, in every process.
+install_low_bit() {
+    local wanted folder=$VENV/lowbit
+    wanted=$(sed -n 's/^lowbit = \["\(.*\)"\]$/\1/p' pyproject.toml)
+    if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$wanted" ]; then return 0; fi
+    say "installing $wanted into $folder"
+    if pip_install --no-deps --upgrade --target "$folder" "$wanted"; then
+        printf '%s' "$wanted" >"$folder/.installed"
+    else
+        say "it could not be installed: the tests of 8-bit moments are skipped"
+    fi
+}
+
 # What Mooncake's client is linked to, where we may install it; elsewhere its tests say that they were skipped.
 install_libraries() {
     local missing=()

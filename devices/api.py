@@ -9,6 +9,7 @@ from torchspec.core.interfaces.device import (
     Communication,
     Device,
     DeviceSpec,
+    Fp8Support,
     FusedOps,
     MemoryStats,
     Multiplexer,
@@ -24,6 +25,7 @@ from torchspec.core.ops.distillation import (
     TileTeacher,
     TileTerms,
 )
+from torchspec.core.ops.fp8 import Scaled, emulated_scaled_mm
 from torchspec.core.ops.transfer import to_device
 from torchspec.core.settings import Launch, attention_kernels, environment_with, is_set, launch, malloc_is_tuned
 
@@ -37,6 +39,7 @@ __all__ = [
     "Communication",
     "Device",
     "DeviceSpec",
+    "Fp8Support",
     "FusedOps",
     "Label",
     "Launch",
@@ -44,6 +47,7 @@ __all__ = [
     "MemoryStats",
     "Multiplexer",
     "Runtime",
+    "Scaled",
     "SharedMemory",
     "TilePairs",
     "TileTeacher",
@@ -51,6 +55,7 @@ __all__ = [
     "TorchspecError",
     "UnavailableError",
     "attention_kernels",
+    "emulated_scaled_mm",
     "environment_with",
     "is_set",
     "launch",

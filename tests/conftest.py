@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
@@ -92,6 +98,30 @@ GEOMETRY = {
 }
 
 
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao, here and in processes that a test starts, from the folder in which ci/test keeps it apart."""
+    folder = Path(sys.prefix) / "lowbit"
+    if (folder / "torchao").is_dir():
+        monkeypatch.syspath_prepend(folder)
+        others = os.environ.get("PYTHONPATH")
+        monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{others}" if others else str(folder))
+    elif importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+
+
+@pytest.fixture(scope="session")
+def quantised_targets() -> ModuleType:
+    """quantised_targets.py."""
+    spec = importlib.util.spec_from_file_location("quantised_targets", Path(__file__).with_name("quantised_targets.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 of 8 layers with tied embeddings, float32."""
@@ -108,6 +138,30 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("targets") / "llama"
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(**GEOMETRY, tie_word_embeddings=False)).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DeepSeek-V3 of 8 layers: latent attention, YaRN, experts behind the first layer; float32."""
+    directory = tmp_path_factory.mktemp("targets") / "deepseek"
+    latent = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    }
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    rope |= {"mscale": 0.8, "mscale_all_dim": 1.2}
+    sizes = {name: size for name, size in GEOMETRY.items() if name != "head_dim"} | {"num_key_value_heads": 4}
+    torch.manual_seed(2)
+    config = DeepseekV3Config(
+        moe_intermediate_size=16, **sizes, **latent, **experts, rope_parameters=rope, tie_word_embeddings=False
+    )
+    DeepseekV3ForCausalLM(config).save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 

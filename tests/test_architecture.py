@@ -138,3 +138,11 @@ def test_tests_are_no_package() -> None:
 def test_the_help_of_the_front_door_imports_no_torch() -> None:
     program = "import sys, torchspec.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_what_is_public_is_imported_when_it_is_used() -> None:
+    program = (
+        "import sys, torchspec as t; assert 'torch' not in sys.modules; [getattr(t, name) for name in t.__all__]; "
+        "assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

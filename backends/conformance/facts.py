@@ -9,6 +9,7 @@ from torchspec.backends.conformance.capture import START
 from torchspec.backends.conformance.subject import Subject
 from torchspec.core import registry
 from torchspec.core.conformance.checks import Check, NotHereError
+from torchspec.core.models.target_quantisation import described as in_words
 
 UNCHECKED = ("serve", "parts", "streamed", "tensor_mesh")
 """What the interface has and no check tries: it takes a draft, several callers, or several ranks."""
@@ -33,7 +34,8 @@ def described(subject: Subject) -> str:
     for each in fields(wanted):
         mine, theirs = getattr(told, each.name), getattr(wanted, each.name)
         assert mine == theirs, f"{each.name} is {mine!r}; the target's files say {theirs!r}"
-    return f"{wanted.architecture}, {wanted.num_layers} layers, hidden {wanted.hidden_size}"
+    quantised = "" if wanted.quantisation is None else f", quantised: {in_words(wanted.quantisation)}"
+    return f"{wanted.architecture}, {wanted.num_layers} layers, hidden {wanted.hidden_size}{quantised}"
 
 
 def unstartable(subject: Subject) -> str:

@@ -27,10 +27,17 @@ def _tensor_parallel_sizes(spec: TargetSpec) -> tuple[int, ...]:
     return split_plan(spec).sizes
 
 
+def _examine(spec: TargetSpec) -> str | None:
+    from torchspec.backends.hf.dequantised import examine
+
+    return examine(spec)
+
+
 SPEC = EngineSpec(
     name="hf",
     probe=_probe,
     load=_load,
     capabilities=frozenset({"capture", "generate", "decode", "images"}),
     tensor_parallel_sizes=_tensor_parallel_sizes,
+    examine=_examine,
 )

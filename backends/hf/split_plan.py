@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from torchspec.backends.api import TargetError, TargetSpec
+from torchspec.backends.hf.dequantised import unquantised
 from torchspec.core.models.target_class import target_class
+from torchspec.core.models.target_quantisation import unread
 from torchspec.core.models.target_spec import load_target_config
 
 _CUT = {"colwise": 0, "rowwise": 1}
@@ -144,8 +146,9 @@ def split_plan(spec: TargetSpec) -> SplitPlan:
         raise _refusal(spec, f"its tensor-parallel plan in transformers asks for {', '.join(foreign)}")
     if odd:
         raise _refusal(spec, f"its configuration gives no single number as {', '.join(odd)}")
-    if getattr(config, "quantization_config", None) is not None:
-        raise _refusal(spec, "its weights are quantised")
+    if spec.quantisation is not None and (form := unread(spec.quantisation)):
+        raise _refusal(spec, f"its weights are quantised in a form that torchspec does not read ({form})")
+    config = unquantised(config)
     model = skeleton(config, spec)
     sides = {pattern: _CUT[style] for pattern, style in styles.items() if style in _CUT}
     plan = SplitPlan(spec=spec, config=config, sides=sides, experts=experts, ends=_ends(model))

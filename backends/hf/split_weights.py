@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from torchspec.backends.api import TargetSpec
+from torchspec.backends.hf.dequantised import Dequantised
 from torchspec.backends.hf.split_forward import join_ranks
 from torchspec.backends.hf.split_plan import SplitPlan, bounds, skeleton, split_plan
 from torchspec.core.models.target_weights import TargetWeights
@@ -35,7 +36,7 @@ def load_part(
     loaded: Any = type(skeleton(config, spec)).from_pretrained(
         None,
         config=config,
-        state_dict=read_part(weights, plan, rank, size),
+        state_dict=read_part(weights, plan, rank, size, dtype),
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -45,12 +46,21 @@ def load_part(
     return model, report
 
 
-def read_part(weights: TargetWeights, plan: SplitPlan, rank: int, size: int) -> dict[str, Tensor]:
-    """The checkpoint's tensors as this rank of `size` holds them, in the dtype they are stored in."""
+def read_part(
+    weights: TargetWeights, plan: SplitPlan, rank: int, size: int, dtype: torch.dtype
+) -> dict[str, Tensor | Dequantised]:
+    """The checkpoint's tensors as this rank of `size` holds them, in the dtype they are stored in, quantised ones in
+    `dtype`."""
+    part: dict[str, Tensor | Dequantised] = {}
+    for name in weights.quantised:
+        side = plan.side(name)
+        kept = None if side is None else bounds(weights.shape(name)[side], rank, size)
+        rows, columns = (kept, None) if side == 0 else (None, kept)
+        part[name] = Dequantised(weights=weights, name=name, dtype=dtype, rows=rows, columns=columns)
     names_of: dict[Path, list[str]] = {}
     for name, file in weights.files.items():
-        names_of.setdefault(file, []).append(name)
-    part: dict[str, Tensor] = {}
+        if name not in part:
+            names_of.setdefault(file, []).append(name)
     for file, names in names_of.items():
         with safe_open(file, framework="pt", device="cpu") as opened:
             for name in names:
@@ -64,5 +74,5 @@ def read_part(weights: TargetWeights, plan: SplitPlan, rank: int, size: int) -> 
                     part[name] = stored[start:end] if side == 0 else stored[:, start:end].contiguous()
                 module, _, kind = name.rpartition(".")
                 if rank > 0 and kind == "bias" and plan.sums(module):
-                    part[name] = torch.zeros_like(part[name])  # the sum over ranks must contain it once
+                    part[name] = torch.zeros_like(opened.get_tensor(name))  # the sum over ranks must contain it once
     return part

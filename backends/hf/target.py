@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as log
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from transformers.utils import logging
 from torchspec.backends.api import ConfigError, EngineOptions, Problem, TargetError, TargetSpec
 from torchspec.backends.hf.attention import use_grouped_attention
 from torchspec.backends.hf.cache import Rollback, rollback_of
+from torchspec.backends.hf.dequantised import examine, load_dequantised
 from torchspec.backends.hf.split_weights import load_part
 from torchspec.core.models.target_class import target_class
 from torchspec.core.models.target_head import decoder_of
 from torchspec.core.models.target_processor import TargetProcessor
+from torchspec.core.models.target_quantisation import described
 from torchspec.core.models.target_spec import load_target_config, read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
+
+logger = log.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,6 +100,9 @@ def load_target(options: EngineOptions) -> HfTarget:
     """
     spec = read_target_spec(options.target, options.trust_remote_code)
     weights = TargetWeights.open(options.target)
+    how = examine(spec)
+    if spec.quantisation is not None and options.local_rank == 0:
+        logger.info("%s is quantised (%s): %s", options.target, described(spec.quantisation), how)
     device = options.device.runtime.bind(options.local_rank)
     dtype = choose_dtype(options.dtype, spec.dtype, device)
     model, report = _load(options, spec, weights, dtype)
@@ -129,11 +137,13 @@ def _load(
     mesh = options.tensor_mesh
     with _quiet_transformers():
         try:
-            loaded: Any = (
-                _from_pretrained(options, dtype)
-                if mesh is None or mesh.size() == 1
-                else load_part(spec, weights, mesh, dtype)
-            )
+            loaded: Any
+            if mesh is not None and mesh.size() > 1:
+                loaded = load_part(spec, weights, mesh, dtype)
+            elif weights.quantised:
+                loaded = load_dequantised(spec, weights, dtype)
+            else:
+                loaded = _from_pretrained(options, dtype)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise TargetError(f"transformers cannot load {options.target}: {error}") from error
     model, report = loaded

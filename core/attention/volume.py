@@ -2,13 +2,15 @@
 
 Sent are bytes that one rank sends to others for one micro-batch, forward and backward. Held are bytes of keys, values
 and their gradients that a rank has beyond those of its own rows. With S rows of a rank, Q of its queries running, e
-bytes per value, w in fp32 (fp64 for fp64), n steps, H query and K key heads of size D, and k = max(1, K / U):
+bytes per value, w in fp32 (fp64 for fp64), n steps, L layers, H query and K key heads of size D, and k = max(1, K / U):
 
-              sent                                                       held
-    gather    2 (P-1) S K D (e + w)                                      2 P S K D (2 e + w)
-    ulysses   4 (U-1) S k D e  +  n (U-1)/U Q H (6 D e + 2 w)            4 U S k D e
+              sent, by a layer                                           held
+    gather    2 (P-1) S K D (e + w)                                      2 P S K D ((L + 1) e + w)
+    ulysses   4 (U-1) S k D e  +  n (U-1)/U Q H (6 D e + 2 w)            2 U S k D (L + 1) e
     ring      2 n S K D (2 (R-1) e + R w)                                2 S K D (2 e + 2 w)
     usp       those of ulysses, and of ring with U S rows of k heads
+
+Every layer's keys and values wait for the backward pass; then their gradients take their place, one layer's at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torchspec.core.parallel.sequence import Exchange
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """A micro-batch of one rank: its rows, the queries that run, bytes per value, unroll steps."""
+    """A micro-batch of one rank: its rows, the queries that run in a step, bytes per value."""
 
     rows: int
     queries: int
@@ -42,6 +44,9 @@ class Traffic:
 
     def sent(self, exchange: Exchange) -> int:
         """Bytes sent by a rank."""
+        return self.shape.layers * self._sent_by_a_layer(exchange)
+
+    def _sent_by_a_layer(self, exchange: Exchange) -> int:
         shape, e, w = self.shape, self.itemsize, self.wide
         ranks = self.ulysses * self.ring
         size = shape.head_size
@@ -59,19 +64,27 @@ class Traffic:
             total += 2 * shape.steps * rows * heads * size * (2 * (self.ring - 1) * e + self.ring * w)
         return total
 
+    def kept(self, exchange: Exchange) -> int:
+        """Bytes of keys and values that wait for the backward pass, as the exchange left them."""
+        return self.shape.layers * self._spread_values(exchange) * self.itemsize
+
     def held(self, exchange: Exchange) -> int:
-        """Bytes of keys, values and gradients beyond those of the rank's own rows."""
+        """Bytes of keys, values and gradients beyond those of the rank's own rows, at the most."""
         shape, e, w = self.shape, self.itemsize, self.wide
-        ranks = self.ulysses * self.ring
-        if exchange == "gather":
-            return 2 * ranks * self.rows * shape.key_heads * shape.head_size * (2 * e + w)
-        rows, heads, total = self.rows, shape.key_heads, 0
-        if exchange in ("ulysses", "usp"):
-            rows, heads = rows * self.ulysses, self._spread_heads
-            total += 4 * rows * heads * shape.head_size * e
+        spread = self._spread_values(exchange)
+        total = self.kept(exchange) + spread * (e + w if exchange == "gather" else e)
         if exchange in ("ring", "usp") and self.ring > 1:
-            total += 2 * rows * heads * shape.head_size * (2 * e + 2 * w)
+            values = spread or 2 * self.rows * shape.key_heads * shape.head_size
+            total += values * (2 * e + 2 * w)
         return total
+
+    def _spread_values(self, exchange: Exchange) -> int:
+        """Keys and values of a layer that `AttentionForm.spread` makes on a rank; those of a ring go by."""
+        size = self.rows * self.shape.head_size
+        if exchange == "gather":
+            return 2 * self.ulysses * self.ring * size * self.shape.key_heads
+        changed = exchange in ("ulysses", "usp") and self.ulysses > 1
+        return 2 * self.ulysses * size * self._spread_heads if changed else 0
 
 
 def possible(shape: AttentionShape, ulysses: int, ring: int) -> tuple[Exchange, ...]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from torchspec.core import registry
 from torchspec.core.config import environment, sources
 from torchspec.core.config.fields import FLAGS, sections, settings
-from torchspec.core.config.schema import RunConfig, run_schema
+from torchspec.core.config.schema import RunConfig, Schema, with_draft
 from torchspec.core.config.sources import COMMAND_LINE, Setting
 from torchspec.core.config.validation import REQUIRED, validate
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
@@ -56,10 +58,8 @@ def load_config(
     problems += faults + _contradictions(given, words)
     layers += given + words
 
-    schema = _schema(layers, problems)
-    known = _known(layers, schema, problems)
-    tree, origin = _merge(known, schema)
-    config, faults = validate(schema, tree, label=lambda path: FLAGS.get(path, path), origin=origin)
+    schema = _schema(layers, problems, RunConfig)
+    config, tree, origin, faults = _checked(layers, schema, problems, label=lambda path: FLAGS.get(path, path))
     problems += [fault for fault in faults if whole or fault.message != REQUIRED]
     chosen = _device(tree, problems) if probe else None
     if probe:
@@ -71,6 +71,26 @@ def load_config(
         name, provenance["device"] = chosen
         config = config.model_copy(update={"device": name})
     return config, provenance
+
+
+def check_values(values: Mapping[str, Any], base: type[Schema]) -> tuple[Schema | None, list[Problem]]:
+    """A model of `base`, which has `algorithm` and a `draft` section, from nested mappings; None and every problem."""
+    problems: list[Problem] = []
+    layers = sources.from_mapping(values, "python")
+    schema = _schema(layers, problems, base)
+    config, _, _, faults = _checked(layers, schema, problems, label=str)
+    problems += faults
+    return (None if problems else config), problems
+
+
+def _checked(
+    layers: Sequence[Setting], schema: type[Schema], problems: list[Problem], label: Callable[[str], str]
+) -> tuple[Schema | None, dict[str, Any], dict[str, str], list[Problem]]:
+    """(the model, the merged values, where each came from, what is wrong with them)."""
+    known = _known(layers, schema, problems)
+    tree, origin = _merge(known, schema)
+    config, faults = validate(schema, tree, label=label, origin=origin)
+    return config, tree, origin, faults
 
 
 def _origin(origin: Mapping[str, str], path: str) -> str:
@@ -98,22 +118,22 @@ def _last(layers: Sequence[Setting], path: str) -> Setting | None:
     return next((setting for setting in reversed(layers) if setting.path == path), None)
 
 
-def _schema(layers: Sequence[Setting], problems: list[Problem]) -> type[RunConfig]:
+def _schema(layers: Sequence[Setting], problems: list[Problem], base: type[Schema]) -> type[Schema]:
     """The schema with the algorithm's draft section; without one where the algorithm is unknown."""
     named = _last(layers, "algorithm")
-    name = named.value if named else RunConfig.model_fields["algorithm"].default
+    name = named.value if named else base.model_fields["algorithm"].default
     if not isinstance(name, str):
-        return RunConfig  # the type error is reported with the others
+        return base  # the type error is reported with the others
     try:
-        return run_schema(registry.algorithms().spec(name).options)
+        return with_draft(base, registry.algorithms().spec(name).options)
     except ConfigError as error:
         problems += error.problems
     except TorchspecError as error:
         problems.append(Problem(field="algorithm", value=name, message=str(error)))
-    return RunConfig
+    return base
 
 
-def _known(layers: Sequence[Setting], schema: type[RunConfig], problems: list[Problem]) -> list[Setting]:
+def _known(layers: Sequence[Setting], schema: type[BaseModel], problems: list[Problem]) -> list[Setting]:
     """The layers without unknown settings and without values standing where a section belongs."""
     leaves, parts = settings(schema), sections(schema)
     kept: list[Setting] = []
@@ -152,7 +172,7 @@ def _unknown(setting: Setting, paths: Sequence[str]) -> Problem:
     )
 
 
-def _merge(layers: Sequence[Setting], schema: type[RunConfig]) -> tuple[dict[str, Any], dict[str, str]]:
+def _merge(layers: Sequence[Setting], schema: type[BaseModel]) -> tuple[dict[str, Any], dict[str, str]]:
     tree: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for path in sections(schema):

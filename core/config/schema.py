@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
@@ -81,6 +81,9 @@ class TrainConfig(Section):
         None, description="pack the samples of a forward pass into one row of at most this many tokens per rank"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: its moments in 8 bits a value (torchao), 6 bytes less for a parameter"
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
@@ -123,8 +126,11 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    compute: Literal["float32", "bfloat16"] = Field(
+    compute: Literal["float32", "bfloat16", "fp8"] = Field(
         "float32", description="matrix products of the draft; parameters and optimizer state stay float32"
+    )
+    fp8_scaling: Literal["row", "tensor"] | None = Field(
+        None, description="fp8: a scale for each row of an operand, or one for all of it; default: row"
     )
 
 
@@ -279,6 +285,9 @@ class RunConfig(Section):
     draft: Any = None
 
 
+Schema = TypeVar("Schema", bound=Section)
+
+
 def stated(options: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a checked section's JSON what is not its default: what else a file named in it says is not contradicted.
 
@@ -290,5 +299,10 @@ def stated(options: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any
 
 def run_schema(options: type[BaseModel]) -> type[RunConfig]:
     """`RunConfig` with the `draft` section typed by an algorithm's options."""
+    return with_draft(RunConfig, options)
+
+
+def with_draft(base: type[Schema], options: type[BaseModel]) -> type[Schema]:
+    """`base` with its `draft` section typed by an algorithm's options."""
     default = Field(default_factory=options, description="the draft; options of the algorithm")
-    return create_model("RunConfig", __base__=RunConfig, draft=(options, default))
+    return create_model(base.__name__, __base__=base, draft=(options, default))

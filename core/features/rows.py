@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from torchspec.core.interfaces.features import Features, NormState
@@ -88,15 +89,19 @@ class FeatureRows:
         features: Sequence[Features],
         loss_masks: Sequence[Tensor],
         packs: Packs | None = None,
+        slab: int = 1,
     ) -> FeatureRows:
-        """Of whole documents on the only rank; a single document is not copied."""
+        """Of whole documents on the only rank, in rows padded to a multiple of `slab`; a single one without padding is
+        not copied."""
         tokens = TokenRows.of([f.input_ids_T.cpu() for f in features], [mask_T.cpu() for mask_T in loss_masks], packs)
         packs = one_each(len(features)) if packs is None else packs
+        layout = Layout(length=tokens.length, slab=slab)
+        behind = layout.padded - layout.length
         return cls(
             tokens=tokens,
-            layout=Layout(length=tokens.length),
-            taps_BSF=_rows([f.taps_TNH.flatten(1) for f in features], packs),
-            last_BXH=_rows([f.last_TH for f in features], packs),
+            layout=layout,
+            taps_BSF=_padded(_rows([f.taps_TNH.flatten(1) for f in features], packs), behind),
+            last_BXH=_padded(_rows([f.last_TH for f in features], packs), behind),
             norm_state=common_state([f.norm_state for f in features]),
         )
 
@@ -113,6 +118,10 @@ def common_state(states: Sequence[NormState]) -> NormState:
 def _rows(documents: Sequence[Tensor], packs: Packs, fill: float = 0) -> Tensor:
     rows = [torch.cat([documents[n] for n in pack]) if len(pack) > 1 else documents[pack[0]] for pack in packs]
     return rows[0][None] if len(rows) == 1 else pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def _padded(x_BTZ: Tensor, behind: int) -> Tensor:
+    return F.pad(x_BTZ, (0, 0, 0, behind)) if behind else x_BTZ
 
 
 class Slice(NamedTuple):

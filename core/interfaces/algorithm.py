@@ -5,6 +5,7 @@ Shape letters: B sequences, T tokens, K unroll steps, L proposed tokens, V targe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -86,12 +87,29 @@ START = Moment()
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """What of a draft's attention decides how ranks can share it: heads, and how often queries meet the same keys."""
+    """What of a draft's attention decides how ranks can share it: heads, and how often queries meet the same keys.
+
+    steps      how often they do in a layer
+    layers     each with keys of its own
+    slots      queries of a position and step: of those positions that have any, and on average over the steps
+    anchors    how many positions of a text have any, at most; None: all
+    """
 
     query_heads: int
     key_heads: int
     head_size: int
     steps: int
+    layers: int = 1
+    slots: float = 1.0
+    anchors: int | None = None
+
+    def share(self, text: int | None) -> float:
+        """Of the positions of texts of so many tokens, all supervised, those that have queries; None: few tokens."""
+        return 1.0 if self.anchors is None or text is None else min(1.0, self.anchors / text)
+
+    def queries(self, rows: int, text: int | None) -> int:
+        """Of a step, at the rows of such texts."""
+        return math.ceil(rows * self.share(text) * self.slots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +197,11 @@ class Algorithm(Protocol):
 
     @property
     def attention_shape(self) -> AttentionShape: ...
+    @property
+    def loss_steps(self) -> int:
+        """Pairs that a target row teaches, at most."""
+        ...
+
     @property
     def halo(self) -> int:
         """Rows of last hidden states that a slot needs to its right, from other ranks' pieces of a sequence."""

@@ -5,12 +5,13 @@ Shape letters: B batch, Q query rows, S key rows, Hq query heads, Hk key/value h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch.distributed import ProcessGroup
 
 from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.ops.distillation import TilePairs, TileTeacher, TileTerms, distillation_tile
+from torchspec.core.ops.fp8 import Scaled
+from torchspec.core.ops.maps import LinearMaps
 from torchspec.core.ops.norm import rms_norm, rms_norm_backward
 from torchspec.core.ops.rotary import rotary
 from torchspec.core.ops.swiglu import swiglu, swiglu_backward
@@ -28,7 +31,9 @@ CAPABILITIES = {
     "bf16": "attention, products and collectives in bfloat16",
     "fp16": "the same in float16",
     "fp64": "the same in float64",
+    "fp8": "products of FP8 matrices, in hardware or emulated (`FusedOps.fp8`)",
     "ipc": "`shared_memory` is memory of the device itself",
+    "compile": "torch.compile makes kernels for it",
     "ranks_share_device": "any number of ranks may be bound to one device",
 }
 """What a device may declare, and what it then promises; fp32 is never declared."""
@@ -168,6 +173,15 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fp8Support:
+    """How a device multiplies FP8 matrices: in hardware, or by other products with the same result, which are slower
+    than bf16 and there for tests; and why, unless in hardware."""
+
+    kind: Literal["native", "emulated", "absent"]
+    reason: str = ""
+
+
 class FusedOps:
     """Elementwise pieces of a training step as pairs of functions; `core.models.fused` differentiates with them.
 
@@ -179,6 +193,28 @@ class FusedOps:
 
     loss_bytes: int = 48 << 20
     """What the loss should hold at a time: enough rows for products at full speed."""
+
+    maps: LinearMaps = LinearMaps()
+    """The products of linear maps; a run in FP8 puts others here. No adapter's to set."""
+
+    def with_maps(self, maps: LinearMaps) -> Self:
+        """The same operators beside other `maps`."""
+        made = copy.copy(self)
+        made.maps = maps
+        return made
+
+    @property
+    def fp8(self) -> Fp8Support:
+        """What `scaled_mm` is on the bound device; the capability `fp8` promises that it is not absent."""
+        return Fp8Support(kind="absent", reason="its adapter offers no products of FP8 matrices")
+
+    def scaled_mm(self, a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+        """(va vb^T) sa sb^T [R of a, R of b] in `dtype`, bf16 or fp32, of operands [R, K] (`core.ops.fp8`).
+
+        a is e4m3 or e5m2, b e4m3; K and b's R are multiples of 16. Summed in fp32, or as good as hardware does, and
+        rounded once. A NaN of either operand makes its row or column NaN.
+        """
+        raise NotImplementedError(self.fp8.reason)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Root-mean-square norm over the last axis -> (y in x's dtype, what the gradient needs, one value a row)."""

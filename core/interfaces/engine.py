@@ -23,6 +23,9 @@ class TargetSpec:
     """Facts about a target that trainers and exporters need; read from its configuration.
 
     `trust_remote_code`: the user allows the target's own code, so whoever reads more of the target may run it too.
+    `latent_sizes`: of a target with multi-head latent attention those that its configuration states, by its names
+    (`core.models.latent.LATENT_SIZES`); None: it has another kind of attention.
+    `quantisation`: what its configuration says of how its weights are quantised; None: nothing.
     """
 
     path: Path
@@ -42,6 +45,8 @@ class TargetSpec:
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     trust_remote_code: bool = False
+    latent_sizes: dict[str, int] | None = None
+    quantisation: dict[str, object] | None = None
 
 
 Rows = tuple[tuple[int, int], ...]
@@ -326,6 +331,8 @@ class EngineSpec:
     None: the engine runs in the process that loads it, and a worker of torchspec's own can host it.
     `tensor_parallel_sizes`: over how many of the trainer's ranks a target can be split, ascending from 1; TargetError
     names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
+    `examine`: TargetError when the engine cannot run this target as it is stored; else what is worth knowing of how it
+    does (None: nothing). None: the engine says so itself when it starts.
     `pieces`: options of the engine with which it reads prompts in pieces of some 64 tokens, for conformance; None: it
     always reads them whole.
     `capabilities` are some of ENGINE_CAPABILITIES.
@@ -341,5 +348,6 @@ class EngineSpec:
     start: Callable[[EngineOptions], StartedEngine] | None = None
     attach: Callable[[EngineOptions], StreamedEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
+    examine: Callable[[TargetSpec], str | None] | None = None
     pieces: Mapping[str, Any] | None = None
     api_version: int = API_VERSION

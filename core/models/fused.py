@@ -42,6 +42,12 @@ def normed_linear(
     return outs
 
 
+def linear(x: Tensor, weight_ZH: Tensor, ops: FusedOps, residual: Tensor | None = None) -> Tensor:
+    """residual + x @ W^T by the device's `LinearMaps`, differentiable once; keeps x."""
+    out: Tensor = _Linear.apply(x, weight_ZH, residual, ops)  # type: ignore[no-untyped-call]
+    return out
+
+
 def gated_linear(gate: Tensor, up: Tensor, weight_HI: Tensor, residual: Tensor, ops: FusedOps) -> Tensor:
     """residual + (silu(gate) * up) @ W^T; keeps gate and up alone."""
     out: Tensor = _GatedLinear.apply(gate, up, weight_HI, residual, ops)  # type: ignore[no-untyped-call]
@@ -84,14 +90,11 @@ class _NormedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         normed, _ = ops.rms_norm(x, norm_H, eps)
         rows = normed.flatten(0, -2)
-        outs = []
-        for weight_ZH, add in zip(weights_adds[:maps], weights_adds[maps:], strict=True):
-            assert weight_ZH is not None
-            out = rows @ weight_ZH.T if add is None else torch.addmm(add.reshape(len(rows), -1), rows, weight_ZH.T)
-            outs.append(out.unflatten(0, x.shape[:-1]))  # type: ignore[no-untyped-call]
+        adds = [None if add is None else add.reshape(len(rows), -1) for add in weights_adds[maps:]]
+        outs = ops.maps.forward(rows, weights_adds[:maps], adds)  # type: ignore[arg-type]
         ctx.save_for_backward(x, norm_H, *weights_adds[:maps])
         ctx.eps, ctx.ops = eps, ops
-        return tuple(outs)
+        return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)  # type: ignore[no-untyped-call]
 
     @staticmethod
     @once_differentiable
@@ -99,13 +102,9 @@ class _NormedLinear(torch.autograd.Function):
         x, norm_H, *weights_ZH = ctx.saved_tensors
         normed, kept = ctx.ops.rms_norm(x, norm_H, ctx.eps)
         rows = normed.flatten(0, -2)
-        dnormed = None
-        dweights = []
-        for dout, weight_ZH in zip(douts, weights_ZH, strict=True):
-            drows = dout.reshape(len(rows), -1)
-            dweights.append(drows.T @ rows)
-            dnormed = drows @ weight_ZH if dnormed is None else dnormed.addmm_(drows, weight_ZH)
-        assert dnormed is not None
+        gradients = ctx.ops.maps.gradients([dout.reshape(len(rows), -1) for dout in douts])
+        dweights = gradients.of_weights(rows, weights_ZH)
+        dnormed = gradients.of_rows(weights_ZH)
         dx, dnorm_H = ctx.ops.rms_norm_backward(dnormed.unflatten(0, x.shape[:-1]), x, norm_H, kept)
         adds = ctx.needs_input_grad[-len(douts) :]
         dadds = (dout if wanted else None for dout, wanted in zip(douts, adds, strict=True))
@@ -118,14 +117,35 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(gate, up, weight_HI)
         ctx.ops = ops
         rows = ops.swiglu(gate, up).flatten(0, -2)
-        out = torch.addmm(residual.flatten(0, -2), rows, weight_HI.T)
+        (out,) = ops.maps.forward(rows, (weight_HI,), (residual.flatten(0, -2),))
         return out.view_as(residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight_HI = ctx.saved_tensors
-        drows = dout.reshape(-1, dout.shape[-1])
-        dgated = (drows @ weight_HI).unflatten(0, gate.shape[:-1])
+        gradients = ctx.ops.maps.gradients([dout.reshape(-1, dout.shape[-1])])
+        dgated = gradients.of_rows([weight_HI]).unflatten(0, gate.shape[:-1])
         gated, dgate, dup = ctx.ops.swiglu_backward(dgated, gate, up)
-        return dgate, dup, drows.T @ gated.flatten(0, -2), dout, None
+        (dweight,) = gradients.of_weights(gated.flatten(0, -2), [weight_HI])
+        return dgate, dup, dweight, dout, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_ZH: Tensor, residual: Tensor | None, ops: FusedOps) -> Tensor:
+        ctx.save_for_backward(x, weight_ZH)
+        ctx.ops = ops
+        add = None if residual is None else residual.flatten(0, -2)
+        (out,) = ops.maps.forward(x.flatten(0, -2), [weight_ZH], [add])
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_ZH = ctx.saved_tensors
+        wants_x, wants_weight, wants_residual, _ = ctx.needs_input_grad
+        gradients = ctx.ops.maps.gradients([dout.reshape(-1, dout.shape[-1])])
+        dx = gradients.of_rows([weight_ZH]).view_as(x) if wants_x else None
+        dweight = gradients.of_weights(x.flatten(0, -2), [weight_ZH])[0] if wants_weight else None
+        return dx, dweight, dout if wants_residual else None, None

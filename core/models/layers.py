@@ -1,9 +1,9 @@
 """Pieces of a Llama-style decoder layer that drafts are built from. Parameter names are the checkpoints' own.
 
-Elementwise work goes through the device's `FusedOps`; linear maps are stock `nn.Linear` without bias, applied together
-with their neighbours where that saves memory (`core.models.fused`).
+Elementwise work goes through the device's `FusedOps`; linear maps are applied together with their neighbours
+where that saves memory (`core.models.fused`).
 
-Shape letters: B rows, S positions, Hq query heads, Hk key/value heads, D head size, I MLP width.
+Shape letters: B rows, S positions, Hq query heads, Hk key/value heads, D head size, I MLP width, P angles.
 """
 
 from __future__ import annotations
@@ -60,14 +60,21 @@ class RMSNorm(nn.Module):
         return fused.normed_linear(x, self.weight, self.eps, weights_ZH, given, ops)
 
 
+class LinearMap(nn.Linear):
+    """A weight [outputs, inputs] for a device's `LinearMaps`, by way of `core.models.fused`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), 2002.05202, of a normed x and added to it."""
 
     def __init__(self, size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+        self.gate_proj = LinearMap(size, intermediate_size)
+        self.up_proj = LinearMap(size, intermediate_size)
+        self.down_proj = LinearMap(intermediate_size, size)
 
     def forward(self, x: Tensor, norm: RMSNorm, ops: FusedOps) -> Tensor:
         """x + mlp(norm(x))."""
@@ -81,23 +88,38 @@ class AttentionProjections(nn.Module):
     def __init__(self, input_size: int, output_size: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(input_size, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(input_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(input_size, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, output_size, bias=False)
+        self.q_proj = LinearMap(input_size, heads * head_dim)
+        self.k_proj = LinearMap(input_size, kv_heads * head_dim)
+        self.v_proj = LinearMap(input_size, kv_heads * head_dim)
+        self.o_proj = LinearMap(heads * head_dim, output_size)
 
     def input_columns(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of the q, k and v maps that read these input features."""
         return tuple(proj.weight[:, first:last] for proj in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[return-value]
 
+    @property
+    def scale(self) -> float:
+        """Of q.k."""
+        scale: float = self.head_dim**-0.5
+        return scale
+
     def heads(self, x: Tensor) -> Tensor:
         """[..., heads * D] -> [..., heads, D]."""
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
-    def add_output(self, residual: Tensor, x_BSHD: Tensor) -> Tensor:
+    def query(self, part: Tensor, angle_BS: Tensor, tables_PD: tuple[Tensor, Tensor], ops: FusedOps) -> Tensor:
+        """[B, S, Hq, D], rotated, of what the map of q made."""
+        return fused.rotate(self.heads(part), angle_BS, tables_PD, ops)
+
+    def keys_values(
+        self, key: Tensor, value: Tensor, angle_BS: Tensor, tables_PD: tuple[Tensor, Tensor], ops: FusedOps
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, Hk, D] each, of what the maps of k and v made; keys rotated."""
+        return fused.rotate(self.heads(key), angle_BS, tables_PD, ops), self.heads(value)
+
+    def add_output(self, residual: Tensor, x_BSHD: Tensor, ops: FusedOps) -> Tensor:
         """residual + o(x)."""
-        rows = x_BSHD.flatten(-2).flatten(0, -2)
-        return torch.addmm(residual.flatten(0, -2), rows, self.o_proj.weight.T).view_as(residual)
+        return fused.linear(x_BSHD.flatten(-2), self.o_proj.weight, ops, residual)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -151,8 +151,8 @@ def load_target_head(
         embedding_VH=embedding_VH,
         head_VH=embedding_VH if target.tied else target.weights.read(target.head, dtype=dtype, device=device),
         final_norm=_final_norm(target.skeleton, target.weights, dtype, device),
-        logit_factor=_logit_factor(target.text, path),
-        softcap=_softcap(target.text),
+        logit_factor=logit_factor_of(target.text, path),
+        softcap=softcap_of(target.text),
     )
 
 
@@ -174,8 +174,8 @@ def load_target_head_shard(
         if target.tied
         else target.weights.read(target.head, dtype=dtype, device=device, rows=rows),
         final_norm=_final_norm(target.skeleton, target.weights, dtype, device),
-        logit_factor=_logit_factor(target.text, path),
-        softcap=_softcap(target.text),
+        logit_factor=logit_factor_of(target.text, path),
+        softcap=softcap_of(target.text),
         shards=shards,
         weights=target.weights,
         name=target.head,
@@ -195,9 +195,9 @@ class _Opened:
     @classmethod
     def of(cls, path: Path, trust_remote_code: bool) -> _Opened:
         config = load_target_config(path, trust_remote_code=trust_remote_code)
-        skeleton = _skeleton(config, path, trust_remote_code)
+        skeleton = skeleton_of(config, path, trust_remote_code)
         weights = TargetWeights.open(path)
-        embedding, head = _find_ends(skeleton, weights, tied=_tied(config))
+        embedding, head = _find_ends(skeleton, weights, tied=is_tied(config))
         text = config.get_text_config(decoder=True)
         return cls(skeleton=skeleton, weights=weights, embedding=embedding, head=head, text=text)
 
@@ -206,7 +206,7 @@ class _Opened:
         return self.embedding == self.head
 
 
-def _skeleton(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> PreTrainedModel:
+def skeleton_of(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The target's class without storage: it knows the names, the shapes and the kind of norm."""
     try:
         with torch.device("meta"):
@@ -230,7 +230,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
-def _tied(config: PreTrainedConfig) -> bool:
+def is_tied(config: PreTrainedConfig) -> bool:
     parts = (config, config.get_text_config(decoder=True))
     return any(getattr(part, "tie_word_embeddings", False) for part in parts)
 
@@ -300,17 +300,24 @@ def _not_found(weights: TargetWeights, what: str, name: str, shape: tuple[int, .
     return TargetError(
         f"{weights.path}: the target's {what} was not found. Looked for {name}, and for {_tail(name)} after any "
         f"prefix, of shape {list(shape)}. Tensors outside the layers: {listed}"
+        f"{weights.why_not_found(_tail(name).rpartition('.')[0])}"
     )
+
+
+def find_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The final norm behind the decoder's layers."""
+    decoder = decoder_of(model)
+    return next((found for name in _FINAL_NORMS if isinstance(found := getattr(decoder, name, None), nn.Module)), None)
 
 
 def _final_norm(
     skeleton: PreTrainedModel, weights: TargetWeights, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    decoder = decoder_of(skeleton)
-    norm = next((found for name in _FINAL_NORMS if isinstance(found := getattr(decoder, name, None), nn.Module)), None)
+    norm = find_norm(skeleton)
     if norm is None:
         raise TargetError(
-            f"{weights.path}: {type(decoder).__name__} has no final norm under the names {', '.join(_FINAL_NORMS)}"
+            f"{weights.path}: {type(decoder_of(skeleton)).__name__} has no final norm under the names "
+            f"{', '.join(_FINAL_NORMS)}"
         )
     name = next(name for name, module in skeleton.named_modules() if module is norm)
     tensors = {}
@@ -323,11 +330,11 @@ def _final_norm(
     return norm.eval().requires_grad_(False)
 
 
-def _softcap(text: PreTrainedConfig) -> float | None:
+def softcap_of(text: PreTrainedConfig) -> float | None:
     return next((cap for name in _SOFTCAPS if (cap := getattr(text, name, None)) is not None), None)
 
 
-def _logit_factor(text: PreTrainedConfig, path: Path) -> float:
+def logit_factor_of(text: PreTrainedConfig, path: Path) -> float:
     factor = 1.0
     for field in sorted({field for field, _ in _LOGIT_FACTORS}):
         value = getattr(text, field, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from torchspec.core.config.environment import EMBEDDED
 from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.models.latent import LATENT_SIZES
+from torchspec.core.models.target_quantisation import read_quantisation
 
 _CONTENTS = (
     "a target directory holds config.json, the weights as model.safetensors (or model.safetensors.index.json and its "
@@ -72,6 +75,14 @@ def read_target_spec(path: Path, trust_remote_code: bool = False) -> TargetSpec:
     `architecture` is the class that serves the whole. Raises TargetError naming every fact that is missing.
     """
     config = load_target_config(path, trust_remote_code=trust_remote_code)
+    ends_turns = _eos_token_ids(path, config, config.get_text_config(decoder=True), trust_remote_code)
+    known = target_spec(config, path, trust_remote_code)
+    return replace(known, eos_token_ids=ends_turns, quantisation=read_quantisation(path))
+
+
+def target_spec(config: PreTrainedConfig, path: Path, trust_remote_code: bool = False) -> TargetSpec:
+    """As `read_target_spec`, of a configuration that is here; nothing is read at `path`, nor are
+    `eos_token_ids` and `quantisation`."""
     text = config.get_text_config(decoder=True)
     required = {
         "num_layers": "num_hidden_layers",
@@ -103,8 +114,9 @@ def read_target_spec(path: Path, trust_remote_code: bool = False) -> TargetSpec:
         rope_parameters=_rope_parameters(text),
         dtype=_stored_dtype(config, text),
         tie_word_embeddings=any(getattr(part, "tie_word_embeddings", False) for part in (config, text)),
-        eos_token_ids=_eos_token_ids(path, config, text, trust_remote_code),
+        eos_token_ids=(),
         trust_remote_code=trust_remote_code,
+        latent_sizes=_latent_sizes(text),
     )
 
 
@@ -123,6 +135,12 @@ def _read_json(file: Path, *, missing: str) -> dict[str, Any]:
 def _first(config: PreTrainedConfig, *names: str) -> Any:
     """The first of these fields that is set; families name the same fact differently."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _latent_sizes(text: PreTrainedConfig) -> dict[str, int] | None:
+    """DeepSeek-V2-Lite and others compress keys and values alone and state no rank of queries."""
+    stated = {name: getattr(text, name, None) for name in LATENT_SIZES}
+    return {name: size for name, size in stated.items() if size} if stated["kv_lora_rank"] else None
 
 
 def _rope_parameters(text: PreTrainedConfig) -> dict[str, object]:

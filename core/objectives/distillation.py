@@ -31,10 +31,10 @@ from torchspec.core.objectives.vocabulary_teacher import (
     Taught,
     VocabularyTeacher,
     add_mapped,
-    add_product,
 )
 from torchspec.core.objectives.weighting import weigh
 from torchspec.core.ops.distillation import TilePairs
+from torchspec.core.ops.maps import add_product
 
 TERMS = ("cross_entropy", "kl", "reverse_kl", "jsd", "tv", "lk_alpha", "argmax", "ground_truth")
 LABEL_TERMS = frozenset({"argmax", "ground_truth"})
@@ -192,12 +192,14 @@ class _Pass:
         self.loss = torch.zeros((), dtype=wide, device=device)
         teacher = supervision.teacher
         self.columns = teacher.columns if isinstance(teacher, VocabularyTeacher) else slice(None)
-        self.head_NH = head.head_NH if head.is_part else head.head_NH[self.columns]
+        # Itself where it is not cut: what is made of a frozen head goes by the tensor.
+        cut = not head.is_part and self.columns != slice(None)
+        self.head_NH = head.head_NH[self.columns] if cut else head.head_NH
         self.extra_NX = None if head.extra_NX is None else head.extra_NX[self.columns]
-        self.wide_HN = ops.wide_operand(self.head_NH).T
+        self.products = ops.maps.head(self.head_NH, ops, frozen=not head.head_NH.requires_grad)
         self.wide_XN = None if self.extra_NX is None else ops.wide_operand(self.extra_NX).T
         if not isinstance(teacher, VocabularyTeacher):
-            self.logits = torch.empty(most, len(self.head_NH), dtype=wide, device=device)
+            self.logits = self.products.room(most, wide)
         self.raw = head.norm_H.new_empty(most, head.norm_H.shape[0])
         self.dhead_NH: Tensor | None = None
         self.dextra_NX: Tensor | None = None
@@ -264,7 +266,7 @@ class _Pass:
         truth_C = None if sup.truth_M is None else self._stacked(sup.truth_M, chunk)
         base_C = self._stacked(sup.base_M, chunk)
         soft, labels = weigh(self._weights(chunk), base_C * coverage_C, argmax_C, truth_C)
-        logits_CN = self.ops.wide_mm(normed_CH, self.wide_HN, out=self.logits[: chunk.count])
+        logits_CN = self.products.logits(normed_CH, out=None if self.logits is None else self.logits[: chunk.count])
         if extra_CX is not None:
             assert self.wide_XN is not None
             add_mapped(logits_CN, extra_CX, self.wide_XN, self.ops)
@@ -272,11 +274,11 @@ class _Pass:
         found = self.ops.distillation_tile(logits_CN, target.tile, pairs, with_grad=self.with_grad)
         dnormed_CH = dextra_CX = None
         if self.with_grad:
-            dlogits_CN = logits_CN.to(normed_CH.dtype)
-            add_product(self.dhead_NH, dlogits_CN, normed_CH, self.ops)
-            dnormed_CH = dlogits_CN @ self.head_NH
+            dlogits_CN = self.products.narrowed(logits_CN, normed_CH)
+            dnormed_CH = self.products.backward(dlogits_CN, normed_CH, self.dhead_NH)
             if extra_CX is not None:
                 assert self.extra_NX is not None
+                dlogits_CN = dlogits_CN.to(extra_CX.dtype)
                 add_product(self.dextra_NX, dlogits_CN, extra_CX, self.ops)
                 dextra_CX = dlogits_CN @ self.extra_NX
         return Taught(
@@ -302,8 +304,7 @@ class _Pass:
             truth_C=torch.full_like(row_C, OUTSIDE) if sup.truth_M is None else self._stacked(sup.truth_M, chunk),
         )
         heads = OwnHeads(
-            head_NH=self.head_NH,
-            wide_HN=self.wide_HN,
+            products=self.products,
             dhead_NH=self.dhead_NH,
             extra_NX=self.extra_NX,
             wide_XN=self.wide_XN,

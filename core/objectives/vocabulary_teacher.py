@@ -28,6 +28,7 @@ from torchspec.core.objectives.teacher import Coverage, covered
 from torchspec.core.objectives.vocabulary_terms import Part
 from torchspec.core.objectives.weighting import weigh
 from torchspec.core.ops.distillation import TileTeacher
+from torchspec.core.ops.maps import OutputHead, add_product
 from torchspec.core.ops.slices import row_slices
 from torchspec.core.parallel.vocabulary import gather_rows, gather_vectors, summed, to_owners
 
@@ -46,11 +47,11 @@ class OwnPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnHeads:
-    """The rows `VocabularyTeacher.columns` of the draft's head and of the map of what is added to its logits; the same
-    for `FusedOps.wide_mm`; and where the gradients of all ranks' pairs are added, if they are wanted."""
+    """The products of the rows `VocabularyTeacher.columns` of the draft's head; those rows of the map of what is added
+    to its logits, and the same for `FusedOps.wide_mm`; and where the gradients of all ranks' pairs are added, if they
+    are wanted."""
 
-    head_NH: Tensor
-    wide_HN: Tensor
+    products: OutputHead
     dhead_NH: Tensor | None
     extra_NX: Tensor | None
     wide_XN: Tensor | None
@@ -135,7 +136,7 @@ class VocabularyTeacher:
         """Terms and gradients of this rank's pairs; `weights` of the terms, of all pairs or of each of them."""
         logits_AN, rows_DSA = self._read(chunk)
         normed_MH = gather_rows(pairs.normed_CH, chunk.pairs_P, self._shards)
-        z_MN = self._ops.wide_mm(normed_MH, heads.wide_HN)
+        z_MN = heads.products.logits(normed_MH)
         extra_MX = None
         if pairs.extra_CX is not None:
             assert heads.wide_XN is not None
@@ -166,11 +167,11 @@ class VocabularyTeacher:
         dnormed_CH = dextra_CX = None
         if with_grad:
             part.differentiate(totals_SM)
-            dlogits_MN = z_MN.to(normed_MH.dtype)
-            add_product(heads.dhead_NH, dlogits_MN, normed_MH, self._ops)
-            dnormed_CH = self._to_owners(chunk, dlogits_MN @ heads.head_NH)
+            dlogits_MN = heads.products.narrowed(z_MN, normed_MH)
+            dnormed_CH = self._to_owners(chunk, heads.products.backward(dlogits_MN, normed_MH, heads.dhead_NH))
             if extra_MX is not None:
                 assert heads.extra_NX is not None
+                dlogits_MN = dlogits_MN.to(extra_MX.dtype)
                 add_product(heads.dextra_NX, dlogits_MN, extra_MX, self._ops)
                 dextra_CX = self._to_owners(chunk, dlogits_MN @ heads.extra_NX)
         return Taught(
@@ -265,13 +266,3 @@ def add_mapped(logits_MN: Tensor, extra_MX: Tensor, wide_XN: Tensor, ops: FusedO
     row_bytes = logits_MN.shape[1] * logits_MN.element_size()
     for part in row_slices(0, len(logits_MN), row_bytes, ops.temporary_bytes):
         logits_MN[part] += ops.wide_mm(extra_MX[part], wide_XN)
-
-
-def add_product(total_NH: Tensor | None, dlogits_MN: Tensor, inputs_MH: Tensor, ops: FusedOps) -> None:
-    """total += dlogits^T inputs, in the total's precision; nothing where no total is wanted."""
-    if total_NH is None:
-        return
-    if total_NH.dtype == dlogits_MN.dtype:
-        total_NH.addmm_(dlogits_MN.T, inputs_MH)
-    else:
-        total_NH += ops.wide_mm(dlogits_MN.T, inputs_MH)

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -119,8 +120,8 @@ class ParallelContext:
         shared = next((m for m in (self.tensor, self.sequence) if m.size() > 1), self.every)
         return shared.get_group()
 
-    def sequence_group(self, exchange: Exchange) -> SequenceGroup | None:
-        """The ranks that share this one's sequences; None where it has its own."""
+    def sequence_group(self, exchange: Exchange, slab: int = 1) -> SequenceGroup | None:
+        """The ranks that share this one's sequences; None where it has its own. `slab`: see `SequenceGroup`."""
         if self.sequence_size == 1:
             return None
         return SequenceGroup(
@@ -129,7 +130,12 @@ class ParallelContext:
             ulysses=self.mesh.get_group(ULYSSES_AXIS),
             ring=self.mesh.get_group(RING_AXIS),
             exchange=exchange,
+            slab=slab,
         )
+
+    def add_up(self, tensor: Tensor) -> None:
+        """In place, over all ranks, by the device's own collectives."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.every_group)
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Element-wise sums of host integers over all ranks."""

@@ -29,6 +29,7 @@ class SequenceGroup:
     group      all P = U x R of them, in rank order r = ring index x U + Ulysses index
     ulysses    the U ranks of the same ring index
     ring       the R ranks of the same Ulysses index
+    slab       what each of them owns of a sequence is a multiple of so many rows
     exchange   how step-0 keys and values meet the queries (`core.attention.forms`)
     """
 
@@ -37,6 +38,7 @@ class SequenceGroup:
     ulysses: ProcessGroup
     ring: ProcessGroup
     exchange: Exchange = "gather"
+    slab: int = 1
 
     @property
     def rank(self) -> int:
@@ -47,7 +49,13 @@ class SequenceGroup:
         return self.group.size()
 
     def layout(self, length: int, alignment: int = 1) -> Layout:
-        return Layout(length=length, ulysses=self.ulysses.size(), ring=self.ring.size(), alignment=alignment)
+        return Layout(
+            length=length,
+            ulysses=self.ulysses.size(),
+            ring=self.ring.size(),
+            alignment=alignment,
+            slab=self.slab,
+        )
 
     @property
     def peers(self) -> range:

@@ -14,6 +14,7 @@ piece, X = L + halo.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,8 @@ class Piece(NamedTuple):
 class Layout:
     """A sequence of `length` rows over `ulysses` x `ring` ranks; every piece is a multiple of `alignment` rows long.
 
+    What a rank owns is a multiple of `slab` rows too: its number of rows is one of lcm(pieces x alignment, slab).
+
     Raises ValueError for sizes below 1.
     """
 
@@ -43,9 +46,10 @@ class Layout:
     ring: int = 1
     alignment: int = 1
     balance: Balance = "zigzag"
+    slab: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.length, self.ulysses, self.ring, self.alignment) < 1:
+        if min(self.length, self.ulysses, self.ring, self.alignment, self.slab) < 1:
             raise ValueError(f"sizes of a layout are at least 1, got {self}")
 
     @property
@@ -58,8 +62,8 @@ class Layout:
 
     @property
     def piece_length(self) -> int:
-        unit = self.pieces_per_rank * self.ranks * self.alignment
-        return -(-self.length // unit) * self.alignment
+        each = math.lcm(self.alignment, self.slab // math.gcd(self.slab, self.pieces_per_rank))
+        return -(-self.length // (self.pieces_per_rank * self.ranks * each)) * each
 
     @property
     def rows(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from torchspec.core import registry, settings
@@ -22,6 +22,7 @@ from torchspec.core.interfaces.algorithm import Algorithm, StepMemory
 from torchspec.core.interfaces.engine import TargetEngine, TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import load_target_head, load_target_head_shard
+from torchspec.core.models.target_quantisation import described as described_quantisation
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline.engine_setup import ENGINE, check_images, engine_options
@@ -35,6 +36,7 @@ from torchspec.core.pipeline.topology import Streaming, colocated, disaggregated
 from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.feed import DirectFeed, Feed
+from torchspec.core.training.fp8 import Fp8Compute, described, emulation, scaling_of
 from torchspec.core.training.random_state import seed_rank
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.stored import StoredFeatures
@@ -103,6 +105,8 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
     spec = read_target_spec(path, trusted)
     topology = config.pipeline.topology
     dtype = running_dtype(config.target.dtype, spec.dtype, context.torch_device)
+    if spec.quantisation is not None and context.is_main:
+        logger.info("the target is quantised: %s", described_quantisation(spec.quantisation))
     form, why = choose_logits(config)
     if why:
         logger.info("target.shard_logits is %s: %s", form, why)
@@ -180,7 +184,20 @@ def build_model(
         memory=step_memory(config.train, choose_logits(config)[0]),
         exchange=exchange,
         offload_activations=on_host in ("activations", "all"),
+        fp8=_fp8(config, sharded, context),
     )
+
+
+def _fp8(config: RunConfig, draft: nn.Module, context: ParallelContext) -> Fp8Compute | None:
+    """How the draft's maps are computed in FP8, if they are; the main rank says which and by what."""
+    if config.precision.compute != "fp8":
+        return None
+    chosen = Fp8Compute(scaling=scaling_of(config))
+    if context.is_main:
+        logger.info(described(draft, chosen.scaling))
+        if (emulated := emulation(context.device)) is not None:
+            logger.warning(emulated)
+    return chosen
 
 
 def build_feed(config: RunConfig, model: Model, target: Target, context: ParallelContext) -> Feed:

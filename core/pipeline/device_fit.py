@@ -8,7 +8,7 @@ from torchspec.core import registry
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import Problem
 from torchspec.core.interfaces.device import DeviceSpec
-from torchspec.core.interfaces.engine import EngineSpec
+from torchspec.core.interfaces.engine import EngineSpec, TargetSpec
 from torchspec.core.pipeline.served_checks import given, serving_engine, serving_problems
 
 
@@ -35,6 +35,24 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list
                 choices=("float32",),
             )
         )
+    if config.precision.compute == "fp8" and not {"fp8", "bf16"} <= device.capabilities:
+        found.append(
+            Problem(
+                field="precision.compute",
+                value=config.precision.compute,
+                message=f"device {device.name} neither multiplies FP8 matrices nor offers to emulate it",
+                choices=("float32", *(["bfloat16"] if "bf16" in device.capabilities else [])),
+            )
+        )
+    if config.train.optimizer == "adamw8bit" and "compile" not in device.capabilities:
+        found.append(
+            Problem(
+                field="train.optimizer",
+                value=config.train.optimizer,
+                message=f"needs torch.compile, which device {device.name} does not have",
+                choices=("adamw",),
+            )
+        )
     if config.train.offload != "none" and device.device_type == "cpu":
         found.append(
             Problem(
@@ -57,6 +75,23 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list
                 )
             )
     return found
+
+
+def precision_problems(config: RunConfig) -> list[Problem]:
+    """What is said of a precision that is not computed in."""
+    precision = config.precision
+    if precision.fp8_scaling is None or precision.compute == "fp8":
+        return []
+    message = f"is for precision.compute=fp8, not {precision.compute}"
+    remedy = "leave it out, or compute in fp8"
+    return [Problem(field="precision.fp8_scaling", value=precision.fp8_scaling, message=message, remedy=remedy)]
+
+
+def examined(backend: EngineSpec, target: TargetSpec) -> str | None:
+    """What is worth knowing of how the engine runs a quantised target; TargetError when it cannot run this target."""
+    if backend.examine is not None:
+        return backend.examine(target)
+    return None if target.quantisation is None else f"backend {backend.name} runs it with kernels of its own"
 
 
 ATTACHED = frozenset({"url", "start_timeout", "call_timeout"})

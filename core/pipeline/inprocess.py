@@ -31,6 +31,7 @@ from torchspec.core.pipeline.topology_fit import trainer_fraction
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.ledger import balance, read_ledger
+from torchspec.core.training.low_bit import check_low_bit
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.served import ServedCheckError
 from torchspec.core.training.signals import StopRequest
@@ -120,6 +121,8 @@ def _train(
 ) -> RunOutcome:
     if checked.config.train.tensorboard:
         check_tensorboard()
+    if checked.config.train.optimizer == "adamw8bit":
+        check_low_bit()
     run = context.main_only(lambda: run_dir.open_run(checked.config))
     try:
         return _train_in(run, checked, provenance, context, progress)

@@ -14,9 +14,10 @@ from torchspec.core.config.schema import RunConfig
 from torchspec.core.errors import Problem, TargetError
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import EngineSpec, TargetSpec
+from torchspec.core.ops.fp8 import filled
 from torchspec.core.parallel.sequence import Exchange
 
-COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 
 LogitsForm = Literal["off", "tokens", "vocabulary"]
 
@@ -199,7 +200,8 @@ def row_tokens(config: RunConfig, ranks: int, longest: int | None = None) -> int
         return min(train.tokens_per_rank, -(-train.batch_size * length // shared))  # no row holds more than a batch
     data = max(1, ranks // shared)
     samples = min(train.micro_batch_size, math.ceil(train.batch_size / data))
-    return samples * -(-length // shared)
+    own = -(-length // shared)
+    return samples * (filled(own) if config.precision.compute == "fp8" else own)
 
 
 def choose_exchange(
@@ -212,15 +214,16 @@ def choose_exchange(
     if _sequence_ranks(config) == 1:
         return "gather", ""
     rows, itemsize = row_tokens(config, ranks, longest), COMPUTE[config.precision.compute].itemsize
+    text, shape = longest or config.data.max_length, algorithm.attention_shape
     traffic = Traffic(
         rows=rows,
-        queries=rows,
+        queries=shape.queries(rows, text),
         itemsize=itemsize,
-        shape=algorithm.attention_shape,
+        shape=shape,
         ulysses=parallel.ulysses,
         ring=parallel.ring,
     )
-    kept = algorithm.kept_values(recompute=config.train.recompute, text=longest or config.data.max_length)
+    kept = algorithm.kept_values(recompute=config.train.recompute, text=text)
     activations = int(rows * kept * itemsize)
     return choose(traffic, activations)
 

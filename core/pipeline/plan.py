@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from torchspec.core import registry
 from torchspec.core.config.fields import settings as setting_paths
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.data.rows import BadRow
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.interfaces.device import DeviceSpec
+from torchspec.core.models.target_quantisation import described as described_quantisation
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import initial_path
 from torchspec.core.pipeline.device_fit import Ranks
@@ -23,6 +25,7 @@ from torchspec.core.pipeline.plan_fit import Fit, aligned
 from torchspec.core.pipeline.plan_load import cached_lengths, draft_of_shapes, lengths_of
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.training.checkpoint_files import steps_on_disk
+from torchspec.core.training.fp8 import described, emulation, scaling_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | N
             "vocabulary": target.vocab_size,
             "parameters": sum(math.prod(weights.shape(name)) for name in weights.files),
             "precision": str(subject.dtype).removeprefix("torch."),
+            **({} if weights.quantisation is None else {"quantised": described_quantisation(weights.quantisation)}),
         },
         draft={
             "algorithm": algorithm.name,
@@ -176,6 +180,12 @@ def _notes(checked: Checked, data: Mapping[str, Any], steps: Mapping[str, Any], 
         notes.append(f"{ranks} ranks share batches of {config.train.batch_size} samples: some have nothing to do")
     if config.train.warmup_steps >= steps["total"]:
         notes.append(f"the warm-up of {config.train.warmup_steps} steps is as long as the whole run")
+    if config.precision.compute == "fp8":
+        notes.append(described(draft_of_shapes(checked.algorithm, checked.target), scaling_of(config)))
+        if registry.probe(checked.device).ok and (emulated := emulation(checked.device.load())) is not None:
+            notes.append(emulated)
+    if checked.quantised is not None:
+        notes.append(f"the target is quantised: {checked.quantised}")
     if not config.data.validation:
         notes.append("no data.validation: no decoding during the run, and no checkpoint is the best one")
     if data.get("bad rows"):

@@ -21,14 +21,17 @@ from torchspec.core.interfaces.device import Device, DeviceSpec
 from torchspec.core.interfaces.engine import EngineSpec, TargetSpec
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
+from torchspec.core.models.target_quantisation import unread
 from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.models.target_weights import TargetWeights
+from torchspec.core.ops.fp8 import fits
 from torchspec.core.pipeline.assembly import step_memory
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.parallel_fit import COMPUTE, choose_exchange, choose_logits, logits_ranks, row_tokens
 from torchspec.core.pipeline.plan_memory import Need, estimate
 from torchspec.core.pipeline.plan_terms import Load, Models
 from torchspec.core.pipeline.topology_fit import trainer_fraction
+from torchspec.core.training.fp8 import fp8_weights
 
 GB = 10**9
 
@@ -123,13 +126,16 @@ def subject_of(
     dtype = running_dtype(config.target.dtype, target.dtype, torch.device(device.device_type))
     backend = registry.backends().spec(config.backend)
     inside = backend.available is None and config.pipeline.topology == "inprocess"
+    draft = draft_of_shapes(algorithm, target)
     models = Models(
         algorithm=algorithm,
         spec=target,
-        draft=tuple(tuple(p.shape) for p in draft_of_shapes(algorithm, target).parameters() if p.requires_grad),
+        draft=tuple(tuple(p.shape) for p in draft.parameters() if p.requires_grad),
+        fp8=_fp8_elements(draft, algorithm, target),
         target=tuple(weights.shape(name) for name in weights.files) if inside else (),
-        mapped=host and dtype == target.dtype,
+        mapped=host and dtype == target.dtype and target.quantisation is None,
         process=loaded.runtime.memory().allocated if host and loaded is not None else None,
+        kept=_kept(weights) if inside else (),
     )
     return Subject(
         models=models,
@@ -141,6 +147,22 @@ def subject_of(
         devices=loaded.runtime.device_count() if loaded is not None else 1,
         lengths=lengths,
     )
+
+
+def _kept(weights: TargetWeights) -> tuple[int, ...]:
+    """Bytes of a target's tensors, if it is quantised in a form that nobody here dequantises."""
+    if weights.quantisation is None or unread(weights.quantisation) is None:
+        return ()
+    return tuple(weights.stored[name].nbytes for name in weights.files)
+
+
+def _fp8_elements(draft: nn.Module, algorithm: Algorithm, target: TargetSpec) -> int:
+    """Of the weights that a run in FP8 makes ready; a draft without a head of its own has the target's rows."""
+    inside, outside = fp8_weights(draft)
+    matrices = dict(draft.named_parameters())
+    head = torch.empty(algorithm.vocabulary_size, target.hidden_size, device="meta")
+    own = any(matrices[name].shape == head.shape for name in (*inside, *outside))
+    return sum(matrices[name].numel() for name in inside) + (head.numel() if not own and fits(head) else 0)
 
 
 def cached_lengths(config: RunConfig, reader: RowReader, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
@@ -174,28 +196,32 @@ def load_of(config: RunConfig, subject: Subject, ranks: int) -> Load:
         captured=_captured(config, ranks, rows, longest),
         several=_several(config, subject, ranks, longest),
         compute=compute,
+        fp8=config.precision.compute == "fp8",
         target_dtype=subject.dtype,
         memory=replace(memory, loss_bytes=memory.loss_bytes or subject.loss_bytes),
         exchange=exchange,
-        held=_traffic(config, subject, rows).held(exchange) if shared > 1 else 0,
+        held=_traffic(config, subject, rows, longest).held(exchange) if shared > 1 else 0,
         tensor_parallel=config.target.tensor_parallel,
         head_ranks=1 if form == "off" else logits_ranks(config, ranks),
         offload=train.offload,
+        optimizer=train.optimizer,
     )
 
 
 def least_held(config: RunConfig, subject: Subject, ranks: int) -> Callable[[str], int]:
     """Bytes held by an exchange, for choosing among those of `config`'s groups."""
-    traffic = _traffic(config, subject, load_of(config, subject, ranks).rows)
+    load = load_of(config, subject, ranks)
+    traffic = _traffic(config, subject, load.rows, load.text)
     return traffic.held  # type: ignore[return-value]
 
 
-def _traffic(config: RunConfig, subject: Subject, rows: int) -> Traffic:
+def _traffic(config: RunConfig, subject: Subject, rows: int, text: int) -> Traffic:
+    shape = subject.models.algorithm.attention_shape
     return Traffic(
         rows=rows,
-        queries=rows,
+        queries=shape.queries(rows, text),
         itemsize=COMPUTE[config.precision.compute].itemsize,
-        shape=subject.models.algorithm.attention_shape,
+        shape=shape,
         ulysses=config.parallel.ulysses,
         ring=config.parallel.ring,
     )

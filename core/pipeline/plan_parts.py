@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import prod
 
 from torchspec.core.objectives.chunks import LossShape, chunk_rows
 from torchspec.core.pipeline.plan_terms import LARGE_BLOCK, MOMENTS, Load, Models, Moment, Part, part_of
+from torchspec.core.training.low_bit import state_bytes
 
 STEP: tuple[Moment, ...] = MOMENTS[:-1]
 DRAFT: tuple[Moment, ...] = ("loss", "backward")
@@ -26,9 +28,15 @@ def draft_parts(models: Models, load: Load) -> list[Part]:
         packed.append(FP32 * trained)  # the sum over one rank is a copy, scaled in another one
     return [
         part_of("draft parameters", shards, f"{trained:,} in {over}"),
-        part_of("optimizer state", 2 * shards, f"two moments, {over}"),
+        _moments(shards, over, load),
         part_of(
             "gathered parameters", [compute * n for n in tensors], "the whole draft in its compute precision", DRAFT
+        ),
+        part_of(
+            "weights in FP8",
+            [models.fp8, models.fp8] if load.fp8 else [],
+            f"{models.fp8:,} elements by rows and by columns",
+            (*DRAFT, "reduction"),
         ),
         part_of(
             "gathering", [compute * trained if ranks > 1 else 0], "what came from the ranks, before it was cut", DRAFT
@@ -45,6 +53,13 @@ def draft_parts(models: Models, load: Load) -> list[Part]:
     ]
 
 
+def _moments(shards: list[int], over: str, load: Load) -> Part:
+    if load.optimizer == "adamw" or not shards:
+        return part_of("optimizer state", 2 * shards, f"two moments, {over}")
+    coded = [state_bytes(size // FP32) for size in shards]
+    return part_of("optimizer state", 2 * coded, f"two moments in 8 bits where they fit, over {load.ranks} rank(s)")
+
+
 def target_parts(models: Models, load: Load) -> list[Part]:
     spec, size, parallel = models.spec, load.target_dtype.itemsize, load.tensor_parallel
     end = spec.vocab_size * spec.hidden_size * size
@@ -53,6 +68,9 @@ def target_parts(models: Models, load: Load) -> list[Part]:
     ends = part_of("target embedding and head", [end, head], own)
     if not models.target:  # its engine runs in a process of its own
         return [ends]
+    if models.kept:
+        total = sum(models.kept)
+        return [part_of("target model", models.kept, f"{total:,} bytes, quantised as they are stored"), ends]
     elements = sum(map(prod, models.target))
     if not models.mapped or parallel > 1:
         tensors = [size * prod(shape) // parallel for shape in models.target]
@@ -101,11 +119,12 @@ def micro_batch_parts(models: Models, load: Load) -> list[Part]:
 
 def _activations(models: Models, load: Load) -> list[tuple[str, str, float, tuple[Moment, ...]]]:
     algorithm, recompute = models.algorithm, load.memory.recompute
+    shape = algorithm.attention_shape
     kept = algorithm.kept_values(recompute=recompute, moment="loss", text=load.text)
     passing = algorithm.kept_values(recompute=recompute, text=load.text) - kept
     again = ", the rest made again" if recompute else ""
     if load.offload in ("activations", "all"):
-        kept, again = 2 * kept / algorithm.attention_shape.steps, ", the rest on the host"
+        kept, again = 2 * kept / (shape.steps * shape.layers), ", the rest on the host"
     return [
         ("activations", f"{load.rows:,} tokens x {kept:,.0f} values{again}", kept, DRAFT),
         ("gradients of activations", f"{load.rows:,} tokens x {passing:,.0f} values in flight", passing, ("backward",)),
@@ -123,7 +142,7 @@ def _large_share(models: Models, column: int) -> float:
 def loss_parts(models: Models, load: Load) -> list[Part]:
     wide = max(FP32, load.compute.itemsize)
     shape = LossShape(
-        steps=models.algorithm.attention_shape.steps,
+        steps=models.algorithm.loss_steps,
         hidden=models.spec.hidden_size,
         draft_vocabulary=models.algorithm.vocabulary_size,
         target_vocabulary=models.spec.vocab_size,
@@ -132,19 +151,21 @@ def loss_parts(models: Models, load: Load) -> list[Part]:
         shard_logits=load.memory.shard_logits,
     )
     assert load.memory.loss_bytes is not None
-    row = loss_row(shape)
+    # Chunks are cut for rows that teach as many pairs as they can; of texts with few anchors they teach fewer.
+    taught = math.ceil(shape.steps * models.algorithm.attention_shape.share(load.text))
+    row = loss_row(replace(shape, steps=taught))
     chunks = -(-load.rows // chunk_rows(shape, load.memory.loss_bytes))
     rows = -(-load.rows // chunks)  # they are cut as equal as they can be
-    logits = rows * shape.steps * shape.draft_vocabulary * wide
+    logits = rows * taught * shape.draft_vocabulary * wide
     loss = [logits, *_blocks(rows * row - logits)]
     states = load.rows * models.spec.hidden_size * load.target_dtype.itemsize
-    narrow = load.compute.itemsize < wide
+    copied = load.compute.itemsize < wide and not load.fp8
     return [
         part_of("loss", loss, f"{rows:,} target rows at a time x {row:,} bytes", ("loss",)),
         part_of("target's states that teach", [states], "a copy of the supervised rows", ("loss",)),
         part_of("gradient of the draft's head", [models.head * wide], "made with the loss, fp32", DRAFT),
         part_of("the same, scaled", [models.head * load.compute.itemsize], "a second copy", ("backward",)),
-        part_of("draft's head in fp32", [models.head * wide * narrow], "for products summed in fp32", ("loss",)),
+        part_of("draft's head in fp32", [models.head * wide * copied], "for products summed in fp32", ("loss",)),
     ]
 
 

@@ -47,7 +47,9 @@ class Models:
 
     draft         shapes of the trained tensors
     target        shapes of the stored tensors; none where its engine runs in a process of its own
+    kept          bytes of the same tensors, where they stay quantised as they are stored
     mapped        the target runs in the precision of its files, so that on a CPU their pages are its memory
+    fp8           elements of the weights that a run in FP8 multiplies by in it, a frozen output head's among them
     process       resident bytes of a process with everything imported; None on an accelerator, whose allocator counts
     """
 
@@ -57,6 +59,8 @@ class Models:
     target: tuple[tuple[int, ...], ...]
     mapped: bool
     process: int | None
+    fp8: int = 0
+    kept: tuple[int, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -77,6 +81,7 @@ class Load:
     captured    positions that this rank runs the target over at a time
     several     a step has more than one micro-batch
     memory      with `loss_bytes` given
+    fp8         linear maps are computed in FP8
     held        bytes of keys, values and their gradients of other ranks, in this exchange
     tensor_parallel, head_ranks    how many ranks hold the target, and its head, together
     """
@@ -93,4 +98,6 @@ class Load:
     held: int = 0
     tensor_parallel: int = 1
     head_ranks: int = 1
+    fp8: bool = False
     offload: Literal["none", "activations", "states", "all"] = "none"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"

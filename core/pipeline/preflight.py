@@ -29,7 +29,7 @@ from torchspec.core.models.target_spec import read_target_spec, resolve_target
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import initial_path
-from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems
+from torchspec.core.pipeline.device_fit import Ranks, backend_problems, device_problems, examined, precision_problems
 from torchspec.core.pipeline.engine_setup import create_algorithm
 from torchspec.core.pipeline.identity import known_facts
 from torchspec.core.pipeline.offline import check_stored
@@ -50,7 +50,8 @@ Found = TypeVar("Found")
 @dataclass(frozen=True, kw_only=True)
 class Checked:
     """`config` is what will be run: settings left at a default that does not fit the target are fitted to it, and
-    `sources` says why, by the setting's path. `reader` has read nothing yet."""
+    `sources` says why, by the setting's path. `reader` has read nothing yet. `quantised`: what the engine makes of a
+    target that is."""
 
     config: RunConfig
     sources: dict[str, str]
@@ -60,6 +61,7 @@ class Checked:
     algorithm: Algorithm
     tokenizer: PreTrainedTokenizerBase
     reader: RowReader
+    quantised: str | None = None
 
     def subject(self, lengths: Lengths | None) -> Subject:
         """For planning the memory of this run and of others like it."""
@@ -101,7 +103,7 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     if config.data.validation:
         problems.attempt("data.validation", lambda: RowReader(config.data.validation))
 
-    target = weights = algorithm = tokenizer = None
+    target = weights = algorithm = tokenizer = quantised = None
     sources: dict[str, str] = {}
     path = problems.attempt("target.path", lambda: resolve_target(config.target.path))
     if path is not None:
@@ -114,9 +116,12 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     if target is not None:
         if weights is not None:
             problems.attempt("target.path", lambda: _check_head(target))
+        if weights is not None and backend is not None and config.pipeline.topology != "offline":
+            quantised = problems.attempt("target.path", lambda: examined(backend, target))
         algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
         _check_initial(config, algorithm, target, problems)
         config, sources = _fit_length(config, target, problems)
+    problems += precision_problems(config)
     problems += topology_problems(config, device, backend)
     problems += on_policy_problems(config, backend)
     problems += parallel_problems(config, ranks.all, algorithm=algorithm, backend=backend, target=target)
@@ -143,7 +148,7 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     assert reader is not None
     checked = Checked(
         config=config, sources=sources, device=device, target=target, weights=weights, algorithm=algorithm,
-        tokenizer=tokenizer, reader=reader,
+        tokenizer=tokenizer, reader=reader, quantised=quantised,
     )  # fmt: skip
     shared = trainer_fraction(config, device.device_type) < 1
     if to_run and (shared or config.train.memory_gb is not None):

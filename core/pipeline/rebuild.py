@@ -191,4 +191,6 @@ def _initial_algorithm(path: Path, target: TargetSpec) -> Algorithm:
     found = find_checkpoint(path)
     facts = read_json(found / checkpoint.DRAFT)
     saved = facts["identity"]["target"]
-    return _algorithm(found, facts, replace(target, **{name: saved[name] for name in _TARGET_FACTS}))
+    facts_then = {name: saved[name] for name in _TARGET_FACTS}
+    # Checkpoints older than drafts with latent attention do not have it, and need it not.
+    return _algorithm(found, facts, replace(target, **facts_then, latent_sizes=saved.get("latent_sizes")))

@@ -59,7 +59,7 @@ class AheadFeed(ABC):
         features of one turn may be waited for; `late` says then what to look at. `threads` ask."""
         self._model, self._context = model, context
         self._budget, self._patience, self._late = budget, patience, late
-        self._sequence = context.sequence_group(model.exchange)
+        self._sequence = context.sequence_group(model.exchange, model.slab)
         # A thread is bound like its rank: a store may read, and wait, on what is its current device.
         bind = context.device.runtime.bind
         self._calls = ThreadPoolExecutor(threads, "features", initializer=bind, initargs=(context.local_rank,))

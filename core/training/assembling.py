@@ -44,7 +44,7 @@ def assembled(
         state: NormState = next((features.norm_state for features in taken.values()), "post_norm")
         whole = [_on_device(model, taken[n]) if n in taken else nothing_of(model, sample, state)
                  for n, sample in enumerate(samples)]  # fmt: skip
-        return FeatureRows.of(whole, masks, documents.packs), found
+        return FeatureRows.of(whole, masks, documents.packs, model.slab), found
     tokens = TokenRows.of([sample.input_ids_T for sample in samples], masks, documents.packs)
     return _shared_rows(model, documents, taken, tokens, sequence), found
 

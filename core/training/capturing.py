@@ -18,11 +18,14 @@ from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.features.rows import FeatureRows, Packs, TokenRows
 from torchspec.core.features.spread import Hidden, spread_features
 from torchspec.core.interfaces.algorithm import KEEP_ALL, Algorithm, StepMemory, TrainingSample
+from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, TargetEngine
 from torchspec.core.interfaces.features import Features, NormState, Quarantined
 from torchspec.core.interfaces.target import TargetHead
+from torchspec.core.ops.fp8 import MULTIPLE
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.parallel.sequence import Exchange, SequenceGroup
+from torchspec.core.training.fp8 import Fp8Compute
 
 STAND_IN_TOKENS = 16
 
@@ -45,7 +48,9 @@ class Model:
     """Everything a window is computed with. `draft` is sharded; `exchange` is for sequences that ranks share.
     `engine` None: features come from elsewhere, and nothing is decoded here.
 
-    `offload_activations`: what the forward pass keeps for the backward one waits in the host's memory.
+    `cast`: what the parameters of a draft that is not sharded are computed in, where that is not what they are kept in.
+    `fp8`: its linear maps are computed in FP8. `offload_activations`: what the forward pass keeps for the backward one
+    waits in the host's memory.
     """
 
     algorithm: Algorithm
@@ -55,6 +60,17 @@ class Model:
     memory: StepMemory = KEEP_ALL
     exchange: Exchange = "gather"
     offload_activations: bool = False
+    cast: torch.dtype | None = None
+    fp8: Fp8Compute | None = None
+
+    @property
+    def slab(self) -> int:
+        """What a rank owns of a sequence is a multiple of so many rows."""
+        return 1 if self.fp8 is None else MULTIPLE
+
+    def device(self, device: Device) -> Device:
+        """`device`, for one micro-batch."""
+        return device if self.fp8 is None else self.fp8.device(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +113,7 @@ def captured_rows(
     one of them could not capture a document the others know that it is a hole, but not why (the reason is "").
     """
     mine = loaded[context.data_rank]
-    sequence = context.sequence_group(model.exchange)
+    sequence = context.sequence_group(model.exchange, model.slab)
     owners = None
     found: dict[int, Features | Quarantined] = {}
     if context.tensor.size() > 1:
@@ -125,7 +141,7 @@ def captured_rows(
         for number, sample in enumerate(mine.samples)
     ]
     if sequence is None:
-        return FeatureRows.of([whole[n] for n in range(len(mine.samples))], masks, mine.packs), holes
+        return FeatureRows.of([whole[n] for n in range(len(mine.samples))], masks, mine.packs, model.slab), holes
     tokens = TokenRows.of([sample.input_ids_T for sample in mine.samples], masks, mine.packs)
     rows = spread_features(
         {number: hidden_of(model, features) for number, features in whole.items()},
@@ -203,3 +219,9 @@ def _stand_in(sample: TrainingSample) -> TrainingSample:
     ids_T = sample.input_ids_T[:STAND_IN_TOKENS]
     mask_T = torch.zeros_like(ids_T, dtype=torch.bool)
     return TrainingSample(sample_id=sample.sample_id, input_ids_T=ids_T, loss_mask_T=mask_T)
+
+
+def stand_in() -> TrainingSample:
+    """For a rank that has no sample at all."""
+    ids_T = torch.zeros(STAND_IN_TOKENS, dtype=torch.int64)
+    return _stand_in(TrainingSample(sample_id="", input_ids_T=ids_T, loss_mask_T=ids_T.bool()))

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Snapshot:
 
     tensors   this rank's view of weights and optimizer state by name (`draft.*`, `optimizer.*`); DTensors are
               stored as shards, plain tensors once
+    own       further tensors of this rank, for the same number of ranks
     progress  JSON: step and counters
     facts     JSON: draft.json
     score     acceptance length validated at this step
@@ -53,6 +54,7 @@ class Snapshot:
     progress: dict[str, Any]
     facts: dict[str, Any]
     vocabulary: VocabularyMap
+    own: Mapping[str, Tensor] = field(default_factory=dict)
     score: float | None = None
 
 
@@ -68,7 +70,7 @@ def save(checkpoints: Path, snapshot: Snapshot, context: ParallelContext, keep_l
         with _dcp_errors():
             writer = HuggingFaceStorageWriter(path=str(aside / STATE), save_distributed=True)
             state_dict_saver.save(dict(snapshot.tensors), storage_writer=writer, process_group=context.control)
-        mine = context.agree(lambda: [asdict(file) for file in _finish_rank(aside, context)])
+        mine = context.agree(lambda: [asdict(file) for file in _finish_rank(aside, snapshot, context)])
         written = [files.StoredFile(**file) for part in context.gather(mine) for file in part]
         context.agree(lambda: _publish(aside, final, snapshot, written, context) if context.is_main else None)
     except (OSError, SafetensorError, TorchspecError) as error:
@@ -86,10 +88,11 @@ def _prepare(aside: Path) -> None:
     (aside / RNG).mkdir()
 
 
-def _finish_rank(aside: Path, context: ParallelContext) -> list[files.StoredFile]:
-    """Write this rank's random states; account for every file it wrote."""
+def _finish_rank(aside: Path, snapshot: Snapshot, context: ParallelContext) -> list[files.StoredFile]:
+    """Write this rank's random states and own tensors; account for every file it wrote."""
     rng = _rng_file(aside, context.rank)
-    save_tensors(capture_state(context.device.runtime), rng)
+    own = {name: tensor.cpu() for name, tensor in snapshot.own.items()}
+    save_tensors(capture_state(context.device.runtime) | own, rng)
     shards = sorted((aside / STATE).glob(f"shard-{context.rank + 1:05d}-*"))
     return [files.stored_file(aside, file) for file in [*shards, rng]]
 
@@ -194,6 +197,13 @@ def _restore_rng(checkpoint: Path, context: ParallelContext, seed: int) -> None:
     restore_state(context.device.runtime, load_file(_rng_file(checkpoint, context.rank)))
 
 
+def own_tensors(checkpoint: Path, context: ParallelContext) -> dict[str, Tensor]:
+    """What `Snapshot.own` held on this rank, beside its random states; nothing for another number of ranks."""
+    if files.read_manifest(checkpoint).world_size != context.world_size:
+        return {}
+    return load_file(_rng_file(checkpoint, context.rank))
+
+
 def _rng_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint / RNG / f"rank_{rank:05d}.safetensors"
 
@@ -251,14 +261,16 @@ def refuse_other_run(checkpoint: Path, saved: dict[str, Any], current: dict[str,
         )
 
 
-def differences(saved: Any, current: Any, path: str = "") -> Iterator[str]:
-    """One line for every value of two JSON trees that is not the same."""
+def differences(
+    saved: Any, current: Any, path: str = "", names: tuple[str, str] = ("the checkpoint", "this run")
+) -> Iterator[str]:
+    """One line for every value of two JSON trees, called by these names, that is not the same."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             inner = f"{path}.{key}" if path else str(key)
-            yield from differences(saved.get(key), current.get(key), inner)
+            yield from differences(saved.get(key), current.get(key), inner, names)
     elif saved != current:
-        yield f"{path}: the checkpoint has {saved!r}, this run {current!r}"
+        yield f"{path}: {names[0]} has {saved!r}, {names[1]} {current!r}"
 
 
 @contextmanager

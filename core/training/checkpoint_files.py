@@ -7,7 +7,7 @@ checkpoints/
         trainer.json          step, counters
         vocabulary.safetensors
         state/*.safetensors   one file per rank: fp32 weights (`draft.*`) and AdamW state (`optimizer.*`)
-        rng/rank_*.safetensors
+        rng/rank_*.safetensors   random states; moments in codes where the optimizer holds them so
     best.json                 for people: the validated checkpoint with the greatest acceptance length
 ../.checkpointed              there has been a checkpoint
 """

@@ -32,12 +32,9 @@ class Flow:
     engines: tuple[dict[str, float], ...] = ()
 
 
-class Feed(Protocol):
-    """Of one rank. Ranks that share sequences, or a target, call the same methods at the same places."""
-
-    def start(self, plan: Plan, samples: Samples, step: int, stop: int) -> None:
-        """The steps from `step` to before `stop` come, in order: `rows` will be asked for each of their turns."""
-        ...
+class Passes(Protocol):
+    """The forward passes of one rank. Ranks that share sequences, or a target, call the same methods at the same
+    places."""
 
     def load(self, turn: Turn, samples: Samples) -> Mapping[int, Documents]:
         """The turn's micro-batches, before `rows` of the same turn."""
@@ -48,6 +45,14 @@ class Feed(Protocol):
 
         `loaded` are the turn's micro-batches. Of ranks that share a sequence one may know a reason and others "".
         """
+        ...
+
+
+class Feed(Passes, Protocol):
+    """Those of a run that plans ahead."""
+
+    def start(self, plan: Plan, samples: Samples, step: int, stop: int) -> None:
+        """The steps from `step` to before `stop` come, in order: `rows` will be asked for each of their turns."""
         ...
 
     def whole(self, sample: TrainingSample) -> Features | Quarantined:

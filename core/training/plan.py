@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torchspec.core.config.schema import TrainConfig
 from torchspec.core.data.batches import MicroBatch, global_batches, packed_micro_batches, rank_micro_batches
 
 
@@ -19,6 +20,17 @@ class Cut:
     micro_batch_size: int
     row_tokens: int | None = None
     equal_length: float = math.inf
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, parameters: int, hidden: int, ranks: int = 1) -> Cut:
+        """As configured, of a draft with so many trained parameters; `ranks` share a sequence."""
+        tokens = config.tokens_per_rank
+        return cls(
+            micro_batch_size=config.micro_batch_size,
+            row_tokens=None if tokens is None else tokens * ranks,
+            # Attention takes T H products per token, everything else as many as the draft has parameters.
+            equal_length=parameters / hidden,
+        )
 
     def micro_batches(self, batch: Sequence[int], lengths: Sequence[int], rank: int, ranks: int) -> list[MicroBatch]:
         """Those of one data index."""

@@ -14,9 +14,14 @@ from torchspec.core.interfaces.device import Runtime
 
 def seed_rank(runtime: Runtime, seed: int, step: int, rank: int) -> None:
     """Random states of one rank from one step on; ranks and steps differ."""
-    mixed = ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
+    mixed = rank_seed(seed, step, rank)
     torch.manual_seed(mixed)
     runtime.manual_seed(mixed)
+
+
+def rank_seed(seed: int, step: int, rank: int) -> int:
+    """See `seed_rank`."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**63
 
 
 def draw_of(seed: int, epoch: int, sample_id: str) -> int:

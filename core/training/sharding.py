@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from torchspec.core.parallel.mesh import ParallelContext
+COMPUTE = {"float32": None, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
+"""What the draft's parameters are cast to; in FP8 its linear maps go on from there (`training.fp8`)."""
 
-COMPUTE = {"float32": None, "bfloat16": torch.bfloat16}
+
+class Meshed(Protocol):
+    """Ranks over which a draft is sharded; `parallel.mesh.ParallelContext` is one."""
+
+    @property
+    def torch_device(self) -> torch.device: ...
+    @property
+    def every(self) -> DeviceMesh: ...
 
 
-def shard_draft(draft: nn.Module, context: ParallelContext, compute: str, *, states_on_host: bool = False) -> nn.Module:
+def shard_draft(draft: nn.Module, context: Meshed, compute: str, *, states_on_host: bool = False) -> nn.Module:
     """Shard in place and return the same module; every rank must hold the same initial values.
 
     One FSDP unit: a draft is a few layers that the unroll calls again and again, so its parameters are gathered once
@@ -35,6 +48,39 @@ def shard_draft(draft: nn.Module, context: ParallelContext, compute: str, *, sta
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     return draft
+
+
+@contextmanager
+def cast_alone(draft: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """A forward and a backward pass of a draft that is not sharded, with parameters in `dtype`: the same numbers as
+    FSDP's mixed precision over one rank.
+
+    Inside, the draft's parameters are copies. Their gradients, which autograd adds up in `dtype` over one pass, are
+    added to those of the parameters in these' own precision.
+    """
+    if dtype is None:
+        yield
+        return
+    kept = dict(draft.named_parameters())  # a shared one once
+    copies = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in kept.values()}
+    places = [
+        (module, name, parameter)
+        for module in draft.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = copies[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+    for parameter in kept.values():
+        grad = copies[id(parameter)].grad
+        if grad is not None:
+            wide = grad.to(parameter.dtype)
+            parameter.grad = wide if parameter.grad is None else parameter.grad.add_(wide)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,18 +8,17 @@ optimizer and the parameters as they were.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
 from torchspec.core.config.schema import TrainConfig
-from torchspec.core.errors import TargetError, TorchspecError
+from torchspec.core.errors import TargetError
 from torchspec.core.interfaces.algorithm import Moment
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
@@ -30,14 +29,13 @@ from torchspec.core.training.feed import DirectFeed, Feed
 from torchspec.core.training.host_memory import release_heap
 from torchspec.core.training.ledger import ledger_row
 from torchspec.core.training.metrics import MetricsLog
-from torchspec.core.training.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from torchspec.core.training.plan import Cut, Plan, Shares
 from torchspec.core.training.random_state import draw_of, untouched
-from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.served import ServedChecks
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.window import Sums, WindowResult, run_window
+from torchspec.core.training.update import NonFiniteError, Progress, Updater
+from torchspec.core.training.window import WindowResult, run_window
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +47,6 @@ LEAST_QUARANTINED = 4
 """From so many on, a run in which more samples cannot be captured than can is stopped."""
 LOST_WINDOWS = 4
 """So is one of which not a single sample could be captured for so many steps on end."""
-
-
-class NonFiniteError(TorchspecError):
-    """A loss or gradient that is not a number. Raised before the update: parameters and schedule stay as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +76,14 @@ class Setup:
 
 
 @dataclass(kw_only=True)
-class Counters:
+class Counters(Progress):
     """Everything of a run that is neither a tensor nor a random state; stored with each checkpoint."""
 
-    step: int = 0
-    updates: int = 0
-    empty_windows: int = 0
     samples: int = 0
     quarantined: int = 0
     tokens: int = 0
     validated_step: int = -1
     score: float | None = None
-    remembered: dict[str, list[float]] = field(default_factory=dict)
-    """What the algorithm `remembers` of the last window with supervision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +120,13 @@ class Trainer:
             seed=setup.seed,
             alike=setup.alike,
         )
-        self.optimizer = build_optimizer(self.model.draft, setup.config)
-        self.schedule = Schedule.of(setup.config)
+        self.updater = Updater(model, setup.config)
         planned = self.steps_per_epoch * setup.config.epochs
         self.total_steps = min(planned, setup.config.max_steps or planned)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.updater.optimizer
 
     @property
     def steps_per_epoch(self) -> int:
@@ -142,7 +134,9 @@ class Trainer:
 
     def resume(self, directory: Path) -> None:
         """Continue from a whole checkpoint: weights, optimizer, counters and this rank's random states."""
-        progress = checkpoint.load(directory, self._tensors(), self.setup.facts, self.context)
+        tensors = self.updater.tensors()
+        progress = checkpoint.load(directory, tensors, self.setup.facts, self.context)
+        self.updater.filled(tensors, checkpoint.own_tensors(directory, self.context))
         self.counters = Counters(**progress)
         if self.setup.served is not None:
             self.setup.served.forget_after(self.counters.step)
@@ -197,13 +191,11 @@ class Trainer:
 
     def _cut_of(self, config: TrainConfig) -> Cut:
         """Packed rows hold `tokens_per_rank` tokens of each rank that shares them."""
-        parameters = sum(p.numel() for p in self.model.draft.parameters() if p.requires_grad)
-        tokens = config.tokens_per_rank
-        return Cut(
-            micro_batch_size=config.micro_batch_size,
-            row_tokens=None if tokens is None else tokens * self.context.sequence_size,
-            # Attention takes T H products per token, everything else as many as the draft has parameters.
-            equal_length=parameters / self.model.head.embedding_VH.shape[1],
+        return Cut.of(
+            config,
+            parameters=sum(p.numel() for p in self.model.draft.parameters() if p.requires_grad),
+            hidden=self.model.head.embedding_VH.shape[1],
+            ranks=self.context.sequence_size,
         )
 
     def _profile(self) -> AbstractContextManager[None]:
@@ -223,7 +215,9 @@ class Trainer:
         result = run_window(self.model, self.samples, turns, self.feed, self.context, timer, self._moment)
         quarantined = self._quarantine(result, batch)
         with timer.phase("optimizer"):
-            rate, norm = self._update(result, batch)
+            rate, norm = self.updater.update(
+                result.sums, counters, self.total_steps, lambda norm: self._refuse(result, batch, norm)
+            )
         counters.step += 1
         counters.samples += len(batch) - len(quarantined)
         counters.quarantined += len(quarantined)
@@ -241,7 +235,7 @@ class Trainer:
             "tokens": counters.tokens,
             "empty_windows": counters.empty_windows,
             **({"quarantined": quarantined} if quarantined else {}),
-            **self._loss(result.sums),
+            **self.updater.summary(result.sums),
             "lr": rate,
             "grad_norm": norm,
             "padding_fraction": 1 - result.sums.tokens / max(1, result.sums.positions),
@@ -274,17 +268,8 @@ class Trainer:
         """Of a micro-batch of the step that comes."""
         counters = self.counters
         epoch = counters.step // self.steps_per_epoch
-        remembered = {name: torch.tensor(values, dtype=torch.float64) for name, values in counters.remembered.items()}
-        return Moment(
-            progress=counters.step / self.total_steps,
-            previous=remembered or None,
-            draws=tuple(draw_of(self.setup.seed, epoch, sample.sample_id) for sample in documents.samples),
-        )
-
-    def _loss(self, sums: Sums) -> dict[str, Any]:
-        if sums.denominator == 0:
-            return {"loss": None}
-        return {"loss": sums.numerator / sums.denominator, **self.model.algorithm.summarise(sums.metrics)}
+        draws = [draw_of(self.setup.seed, epoch, sample.sample_id) for sample in documents.samples]
+        return self.updater.moment(counters, counters.step / self.total_steps, draws)
 
     def _memory(self) -> dict[str, int]:
         """Bytes, of the rank that used most."""
@@ -292,36 +277,7 @@ class Trainer:
         allocated, peak, total = self.context.max([stats.allocated, stats.peak, stats.total])
         return {"allocated": allocated, "peak": peak, "total": total}
 
-    def _update(self, result: WindowResult, batch: Sequence[int]) -> tuple[float | None, float | None]:
-        """Divide by the global denominator, clip, step; (learning rate, gradient norm before clipping).
-
-        A window without supervision does none of it and is counted. Raises NonFiniteError before anything changed.
-        """
-        sums, counters, config = result.sums, self.counters, self.setup.config
-        if sums.denominator == 0:
-            counters.empty_windows += 1
-            logger.warning("step %d: no supervised position in the whole batch, no update", counters.step + 1)
-            self.optimizer.zero_grad()
-            return None, None
-        parameters = [p for p in self.model.draft.parameters() if p.grad is not None]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        for grad in grads:
-            grad.div_(sums.denominator)
-        norm = global_norm(grads)
-        if not math.isfinite(sums.numerator) or not math.isfinite(float(norm)):
-            self._refuse(result, batch, float(norm))
-        if config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-        # Empty windows shorten the plan: the rate still ends where the schedule ends.
-        rate = config.lr * self.schedule.factor(counters.updates, self.total_steps - counters.empty_windows)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        counters.updates += 1
-        counters.remembered = {name: sums.metrics[name].double().tolist() for name in self.model.algorithm.remembers}
-        return rate, float(norm)
-
-    def _refuse(self, result: WindowResult, batch: Sequence[int], norm: float) -> None:
+    def _refuse(self, result: WindowResult, batch: Sequence[int], norm: float) -> NoReturn:
         """Name the step and the samples of the micro-batches whose own loss is not finite; all of them if none is."""
         mine = [i for indices, numerator in result.numerators if not torch.isfinite(numerator) for i in indices]
         suspects = sorted({index for part in self.context.gather(mine) for index in part}) or list(batch)
@@ -413,22 +369,11 @@ class Trainer:
     def _save(self) -> None:
         snapshot = checkpoint.Snapshot(
             step=self.counters.step,
-            tensors=self._tensors(),
+            tensors=self.updater.tensors(),
+            own=self.updater.codes(),
             progress=asdict(self.counters),
             facts=self.setup.facts,
             vocabulary=self.setup.vocabulary,
             score=self.counters.score,
         )
         checkpoint.save(self.setup.checkpoints, snapshot, self.context, self.setup.config.keep_last)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        weights = {f"draft.{name}": tensor for name, tensor in self.model.draft.state_dict().items()}
-        moments = optimizer_tensors(self.model.draft, self.optimizer)
-        return weights | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
-
-
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """2-norm of gradients sharded over ranks, a plain scalar on every rank."""
-    norm = torch.nn.utils.get_total_norm(grads)
-    whole = getattr(norm, "full_tensor", None)
-    return whole() if whole is not None else norm

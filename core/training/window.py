@@ -11,17 +11,16 @@ from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchspec.core.interfaces.algorithm import START, Moment, StepResult
-from torchspec.core.parallel.mesh import ParallelContext
+from torchspec.core.parallel.ranks import Ranks
 from torchspec.core.training.capturing import Documents, Model, Samples, Texts
-from torchspec.core.training.feed import Feed
+from torchspec.core.training.feed import Passes
 from torchspec.core.training.offload import offloaded
 from torchspec.core.training.plan import Turn
+from torchspec.core.training.sharding import cast_alone
 from torchspec.core.training.timing import StepTimer
 
 
@@ -70,7 +69,7 @@ class Sums:
             kept = value.detach() if counts else torch.zeros_like(value)
             self.values[name] = self.values[name] + kept if name in self.values else kept.clone()
 
-    def reduce(self, context: ParallelContext) -> Sums:
+    def reduce(self, context: Ranks) -> Sums:
         """One SUM all-reduce and one transfer to the host per dtype; integer counts stay exact."""
         reduced: dict[str, Tensor] = {}
         by_dtype: dict[torch.dtype, list[str]] = {}
@@ -79,7 +78,7 @@ class Sums:
         for dtype in sorted(by_dtype, key=str):
             names = by_dtype[dtype]
             packed = torch.cat([self.values[name].reshape(-1) for name in names])
-            all_reduce_sum(packed, context.every_group)
+            context.add_up(packed)
             shapes = [self.values[name].shape for name in names]
             pieces = torch.split(packed.cpu(), [shape.numel() for shape in shapes])
             reduced |= {n: p.reshape(s) for n, p, s in zip(names, pieces, shapes, strict=True)}
@@ -106,10 +105,6 @@ class Sums:
         return {name.removeprefix("sums/"): v for name, v in self.values.items() if name.startswith("sums/")}
 
 
-def all_reduce_sum(tensor: Tensor, group: ProcessGroup) -> None:
-    dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
-
-
 @dataclass(frozen=True, kw_only=True)
 class WindowResult:
     """Sums over all ranks, and each of this rank's micro-batches with its own numerator (for naming a bad sample).
@@ -126,8 +121,8 @@ def run_window(
     model: Model,
     samples: Samples,
     turns: Sequence[Turn],
-    feed: Feed,
-    context: ParallelContext,
+    feed: Passes,
+    context: Ranks,
     timer: StepTimer,
     moment_of: Callable[[Documents], Moment] = lambda documents: START,
 ) -> WindowResult:
@@ -135,25 +130,29 @@ def run_window(
 
     Gradients are reduced over ranks once, with the last micro-batch. Every rank runs the same number of
     micro-batches: a rank whose turn is a hole runs a short stand-in without supervision, so the collectives inside the
-    draft meet on all ranks.
+    draft meet on all ranks. A draft that is not sharded is that of a process without others.
     """
-    assert isinstance(model.draft, FSDPModule)
+    sharded = model.draft if isinstance(model.draft, FSDPModule) else None
     sums = Sums()
     numerators: list[tuple[list[int], Tensor]] = []
     quarantined: dict[int, str] = {}
     for number, turn in enumerate(turns, start=1):
-        model.draft.set_requires_gradient_sync(number == len(turns))
-        model.draft.set_is_last_backward(number == len(turns))
+        if sharded is not None:
+            sharded.set_requires_gradient_sync(number == len(turns))
+            sharded.set_is_last_backward(number == len(turns))
         with timer.phase("data"):
             loaded = feed.load(turn, samples)
         with timer.phase("capture"):
             rows, missing = feed.rows(turn, loaded)
             holes = loaded[context.data_rank].unwritten | missing
-        with timer.phase("forward"), offloaded(model.draft, activations=model.offload_activations):
-            moment = moment_of(loaded[context.data_rank])
-            result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory, moment)
-        with timer.phase("backward"):
-            torch.autograd.backward(result.numerator)
+        with cast_alone(model.draft, model.cast):
+            with timer.phase("forward"), offloaded(model.draft, activations=model.offload_activations):
+                moment = moment_of(loaded[context.data_rank])
+                device = model.device(context.device)
+                result = model.algorithm.step(model.draft, model.head, rows, device, model.memory, moment)
+                del device  # in FP8 it keeps the weights of this micro-batch
+            with timer.phase("backward"):
+                torch.autograd.backward(result.numerator)
         mine = loaded[context.data_rank]
         sums.add(result, counts=bool(mine.indices))
         if mine.indices and context.sequence_rank == 0:
@@ -165,7 +164,8 @@ def run_window(
         if mine.indices:
             quarantined |= {mine.indices[number]: reason for number, reason in holes.items()}
         numerators.append((list(mine.indices), result.numerator.detach()))
-    _check_sharded(model.draft)
+    if sharded is not None:
+        _check_sharded(model.draft)
     with timer.phase("reduce"):
         total = sums.reduce(context)
         if total.quarantined:  # known on every rank, so that all of them gather or none

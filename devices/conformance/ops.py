@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchspec.core.conformance.checks import Check
-from torchspec.devices.api import LOG_TERMS, SOFT_TERMS, Label, TilePairs, TileTeacher
+from torchspec.core.conformance.checks import Check, NotHereError
+from torchspec.core.ops.fp8 import E4M3, E5M2, scaled
+from torchspec.devices.api import LOG_TERMS, SOFT_TERMS, Label, Scaled, TilePairs, TileTeacher
 from torchspec.devices.conformance.subject import TOLERANCE, Subject, Worst, same
 
 EPS = 0.03  # large: an adapter that leaves it out is seen
@@ -114,6 +115,38 @@ def wide_products(subject: Subject) -> str:
     return str(worst)
 
 
+def fp8_products(subject: Subject) -> str:
+    """Both formats, a scale for each row and one for all, results in bf16 and fp32; NaN stays within its row."""
+    ops, here = subject.device.ops, subject.where
+    if "fp8" not in subject.spec.capabilities:
+        assert ops.fp8.kind == "absent", f"fp8 is {ops.fp8.kind}, and the capability is not declared"
+        raise NotHereError("needs the capability fp8, which is not declared")
+    assert ops.fp8.kind in ("native", "emulated"), f"the capability fp8 is declared, and fp8 is {ops.fp8.kind}"
+    worst = Worst()
+    for left in (E4M3, E5M2):
+        for scaling in ("row", "tensor"):
+            a, b = (
+                scaled(_random(rows, 80, seed=rows, dtype=torch.float32), dtype, scaling, 1 << 20)
+                for rows, dtype in ((37, left), (48, E4M3))
+            )
+            exact = (a.values.double() * a.scale.double()) @ (b.values.double() * b.scale.double()).T
+            left_there, right_there = (
+                Scaled(values=each.values.to(here), scale=each.scale.to(here)) for each in (a, b)
+            )
+            for dtype in (torch.bfloat16, torch.float32):
+                out = ops.scaled_mm(left_there, right_there, dtype)
+                assert out.dtype == dtype, f"the product is {out.dtype}, not {dtype}"
+                what = f"product of {left}, {scaling}, in {dtype}"
+                # Hardware sums some products in fewer bits than fp32 has.
+                worst.compare(what, out, exact, TOLERANCE[torch.bfloat16] if dtype == torch.bfloat16 else 1e-3)
+    bad = torch.ones(32, 32, device=here)
+    bad[3, 5] = float("nan")
+    operand, ones = (scaled(x, E4M3, "row", 1 << 20) for x in (bad, torch.ones_like(bad)))
+    rows = ops.scaled_mm(operand, ones, torch.bfloat16).isnan().any(1).nonzero().flatten().tolist()
+    assert rows == [3], f"a NaN in row 3 is seen in rows {rows}"
+    return f"{ops.fp8.kind}, {worst}"
+
+
 def _soft(name: str, log_q: Tensor, p: Tensor, mass: Tensor) -> Tensor:
     """Of each pair, by the definitions of `core.ops.distillation`."""
     q = log_q.exp()
@@ -189,5 +222,6 @@ OPS = (
     Check("ops: rotary positions and back", rotary),
     Check("ops: swiglu and its gradients", swiglu),
     Check("ops: products that sum in fp32", wide_products),
+    Check("ops: products of FP8 matrices", fp8_products),
     Check("ops: distillation tile", distillation),
 )

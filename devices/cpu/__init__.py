@@ -17,6 +17,7 @@ def _load() -> Device:
     from torchspec.devices._tiled_attention import TiledAttention
     from torchspec.devices.cpu.attention import CpuFlashKernel
     from torchspec.devices.cpu.ipc import CpuSharedMemory
+    from torchspec.devices.cpu.ops import CpuOps
     from torchspec.devices.cpu.runtime import CpuRuntime, keep_freed_memory
 
     keep_freed_memory()
@@ -25,6 +26,7 @@ def _load() -> Device:
         runtime=CpuRuntime(),
         communication=TorchCommunication("gloo"),
         attention=TiledAttention(CpuFlashKernel(), temporary_bytes=CACHE_BYTES),
+        ops=CpuOps(),
         shared_memory=CpuSharedMemory(),
     )
 
@@ -34,5 +36,5 @@ SPEC = DeviceSpec(
     device_type="cpu",
     probe=_probe,
     load=_load,
-    capabilities=frozenset({"bf16", "fp16", "fp64", "ranks_share_device"}),
+    capabilities=frozenset({"bf16", "fp16", "fp64", "fp8", "compile", "ranks_share_device"}),
 )

@@ -3,8 +3,9 @@
 What was run, all of it on the CPU: the tile planning and the sums over tiles (shared with the CPU), the ladder's
 choices, the math rung; the calls to PyTorch's CUDA attention operators, against emulations of what their sources say,
 registered under the operators' real schemas, and against the operators' own shape functions; the calls to the
-flash-attn and flash-attn-3 packages, against stand-ins with their published signatures; the Triton kernel of the
-distillation loss, in Triton's interpreter. That kernel was also compiled to machine code for three generations of GPUs.
+flash-attn and flash-attn-3 packages, against stand-ins with their published signatures; the calls to PyTorch's product
+of FP8 matrices, by the same operator for CPUs; the Triton kernel of the distillation loss, in Triton's interpreter.
+That kernel was also compiled to machine code for three generations of GPUs.
 
 What was not run: any CUDA kernel, this one included, the flash-attn packages themselves, NCCL, device memory or random
 state. Which attention kernel is fastest is therefore the field's word, not a measurement; benchmarks/attention.py takes
@@ -73,5 +74,5 @@ SPEC = DeviceSpec(
     device_type="cuda",
     probe=_probe,
     load=_load,
-    capabilities=frozenset({"bf16", "fp16", "fp64", "ipc"}),
+    capabilities=frozenset({"bf16", "fp16", "fp64", "fp8", "ipc", "compile"}),
 )

@@ -6,15 +6,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchspec.api import load_config, train
+    from torchspec.api import OnlineDraftTrainer, TargetTensors, load_config, train
 
 __version__ = version("torchspec")
-__all__ = ["__version__", "load_config", "train"]
+__all__ = ["OnlineDraftTrainer", "TargetTensors", "__version__", "load_config", "train"]
 
 
 def __getattr__(name: str) -> object:
-    """The public functions, imported when first used: they bring torch with them."""
-    if name in ("load_config", "train"):
+    """What is public, imported when first used: it brings torch with it."""
+    if name != "__version__" and name in __all__:
         from torchspec import api
 
         return getattr(api, name)

@@ -9,9 +9,24 @@ from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from torchspec.core.models.target_tensors import TargetTensors
     from torchspec.core.pipeline.inprocess import RunOutcome
+    from torchspec.core.pipeline.online import OnlineDraftTrainer
 
-__all__ = ["load_config", "train"]
+__all__ = ["OnlineDraftTrainer", "TargetTensors", "load_config", "train"]
+
+
+def __getattr__(name: str) -> object:
+    """Classes, which are imported when first used: they bring torch with them."""
+    if name == "OnlineDraftTrainer":
+        from torchspec.core.pipeline.online import OnlineDraftTrainer
+
+        return OnlineDraftTrainer
+    if name == "TargetTensors":
+        from torchspec.core.models.target_tensors import TargetTensors
+
+        return TargetTensors
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def train(config: RunConfig | Mapping[str, Any]) -> RunOutcome:

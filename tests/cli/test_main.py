@@ -164,6 +164,7 @@ def test_doctor_lists_every_adapter(run: Run) -> None:
             assert entry["registered_by"] == "torchspec"
             assert entry["available"] or (entry["reason"] and entry["remedy"]), entry
     assert {entry["name"]: entry["available"] for entry in found["devices"]}["cpu"] is True
+    assert {entry["name"]: entry.get("fp8") for entry in found["devices"]}["cpu"] == "emulated"
     assert found["packages"]["torch"]
     code, out, _ = run("doctor")
     assert code == 0

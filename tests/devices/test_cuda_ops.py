@@ -12,6 +12,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchspec.core.ops.distillation import TilePairs, TileTeacher, TileTerms, distillation_tile
+from torchspec.core.ops.fp8 import E4M3, E5M2, Scaling, scaled
 from torchspec.core.registry import devices
+from torchspec.devices.api import Fp8Support, emulated_scaled_mm
 from torchspec.devices.cuda.ops import CudaOps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,3 +206,60 @@ def test_wide_products_of_halves(dtype: torch.dtype) -> None:
         # Rounded to halves at the end, the product would be off by 4e-3 or 5e-4 of its size.
         torch.testing.assert_close(product.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
     assert out is product
+
+
+class Recorded:
+    """`torch._scaled_mm`, which PyTorch has for CPUs too; how it was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+        self.calls: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]] = []
+        self._multiply = torch._scaled_mm
+        monkeypatch.setattr(torch, "_scaled_mm", self)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    def __call__(self, a: Tensor, b: Tensor, **how: Any) -> Tensor:
+        for matrix in (a, b.mT):
+            assert matrix.is_contiguous(), "the layout that tensor cores read"
+        assert how["scale_a"].is_contiguous()
+        shapes = tuple(how["scale_a"].shape), tuple(how["scale_b"].shape)
+        self.calls.append((*shapes, how["out_dtype"], how["use_fast_accum"]))
+        return self._multiply(a, b, **how)
+
+
+ONE, ROWS, COLUMNS = (1, 1), (5, 1), (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "scaling", "dtype", "scales"),
+    [
+        ((9, 0), "row", torch.bfloat16, (ROWS, COLUMNS)),
+        ((8, 9), "row", torch.bfloat16, (ROWS, COLUMNS)),
+        ((9, 0), "row", torch.float32, (ONE, ONE)),
+        ((12, 0), "row", torch.bfloat16, (ONE, ONE)),
+        ((9, 0), "tensor", torch.bfloat16, (ONE, ONE)),
+        ((12, 0), "tensor", torch.float32, (ONE, ONE)),
+    ],
+)
+def test_fp8_products_by_the_kernels_that_a_gpu_has(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], scaling: Scaling, dtype: torch.dtype, scales: Any
+) -> None:
+    """Numbers are those of the emulation; tests/core/ops/test_fp8.py has them by definition."""
+    recorded, ops = Recorded(monkeypatch, capability), CudaOps()
+    assert ops.fp8 == Fp8Support(kind="native")
+    x, y = torch.randn(5, 48), torch.randn(32, 48)
+    operands = (scaled(x, E5M2, scaling, 1 << 20), scaled(y, E4M3, scaling, 1 << 20))
+    product = ops.scaled_mm(*operands, dtype)
+    torch.testing.assert_close(product, emulated_scaled_mm(*operands, dtype))
+    assert recorded.calls == [(*scales, dtype, False)]
+
+
+def test_fp8_is_emulated_where_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, ops = Recorded(monkeypatch, (8, 6)), CudaOps()
+    assert ops.fp8.kind == "emulated"
+    assert "8.6" in ops.fp8.reason
+    assert "8.9" in ops.fp8.reason
+    operand = scaled(torch.randn(16, 16), E4M3, "row", 1 << 20)
+    assert torch.equal(
+        ops.scaled_mm(operand, operand, torch.float32), emulated_scaled_mm(operand, operand, torch.float32)
+    )
+    assert not recorded.calls

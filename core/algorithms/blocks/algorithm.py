@@ -148,8 +148,16 @@ class BlockAlgorithm:
             query_heads=geometry.num_attention_heads,
             key_heads=geometry.num_key_value_heads,
             head_size=geometry.head_dim,
-            steps=len(geometry.layer_types),
+            steps=1,
+            layers=len(geometry.layer_types),
+            slots=geometry.block.size,
+            anchors=self.options.num_anchors,
         )
+
+    @property
+    def loss_steps(self) -> int:
+        """See `Algorithm.loss_steps`."""
+        return self.geometry.block.steps
 
     @property
     def halo(self) -> int:
@@ -187,8 +195,7 @@ class BlockAlgorithm:
 
     def slots_per_token(self, text: int | None) -> float:
         """Slots that run for each token of texts of so many tokens, all supervised."""
-        blocks = 1.0 if text is None else min(1.0, self.options.num_anchors / text)
-        return blocks * self.geometry.block.size
+        return self.attention_shape.share(text) * self.geometry.block.size
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> BlockDraft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes, and for a mask

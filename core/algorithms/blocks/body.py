@@ -30,7 +30,7 @@ from torchspec.core.attention.forms import AttentionForm, attention_form
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models import fused
-from torchspec.core.models.layers import AttentionProjections, GatedMLP, RMSNorm
+from torchspec.core.models.layers import AttentionProjections, GatedMLP, LinearMap, RMSNorm
 from torchspec.core.objectives.chunks import ShardLogits
 from torchspec.core.objectives.distillation import Head
 from torchspec.core.objectives.frozen import FrozenHead
@@ -93,8 +93,8 @@ class BlockLayer(nn.Module):
     def context(self, features_BSH: Tensor, shared: Shared) -> KeysValues:
         """Keys and values of the context, as `shared.form.attention` reads them; a collective."""
         attention, ops = self.self_attn, shared.device.ops
-        key = attention.heads(F.linear(features_BSH, attention.k_proj.weight))
-        value = attention.heads(F.linear(features_BSH, attention.v_proj.weight))
+        key = attention.heads(fused.linear(features_BSH, attention.k_proj.weight, ops))
+        value = attention.heads(fused.linear(features_BSH, attention.v_proj.weight, ops))
         key = fused.rotate(attention.k_norm(key, ops), shared.inputs.turn_BS, shared.tables_PD, ops)
         return shared.form.spread(key, value)
 
@@ -115,7 +115,7 @@ class BlockLayer(nn.Module):
             scale=attention.head_dim**-0.5,
         )
         mixed = block_attention(form, query, (context_key, context_value), (key, value))
-        out_BQH: Tensor = self.mlp(attention.add_output(x_BQH, mixed), self.post_attention_layernorm, ops)
+        out_BQH: Tensor = self.mlp(attention.add_output(x_BQH, mixed, ops), self.post_attention_layernorm, ops)
         return out_BQH
 
 
@@ -145,7 +145,7 @@ class BlockDraft(nn.Module):
         super().__init__()
         size, eps = geometry.hidden_size, geometry.rms_norm_eps
         self.geometry = geometry
-        self.fc = nn.Linear(geometry.num_taps * geometry.target_hidden_size, size, bias=False)
+        self.fc = LinearMap(geometry.num_taps * geometry.target_hidden_size, size)
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(BlockLayer(geometry, kind) for kind in geometry.layer_types)
         self.norm = RMSNorm(size, eps)
@@ -200,7 +200,7 @@ class BlockDraft(nn.Module):
             tables_PD=self.rotary.tables(inputs.angles_P, dtype),
         )
         taps_BSF = inputs.taps_BSF.to(device=self.fc.weight.device, dtype=dtype)
-        context_BSH = self.hidden_norm(self.fc(taps_BSF), device.ops)
+        context_BSH = self.hidden_norm(fused.linear(taps_BSF, self.fc.weight, device.ops), device.ops)
         # Made and exchanged outside what is run again: they are kept in any case.
         contexts = [layer.context(context_BSH, shared) for layer in self._layers()]
         x_BQH = F.embedding(inputs.tokens_BQ, embedding_VH).to(dtype)

@@ -53,12 +53,14 @@ class Format:
 
     says_anchor   the plain layout has a field for `sample_from_anchor`
     projector     what the plain layout's `projector_type` says, which tells drafts of one class apart
+    aliases       other names of the class that are read
     """
 
     architecture: str
     kind: str | None
     says_anchor: bool = False
     projector: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -72,7 +74,8 @@ class Format:
         special = config.get("dflash_config")
         inside = special.get("projector_type") if isinstance(special, Mapping) else None
         projector = config.get("projector_type") or inside
-        return isinstance(named, list) and self.architecture in named and projector == self.projector
+        known = {self.architecture, *self.aliases}
+        return isinstance(named, list) and not known.isdisjoint(named) and projector == self.projector
 
 
 def layouts(form: Format, geometry: BlockGeometry) -> tuple[str, ...]:

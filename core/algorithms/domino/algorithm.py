@@ -23,6 +23,7 @@ from torchspec.core.algorithms.domino import serving
 from torchspec.core.algorithms.domino.correction import DominoDraft, start_correction
 from torchspec.core.algorithms.domino.geometry import DominoGeometry, derive
 from torchspec.core.algorithms.domino.options import DominoOptions
+from torchspec.core.algorithms.domino.serving import SHIFT
 from torchspec.core.algorithms.metrics import per_step
 from torchspec.core.export.draft_config import copy_field, object_at
 from torchspec.core.interfaces.algorithm import DraftFiles
@@ -35,7 +36,13 @@ SIZES = ("gru_hidden_dim", "emb_dim")
 
 @dataclass(frozen=True, kw_only=True)
 class Domino(BlockAlgorithm):
-    form: ClassVar[Format] = Format(architecture="DFlashDraftModel", kind=None, projector="domino")
+    form: ClassVar[Format] = Format(
+        architecture="DFlashDraftModel",
+        kind=None,
+        says_anchor=True,
+        projector="domino",
+        aliases=("DominoDraftModel",),  # SpecForge's
+    )
     title: ClassVar[str] = "a Domino draft"
     options_class: ClassVar[type[BlockOptions]] = DominoOptions
     options: DominoOptions
@@ -54,7 +61,12 @@ class Domino(BlockAlgorithm):
     def stated_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """See `BlockAlgorithm.stated_fields`; published configs say it in `dflash_config` or beside it."""
         fields = super().stated_fields(config)
-        said = {**config, **object_at(config, "dflash_config")}
+        said = {**config, **object_at(config, "domino_config"), **object_at(config, "dflash_config")}
+        shifted: dict[str, Any] = {}
+        copy_field(shifted, SHIFT, said, bool)
+        fields.pop("sample_from_anchor", None)  # what readers of Domino go by is its own word
+        if shifted:
+            fields["sample_from_anchor"] = shifted[SHIFT]
         for name, wanted in serving.CONSTANT.items():
             if said.get(name, wanted) != wanted:
                 raise ValueError(f"{name} is {said[name]!r}; {cls.title} here has {wanted!r}")
@@ -113,10 +125,18 @@ class Domino(BlockAlgorithm):
     def to_files(self, draft_state: dict[str, Tensor], layout: str) -> DraftFiles:
         """What is Domino's stands in `dflash_config`, where every reader looks for it."""
         made = super().to_files(draft_state, layout)
-        own = serving.CONSTANT | {name: getattr(self.geometry, name) for name in SIZES}
+        geometry = self.geometry
+        own = serving.CONSTANT | {SHIFT: geometry.sample_from_anchor}
+        own |= {name: getattr(geometry, name) for name in SIZES}
         config = {**made.config, "dflash_config": {**made.config["dflash_config"], **own}}
-        note = "SGLang reads Domino drafts (seen in 0.5.23): on CUDA, greedily, with a target whose weights are bf16"
-        return replace(made, config=config, notes=(*made.notes, note))
+        del config["sample_from_anchor"]  # its own word says it
+        notes = ["SGLang reads Domino drafts (seen in 0.5.23): on CUDA, greedily, with a target whose weights are bf16"]
+        if geometry.sample_from_anchor:
+            notes.append(
+                f"SGLang takes {geometry.block_size - 1} tokens of a block, not the last one that it says: "
+                f"torchspec eval --draft-length {geometry.block_size - 1} measures what is served"
+            )
+        return replace(made, config=config, notes=(*made.notes, *notes))
 
     def serve(
         self, draft_files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor

@@ -27,22 +27,13 @@ def derive(
     problems: list[Problem] = []
     sources = Sources(options=options, stated=stated, target=target, problems=problems)
     sizes = {
-        "gru_hidden_dim": sources.pick("gru_hidden_dim", target.hidden_size),
+        "gru_hidden_dim": sources.pick("gru_hidden_dim", options.gru_hidden_dim),
         "emb_dim": sources.pick("emb_dim", options.emb_dim),
     }
     try:
         body, taps = blocks.derive(options, target, stated)
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from error
-    if body.sample_from_anchor:
-        problems.append(
-            Problem(
-                field="draft.sample_from_anchor",
-                value=True,
-                message="readers of Domino drafts take one token fewer than a block has slots",
-                remedy="leave it out",
-            )
-        )
     if body.block_size == 2:
         problems.append(
             Problem(

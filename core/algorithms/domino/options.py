@@ -18,8 +18,6 @@ class Curriculum(Ramp):
 
 
 class DominoOptions(BlockOptions):
-    gru_hidden_dim: Positive | None = Field(
-        None, description="width of the state that reads the tokens chosen so far; default: the target's hidden size"
-    )
+    gru_hidden_dim: Positive = Field(1024, description="width of the state that reads the tokens chosen so far")
     emb_dim: Positive = Field(256, description="width of the correction before it is mapped to the vocabulary")
     curriculum: Curriculum = Curriculum()

@@ -16,11 +16,17 @@ from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.target import TargetHead
 
 OWN = ("prefix_gru.weight_ih_l0", "prefix_gru.weight_hh_l0", "embed_proj.0.weight", "embed_proj.2.weight")
-CONSTANT = {"projector_type": "domino", "shift_label": False, "pure_draft_prefix_len": 1}
-"""What config.json says of every draft that is trained here: no slot is shifted, the first token is not corrected."""
+CONSTANT: dict[str, object] = {"projector_type": "domino", "pure_draft_prefix_len": 1}
+"""What config.json says of every draft that is trained here: the first token is not corrected."""
+SHIFT = "shift_label"
+"""Whether each slot says the token behind its own place, the anchor's the first one: `sample_from_anchor` elsewhere."""
 
 
 class DominoReader(Reader):
+    def __init__(self, files: DraftFiles, head: TargetHead) -> None:
+        super().__init__(files, head)
+        self.from_anchor = bool(self.special[SHIFT])
+
     def corrected(self, states_KH: Tensor, anchor: Tensor, drafted_L: Tensor) -> Tensor:
         """Logits [L, N] of the drafted tokens, each given those before it."""
         reset_in, update_in, new_in = self.weight["prefix_gru.weight_ih_l0"].chunk(3)
@@ -46,5 +52,7 @@ def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: 
     for name, wanted in CONSTANT.items():
         if files.config["dflash_config"].get(name) != wanted:
             raise CheckpointError(f"config.json of the draft: dflash_config.{name} must be {wanted!r}")
+    if not isinstance(files.config["dflash_config"].get(SHIFT), bool):
+        raise CheckpointError(f"config.json of the draft: dflash_config.{SHIFT} must be true or false")
     reader, anchor = DominoReader(files, head), next_tokens_T[-1]
     return reader.probabilities(reader.corrected(reader.states(taps_TNH, anchor), anchor, drafted_L))

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from torchspec.core.interfaces.engine import TargetSpec
 
+LATENT_ARCHITECTURES = ("Eagle3DeepseekV2ForCausalLM", "Eagle3DeepseekV3ForCausalLM")
+"""Of drafts with latent attention, by two names of one reader; the first is written."""
+
 
 def _create(options: Eagle3Options, target: TargetSpec) -> Algorithm:
     from torchspec.core.algorithms.eagle3.algorithm import Eagle3
@@ -20,11 +23,17 @@ def _create(options: Eagle3Options, target: TargetSpec) -> Algorithm:
 
 
 def is_eagle3(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a draft of this family, with EAGLE-3.1's norms or without."""
+    """Whether a config.json describes a draft of this family, with EAGLE-3.1's norms or without.
+
+    One that names a token for what is to be drafted in parallel is P-EAGLE's.
+    """
     if "speculators_model_type" in config:
         return bool(config["speculators_model_type"] == "eagle3")
+    if config.get("ptd_token_id") is not None or config.get("pard_token") is not None:
+        return False
     architectures = config.get("architectures")
-    return isinstance(architectures, list) and "LlamaForCausalLMEagle3" in architectures
+    names = ("LlamaForCausalLMEagle3", *LATENT_ARCHITECTURES)
+    return isinstance(architectures, list) and any(name in architectures for name in names)
 
 
 def has_norms(config: dict[str, Any]) -> bool:

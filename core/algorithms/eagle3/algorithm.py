@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from torchspec.core.algorithms.eagle3 import serving
 from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch, halo
+from torchspec.core.algorithms.eagle3.derive import derive
 from torchspec.core.algorithms.eagle3.drafter import Eagle3Drafter
-from torchspec.core.algorithms.eagle3.geometry import Geometry, derive
+from torchspec.core.algorithms.eagle3.geometry import Geometry
 from torchspec.core.algorithms.eagle3.initialise import initialise
 from torchspec.core.algorithms.eagle3.metrics import pair_sums
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
@@ -72,19 +73,27 @@ class Eagle3:
         Made again, these are there once and in the backward pass only, and the embedding's share of q, k, v stays. In
         the backward pass the outputs' gradients are scaled in a copy; later come gate, up and their product again as
         gradients, and those of all steps' k and v, when the last step's output and what stood beside it are gone (live
-        bytes were counted: within 2 % from thousands of rows on)."""
+        bytes were counted: within 2 % from thousands of rows on).
+
+        Latent attention keeps `AttentionValues` beside, and has keys of so many heads that what passes through
+        attention's backward is most: in the last step, or, where the rest is made again, in the one before, whose
+        gradients of k and v are there beside the last one's (counted so, too: within 5 %)."""
         geometry, steps = self.geometry, self.options.unroll
         size, heads = geometry.hidden_size, geometry.head_dim * geometry.num_attention_heads
-        keys_values = 2 * geometry.head_dim * geometry.num_key_value_heads
-        layer = size + 2 * heads + 2 * geometry.intermediate_size
-        kept = 2 * size + steps * (2 * size + keys_values) + (heads + keys_values if recompute else steps * layer)
+        keys_values, more = 2 * geometry.head_dim * geometry.num_key_value_heads, geometry.attention_values
+        layer = size + 2 * heads + 2 * geometry.intermediate_size + more.queries + more.keys
+        kept = 2 * size + steps * (2 * size + keys_values) + (more.parts + more.keys if recompute else steps * layer)
         kept += (steps - 1) * size if geometry.norm_output else 0
         if moment == "loss":
             return kept
         gradients = 3 * geometry.intermediate_size - size
+        through = more.gradients - 2 * size
         if recompute:
             gradients += 2 * (geometry.intermediate_size + heads) + steps * keys_values - size // 2
-        return kept + max(steps * size, gradients)
+            through += (2 * steps - 3) * keys_values + 3 * heads + more.queries + more.keys
+        else:
+            through += steps * keys_values + 2 * heads - 2 * geometry.intermediate_size
+        return kept + max(steps * size, gradients, through)
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
@@ -103,6 +112,11 @@ class Eagle3:
             head_size=geometry.head_dim,
             steps=self.options.unroll,
         )
+
+    @property
+    def loss_steps(self) -> int:
+        """See `Algorithm.loss_steps`."""
+        return self.options.unroll
 
     @property
     def halo(self) -> int:

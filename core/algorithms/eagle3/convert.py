@@ -3,6 +3,9 @@
 plain        `architectures: [LlamaForCausalLMEagle3]`, layer named `midlayer`: SGLang, and vLLM with default taps
 speculators  `speculators_model_type: eagle3`, layer named `layers.0`: vLLM, which then needs no other argument
 
+A draft with latent attention (`latent`) has a plain layout of its own architecture, and no speculators layout: whatever
+that says of its layer, vLLM reads a Llama's.
+
 Numbering of tapped layers, where ours is l: the speculators layout stores l + 1 (vLLM reads Hugging Face indices);
 the plain layout's explicit list is read by SGLang as l and by vLLM as l + 1, so it is written only where it must be,
 for taps that are not both engines' default, in SGLang's numbering.
@@ -14,18 +17,17 @@ change 46488 in the speculators one, SGLang since its change 24663; earlier vers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from torchspec.core.algorithms.eagle3.geometry import (
-    NORMS,
-    Geometry,
-    default_taps,
-    derive,
-    geometry_fields,
-)
+from torchspec.core.algorithms.eagle3 import LATENT_ARCHITECTURES
+from torchspec.core.algorithms.eagle3.derive import derive, geometry_fields
+from torchspec.core.algorithms.eagle3.geometry import NORMS, Geometry, default_taps
+from torchspec.core.algorithms.eagle3.latent import LatentGeometry, latent_layer, latent_notes
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.algorithms.eagle3.serving import VOCABULARY_TENSORS, check_names, layer_prefix
@@ -56,6 +58,8 @@ def to_files(algorithm: Eagle3, state: Mapping[str, Tensor], layout: str) -> Dra
     geometry, taps, target = algorithm.geometry, algorithm.taps, algorithm.target
     dtype = str(state["fc.weight"].dtype).removeprefix("torch.")
     layer = llama_fields(geometry, geometry.vocab_size, dtype)
+    if isinstance(geometry, LatentGeometry):
+        layer = latent_layer(geometry, layer)
     if geometry.draft_vocab_size == geometry.vocab_size:
         # Of a vocabulary that was not pruned vLLM has no map, and refuses a checkpoint that holds one.
         state = {name: tensor for name, tensor in state.items() if name not in VOCABULARY_TENSORS}
@@ -63,8 +67,12 @@ def to_files(algorithm: Eagle3, state: Mapping[str, Tensor], layout: str) -> Dra
         problems = _plain_problems(geometry, taps)
         if problems:
             raise ConfigError(problems)
-        config, notes = _plain(geometry, taps, target, layer), _plain_notes(taps, target) + _norm_notes(geometry)
+        config = _plain(geometry, taps, target, layer)
+        notes = _plain_notes(geometry, taps, target) + _norm_notes(geometry) + latent_notes(geometry)
         return DraftFiles(config=config, tensors=dict(state), notes=notes)
+    problems = _speculators_problems(geometry)
+    if problems:
+        raise ConfigError(problems)
     config = _speculators(geometry, taps, target, layer, tokens=min(5, algorithm.options.unroll))
     prefix = layer_prefix(config)
     tensors = {name.replace(OURS, prefix): value for name, value in state.items()}
@@ -73,18 +81,33 @@ def to_files(algorithm: Eagle3, state: Mapping[str, Tensor], layout: str) -> Dra
 
 def layouts(geometry: Geometry, taps: tuple[int, ...]) -> tuple[str, ...]:
     """Those that can hold such a draft; plain first, since both engines read it."""
-    return LAYOUTS[1:] if _plain_problems(geometry, taps) else LAYOUTS
+    problems = {"plain": _plain_problems(geometry, taps), "speculators": _speculators_problems(geometry)}
+    return tuple(layout for layout in LAYOUTS if not problems[layout])
+
+
+def _speculators_problems(geometry: Geometry) -> list[Problem]:
+    if not isinstance(geometry, LatentGeometry):
+        return []
+    return [
+        Problem(
+            field="draft.attention",
+            value=geometry.attention,
+            message="vLLM takes the layer of every speculators draft for a Llama's",
+            remedy="export with --format sglang: vLLM reads that layout, too",
+        )
+    ]
 
 
 def _plain_problems(geometry: Geometry, taps: tuple[int, ...]) -> list[Problem]:
     problems = []
-    if len(taps) != ENGINE_TAPS:
+    # With latent attention one tap alone is refused when a run begins.
+    if len(taps) == 1 and not isinstance(geometry, LatentGeometry):
         problems.append(
             Problem(
                 field="draft.taps",
                 value=list(taps),
-                message="SGLang serves plain EAGLE-3 drafts of exactly three taps",
-                remedy="train with three taps, or export with --format vllm",
+                message="SGLang hands a single tap to the layer as it is, past fc",
+                remedy="train with two taps or more, or export with --format vllm",
             )
         )
     if geometry.norm_before_residual:
@@ -99,12 +122,22 @@ def _plain_problems(geometry: Geometry, taps: tuple[int, ...]) -> list[Problem]:
     return problems
 
 
-def _plain_notes(taps: tuple[int, ...], target: TargetSpec) -> tuple[str, ...]:
+def _plain_notes(geometry: Geometry, taps: tuple[int, ...], target: TargetSpec) -> tuple[str, ...]:
     if taps == default_taps(target.num_layers):
         return ()
+    older: tuple[str, ...] = ()
+    if len(taps) != ENGINE_TAPS and not isinstance(geometry, LatentGeometry):
+        older = (
+            f"SGLang loads plain EAGLE-3 drafts of {ENGINE_TAPS} taps, and those of others since its change 24663 (May "
+            f"2026); this one has {len(taps)}",
+        )
+    remedy = (
+        "train it on the default taps" if isinstance(geometry, LatentGeometry) else "torchspec export --format vllm"
+    )
     return (
         f"only SGLang taps the layers {list(taps)} for it: vLLM reads the plain layout's explicit list as one layer "
-        "lower each, and the draft would be accepted rarely. For vLLM: torchspec export --format vllm",
+        f"lower each, and the draft would be accepted rarely. For vLLM: {remedy}",
+        *older,
     )
 
 
@@ -119,8 +152,9 @@ def _norm_notes(geometry: Geometry) -> tuple[str, ...]:
 
 
 def _plain(geometry: Geometry, taps: tuple[int, ...], target: TargetSpec, layer: Mapping[str, Any]) -> dict[str, Any]:
+    latent = isinstance(geometry, LatentGeometry)
     config = {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [LATENT_ARCHITECTURES[0] if latent else "LlamaForCausalLMEagle3"],
         **layer,
         "draft_vocab_size": geometry.draft_vocab_size,
         "target_hidden_size": geometry.target_hidden_size,
@@ -132,6 +166,8 @@ def _plain(geometry: Geometry, taps: tuple[int, ...], target: TargetSpec, layer:
     }
     if taps != default_taps(target.num_layers):
         config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = list(taps)
+    if len(taps) != ENGINE_TAPS:
+        config["num_aux_hidden_states"] = len(taps)  # both engines' name for it, which SGLang may also count itself
     return config
 
 
@@ -171,6 +207,8 @@ def from_files(
     except ConfigError as error:
         listed = "\n".join(f"  - {problem}" for problem in error.problems)
         raise CheckpointError(f"this draft does not fit the target {target.path}:\n{listed}") from error
+    if isinstance(geometry, LatentGeometry):
+        files = _with_midlayer(files)
     check_names(files, len(taps_used))
     vocabulary = read_vocabulary(files.tensors, geometry.draft_vocab_size, geometry.vocab_size)
     draft = Eagle3Draft(geometry, vocabulary)
@@ -181,6 +219,12 @@ def from_files(
     load_stored(draft, state)
     options = options.model_copy(update={"taps": taps_used, "vocab_size": vocabulary.size})
     return algorithm(options=options, target=target, geometry=geometry, taps=taps_used), draft
+
+
+def _with_midlayer(files: DraftFiles) -> DraftFiles:
+    """Of latent attention both engines read the layer by either name, and published drafts have the other one."""
+    tensors = {re.sub(r"^layers\.0\.", OURS, name): tensor for name, tensor in files.tensors.items()}
+    return replace(files, tensors=tensors)
 
 
 def _taps(config: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -1,12 +1,13 @@
 """Chains of drafted tokens with a key/value cache: the training unroll, one slot at a time, in as few operations as
 possible. A draft step is a handful of small matrix products, so on a CPU the number of calls decides its speed.
 
-What is prepared once: q, k, v as one matrix, gate and up as one; every norm's weight folded into the matrix that
-follows it (EAGLE-3.1's norms of the taps into fc); and, while it is small, for each token the draft can say the
-embedding's whole share of q, k, v.
+What is prepared once: q, k, v (or the latents that they are made of, `heads`) as one matrix, gate and up as one; every
+norm's weight folded into the matrix that follows it (EAGLE-3.1's norms of the taps into fc); and, while it is small,
+for each token the draft can say the embedding's whole share of q, k, v.
 
 Shape letters: B sequences, M newly confirmed positions, L drafted tokens, S cached positions, H draft hidden size,
-Z = (Hq + 2 Hk) D, D head size, N draft vocabulary, V target vocabulary, P taps, T target hidden size, F = P T.
+Z width of q, k and v (or of what they are made of) together, D head size, N draft vocabulary, V target vocabulary,
+P taps, T target hidden size, F = P T.
 """
 
 from __future__ import annotations
@@ -20,29 +21,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from torchspec.core.algorithms.eagle3.geometry import Geometry
+from torchspec.core.algorithms.eagle3.heads import Heads, RotaryRows, UnitNorm, folded, heads_of, weight_after_unit
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.interfaces.algorithm import Proposal
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.mask import MaskSpec
 from torchspec.core.interfaces.target import TargetHead
-
-
-class UnitNorm:
-    """x / sqrt(sum(x^2) + H eps): an RMS norm without its weight and its sqrt(H), which belong to the next matrix.
-
-    Statistics in fp32 (fp64 for fp64), as `FusedOps.rms_norm` has them; rounded once, to x's dtype.
-    """
-
-    def __init__(self, size: int, eps: float, like: Tensor) -> None:
-        self.wide = torch.promote_types(like.dtype, torch.float32)
-        self.floor = like.new_tensor(size * eps, dtype=self.wide)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != self.wide:
-            return self(x.to(self.wide)).to(x.dtype)
-        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x * torch.addcmul(self.floor, length, length).rsqrt()
-
 
 SHARES_BYTES = 64 << 20
 """Most memory for `DraftWeights.embedded_NZ`. A draft of an 8B target with 32,000 tokens (Z = 6,144) would need 6 times
@@ -61,6 +45,7 @@ class DraftWeights:
     """
 
     geometry: Geometry
+    heads: Heads
     unit: UnitNorm
     unit_tap: UnitNorm | None
     embedding_VH: Tensor
@@ -70,7 +55,6 @@ class DraftWeights:
     embedded_NZ: Tensor | None
     hidden_scale_H: Tensor
     output_scale_H: Tensor | None
-    out_XH: Tensor
     gate_up_HX: Tensor
     down_XH: Tensor
     head_HN: Tensor
@@ -80,21 +64,9 @@ class DraftWeights:
     @torch.inference_mode()
     def of(cls, draft: Eagle3Draft, head: TargetHead) -> DraftWeights:
         layer, geometry, size = draft.midlayer, draft.geometry, draft.geometry.hidden_size
-        attention, mlp = layer.self_attn, layer.mlp
-        # Folding multiplies two rounded numbers: done in fp32, rounded once.
-        dtype = draft.fc.weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-
-        def scale(norm_weight_H: Tensor) -> Tensor:
-            scaled: Tensor = norm_weight_H.to(wide) * norm_weight_H.numel() ** 0.5
-            return scaled
-
-        def folded(matrix_XH: Tensor, norm_weight_H: Tensor) -> Tensor:
-            matrix: Tensor = (matrix_XH.to(wide) * scale(norm_weight_H)).to(dtype).T.contiguous()
-            return matrix
-
-        qkv_ZX = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
-        embed_HZ = folded(qkv_ZX[:, :size], layer.input_layernorm.weight)
+        mlp, dtype = layer.mlp, draft.fc.weight.dtype
+        heads = heads_of(layer.self_attn, geometry.rms_norm_eps)
+        embed_HZ = folded(heads.input_ZX[:, :size], layer.input_layernorm.weight)
         unit = UnitNorm(size, geometry.rms_norm_eps, draft.fc.weight)
         unit_tap, fc_FH = None, draft.fc.weight.T.contiguous()
         if geometry.fc_norm:
@@ -105,16 +77,16 @@ class DraftWeights:
         fits = ids_N.numel() * embed_HZ.shape[1] * dtype.itemsize <= SHARES_BYTES
         return cls(
             geometry=geometry,
+            heads=heads,
             unit=unit,
             unit_tap=unit_tap,
             embedding_VH=embedding_VH,
             fc_FH=fc_FH,
             embed_HZ=embed_HZ,
-            feature_HZ=folded(qkv_ZX[:, size:], layer.hidden_norm.weight),
+            feature_HZ=folded(heads.input_ZX[:, size:], layer.hidden_norm.weight),
             embedded_NZ=unit(embedding_VH[ids_N].to(dtype)) @ embed_HZ if fits else None,
-            hidden_scale_H=scale(layer.hidden_norm.weight).to(dtype),
-            output_scale_H=scale(draft.norm.weight).to(dtype) if geometry.norm_output else None,
-            out_XH=attention.o_proj.weight.T.contiguous(),
+            hidden_scale_H=weight_after_unit(layer.hidden_norm.weight).to(dtype),
+            output_scale_H=weight_after_unit(draft.norm.weight).to(dtype) if geometry.norm_output else None,
             gate_up_HX=folded(
                 torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), layer.post_attention_layernorm.weight
             ),
@@ -138,30 +110,11 @@ class Eagle3Drafter:
     def __init__(self, draft: Eagle3Draft, head: TargetHead, device: Device, taps: tuple[int, ...]) -> None:
         self.taps = taps
         self._weights = DraftWeights.of(draft, head)
-        self._rotary = RotaryRows(draft)
+        self._rotary = RotaryRows(draft.rotary, draft.fc.weight)
         self._device = device
 
     def open(self, batch_size: int) -> Eagle3Session:
         return Eagle3Session(self._weights, self._rotary, self._device, batch_size)
-
-
-class RotaryRows:
-    """cos and signed sin of every position so far needed: rotate(x) = x * cos + roll(x, D / 2) * sin."""
-
-    def __init__(self, draft: Eagle3Draft) -> None:
-        self._rotary, self._like, self._half = draft.rotary, draft.fc.weight, draft.geometry.head_dim // 2
-        self.reserve(256)
-
-    def reserve(self, positions: int) -> None:
-        position_S = torch.arange(positions, device=self._like.device)
-        cos_SD, sin_SD = (rows[0] for rows in self._rotary.tables(position_S[None], self._like.dtype))
-        sin_SD[:, : self._half].neg_()
-        self.cos_SHD, self.sin_SHD = cos_SD[:, None], sin_SD[:, None]
-
-    def __call__(self, x_BMHD: Tensor, where: slice | Tensor) -> Tensor:
-        """`where`: one range of positions for all rows, or [B, M]."""
-        turned = x_BMHD.roll(self._half, -1) * self.sin_SHD[where]
-        return turned.addcmul_(x_BMHD, self.cos_SHD[where])
 
 
 class Eagle3Session:
@@ -172,10 +125,8 @@ class Eagle3Session:
     def __init__(self, weights: DraftWeights, rotary: RotaryRows, device: Device, batch_size: int) -> None:
         self._weights, self._rotary, self._device = weights, rotary, device
         geometry = weights.geometry
-        self._heads, self._kv_heads = geometry.num_attention_heads, geometry.num_key_value_heads
-        self._scale = geometry.head_dim**-0.5
         self._lengths = [0] * batch_size
-        self._keys = weights.fc_FH.new_empty(batch_size, 0, self._kv_heads, geometry.head_dim)
+        self._keys = weights.fc_FH.new_empty(batch_size, 0, geometry.num_key_value_heads, geometry.head_dim)
         self._values = torch.empty_like(self._keys)
 
     @torch.inference_mode()
@@ -260,20 +211,15 @@ class Eagle3Session:
 
         Rows with fewer new positions than M write rubbish behind their own, which no mask shows and later writes cover.
         """
-        heads_BMHD = qkv_BMZ.view(*qkv_BMZ.shape[:2], -1, self._keys.shape[-1])
-        turning, count = self._heads + self._kv_heads, qkv_BMZ.shape[1]
+        heads, count = self._weights.heads, qkv_BMZ.shape[1]
         if min(starts) == max(starts):
             at = slice(starts[0], starts[0] + count)
-            turned = self._rotary(heads_BMHD[:, :, :turning], at)
-            self._keys[:, at] = turned[:, :, self._heads :]
-            self._values[:, at] = heads_BMHD[:, :, turning:]
-        else:
-            place_BM = torch.tensor(starts, device=qkv_BMZ.device)[:, None] + torch.arange(count, device=qkv_BMZ.device)
-            turned = self._rotary(heads_BMHD[:, :, :turning], place_BM)
-            row_B1 = torch.arange(len(starts), device=qkv_BMZ.device)[:, None]
-            self._keys[row_B1, place_BM] = turned[:, :, self._heads :]
-            self._values[row_B1, place_BM] = heads_BMHD[:, :, turning:]
-        return turned[:, :, : self._heads]
+            query, self._keys[:, at], self._values[:, at] = heads(qkv_BMZ, self._rotary, at)
+            return query
+        place_BM = torch.tensor(starts, device=qkv_BMZ.device)[:, None] + torch.arange(count, device=qkv_BMZ.device)
+        row_B1 = torch.arange(len(starts), device=qkv_BMZ.device)[:, None]
+        query, self._keys[row_B1, place_BM], self._values[row_B1, place_BM] = heads(qkv_BMZ, self._rotary, place_BM)
+        return query
 
     def _layer(self, feature_BH: Tensor, unit_BH: Tensor, query_BHD: Tensor, step: int) -> Tensor:
         """Attention over everything cached up to this step, then the MLP; -> the layer's output [B, H]."""
@@ -286,9 +232,9 @@ class Eagle3Session:
             end_BQ = torch.tensor(ends)[:, None]
             mask = MaskSpec.limits(torch.zeros_like(end_BQ), end_BQ)
         keys, values = self._keys[:, :longest], self._values[:, :longest]
-        mixed, _ = self._device.attention.forward(query_BHD[:, None], keys, values, mask, self._scale)
+        mixed, _ = self._device.attention.forward(query_BHD[:, None], keys, values, mask, weights.heads.scale)
         residual_BH = unit_BH * weights.hidden_scale_H if weights.geometry.norm_before_residual else feature_BH
-        residual_BH = torch.addmm(residual_BH, mixed.flatten(1), weights.out_XH)
+        residual_BH = torch.addmm(residual_BH, mixed.flatten(1), weights.heads.output_XH)
         gate, up = (weights.unit(residual_BH) @ weights.gate_up_HX).chunk(2, -1)
         return torch.addmm(residual_BH, self._device.ops.swiglu(gate, up), weights.down_XH)
 
@@ -298,7 +244,7 @@ class Eagle3Session:
         if positions > room:
             grown = max(positions, 2 * room, 256)
             self._keys, self._values = (_grown(cache, grown) for cache in (self._keys, self._values))
-            if grown > self._rotary.cos_SHD.shape[0]:
+            if grown > self._rotary.cos_SHR.shape[0]:
                 self._rotary.reserve(grown)
 
     def _whole(self, probs: list[Tensor]) -> Tensor:

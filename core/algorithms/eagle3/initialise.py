@@ -6,13 +6,18 @@ M some tokens.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchspec.core.algorithms.eagle3 import initialise_latent
 from torchspec.core.algorithms.eagle3.geometry import Geometry
 from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.interfaces.target import TargetHead
+from torchspec.core.models.latent import LatentAttention
+from torchspec.core.models.layers import AttentionProjections
 
 EARLIER_TAPS = 0.2
 """Standard deviation of the earlier taps' share of the first feature, over that of a plain initialisation."""
@@ -42,8 +47,11 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     geometry, attention = draft.geometry, draft.midlayer.self_attn
-    first_of_group = _grouped(attention.q_proj.weight, geometry)[:, 0]
-    attention.k_proj.weight.copy_(first_of_group.flatten(0, 1))
+    if isinstance(attention, LatentAttention):
+        initialise_latent.answer(attention)
+    else:
+        first_of_group = _grouped(attention.q_proj.weight, geometry)[:, 0]
+        attention.k_proj.weight.copy_(first_of_group.flatten(0, 1))
     if geometry.owns_embedding:
         nn.init.normal_(draft.embed_tokens.weight)
         return
@@ -54,10 +62,13 @@ def initialise(draft: Eagle3Draft, head: TargetHead) -> None:
     # A norm of all ones is all ones, so the target's final norm answers with its weight.
     ones_1H = torch.full_like(head.embedding_VH[:1], 1.0)
     draft.norm.weight.copy_(head.normed(ones_1H, "pre_norm")[0])
-    _copy(draft, head)
+    if isinstance(attention, LatentAttention):
+        initialise_latent.copy(attention, size, partial(_head_of_embedding, draft, head), COPIED)
+    else:
+        _copy(draft, attention, head)
 
 
-def _copy(draft: Eagle3Draft, head: TargetHead) -> None:
+def _copy(draft: Eagle3Draft, attention: AttentionProjections, head: TargetHead) -> None:
     """Half of the key heads start as the induction heads of 2209.11895, which text needs and training finds late.
 
     A slot holds a token's feature and the *next* token's embedding. So the slot that says what followed an earlier
@@ -65,7 +76,7 @@ def _copy(draft: Eagle3Draft, head: TargetHead) -> None:
     embeddings. What such a head has looked at, it repeats: its values are the slot's embedding, and its output raises
     the logit of that token, by a linear map fitted from embeddings to head rows.
     """
-    geometry, attention = draft.geometry, draft.midlayer.self_attn
+    geometry = draft.geometry
     size, width = geometry.hidden_size, geometry.head_dim
     copying = min((geometry.num_key_value_heads + 1) // 2, size // width)
     if not copying:

@@ -11,8 +11,8 @@ Step 0's keys and values are the only ones that other slots, and with sequence p
 are made first and `spread` once, all the rest is local.
 
 Shape letters: B rows, S slots of this rank, X tokens that they read, Q running slots, K steps, F = taps x target hidden
-size, H draft hidden size, Z width of q, k or v, Hq / Hk query / key-value heads, D head size, A angles of the tables,
-V target vocabulary.
+size, H draft hidden size, Z width of q, k or v (or of what each is made of), Hq / Hk query / key-value heads, D head
+size, A angles of the tables, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models import fused
-from torchspec.core.models.layers import AttentionProjections, GatedMLP, RMSNorm
+from torchspec.core.models.layers import GatedMLP, LinearMap, RMSNorm
 from torchspec.core.objectives.distillation import Head
 
 Outcome = TypeVar("Outcome")
@@ -45,8 +45,8 @@ class Shared:
     """What every step of a micro-batch reads.
 
     form          how this rank's queries meet all keys
-    shares_BXZ    the embeddings' share of q, k and v at every token
-    maps_ZH       the maps of q, k and v that read the feature
+    shares_BXZ    the embeddings' share of q, k and v (or of the latents they are made of) at every token
+    maps_ZH       the maps of the same that read the feature
     tables_AD     cos and sin of every angle
     """
 
@@ -59,7 +59,8 @@ class Shared:
 
 
 class DraftLayer(nn.Module):
-    """One Llama decoder layer whose attention reads [norm(embedding) ; norm(feature)], twice the hidden width."""
+    """One decoder layer whose attention, of either kind, reads [norm(embedding) ; norm(feature)], twice the hidden
+    width; else a Llama's."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -67,9 +68,7 @@ class DraftLayer(nn.Module):
         self.norm_before_residual = geometry.norm_before_residual
         self.input_layernorm = RMSNorm(size, eps)
         self.hidden_norm = RMSNorm(size, eps)
-        self.self_attn = AttentionProjections(
-            2 * size, size, geometry.num_attention_heads, geometry.num_key_value_heads, geometry.head_dim
-        )
+        self.self_attn = geometry.projections()
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(size, geometry.intermediate_size)
 
@@ -77,9 +76,8 @@ class DraftLayer(nn.Module):
         """Step 0's keys and values of every slot, as `shared.form.attention` reads them."""
         inputs, ops = shared.inputs, shared.device.ops
         after = tuple(inputs.slots.every(share_BXZ, 1) for share_BXZ in shared.shares_BXZ[1:])
-        parts = self.hidden_norm.then(feature_BSH, shared.maps_ZH[1:], ops, after)
-        key, value = (self.self_attn.heads(part) for part in parts)
-        return shared.form.spread(fused.rotate(key, inputs.turn_BS, shared.tables_AD, ops), value)
+        key, value = self.hidden_norm.then(feature_BSH, shared.maps_ZH[1:], ops, after)
+        return shared.form.spread(*self.self_attn.keys_values(key, value, inputs.turn_BS, shared.tables_AD, ops))
 
     def forward(self, step: int, shared: Shared, feature_BQH: Tensor, *keys_values: Tensor) -> tuple[Tensor, ...]:
         """(output [B, Q, H] before the final norm, and after step 0 this step's key and value).
@@ -91,18 +89,16 @@ class DraftLayer(nn.Module):
         keys, values = keys_values[:before], keys_values[before:]
         wanted = 3 if step else 1
         own = tuple(inputs.slots.take(share_BXZ, 1 + step) for share_BXZ in shared.shares_BXZ[:wanted])
-        parts = self.hidden_norm.then(feature_BQH, shared.maps_ZH[:wanted], ops, own)
-        query, *rest = (self.self_attn.heads(part) for part in parts)
-        query = fused.rotate(query, inputs.own_BQ + step, shared.tables_AD, ops)
+        first, *rest = self.hidden_norm.then(feature_BQH, shared.maps_ZH[:wanted], ops, own)
+        turns = (inputs.own_BQ + step, shared.tables_AD, ops)
+        query = self.self_attn.query(first, *turns)
         written: tuple[Tensor, ...] = ()
         if rest:
-            key, value = rest
-            written = (fused.rotate(key, inputs.own_BQ + step, shared.tables_AD, ops), value)
+            written = self.self_attn.keys_values(rest[0], rest[1], *turns)
             keys, values = (*keys, written[0]), (*values, written[1])
-        scale = self.self_attn.head_dim**-0.5
-        mixed = ttt_attention(shared.form.attention, query, keys, values, inputs.mask, scale)
+        mixed = ttt_attention(shared.form.attention, query, keys, values, inputs.mask, self.self_attn.scale)
         residual = self.hidden_norm(feature_BQH, ops) if self.norm_before_residual else feature_BQH
-        residual = self.self_attn.add_output(residual, mixed)
+        residual = self.self_attn.add_output(residual, mixed, ops)
         return self.mlp(residual, self.post_attention_layernorm, ops), *written
 
 
@@ -119,13 +115,13 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         size = geometry.hidden_size
         self.geometry = geometry
-        self.fc = nn.Linear(geometry.num_taps * geometry.target_hidden_size, size, bias=False)
+        self.fc = LinearMap(geometry.num_taps * geometry.target_hidden_size, size)
         if geometry.fc_norm:
             norms = (RMSNorm(geometry.target_hidden_size, geometry.rms_norm_eps) for _ in range(geometry.num_taps))
             self.fc_norm = nn.ModuleList(norms)
         self.midlayer = DraftLayer(geometry)
         self.norm = RMSNorm(size, geometry.rms_norm_eps)
-        self.lm_head = nn.Linear(size, vocabulary.size, bias=False)
+        self.lm_head = LinearMap(size, vocabulary.size)
         if geometry.owns_embedding:
             self.embed_tokens = nn.Embedding(geometry.vocab_size, size)
         self.register_buffer("d2t", vocabulary.d2t_N)
@@ -196,8 +192,7 @@ class Eagle3Draft(nn.Module):
         weight_HF = self.fc.weight
         taps_BSF = taps_BSF.to(device=weight_HF.device, dtype=weight_HF.dtype)
         if not self.geometry.fc_norm:
-            feature_BSH: Tensor = self.fc(taps_BSF)
-            return feature_BSH
+            return fused.linear(taps_BSF, weight_HF, device.ops)
         # Tap by tap, since a norm that is followed by a map keeps its input alone.
         added: Tensor | None = None
         taps = torch.split(taps_BSF, self.geometry.target_hidden_size, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -24,8 +24,16 @@ class Eagle3Options(ObjectiveOptions):
     hidden_size: Positive | None = Field(None, description="default: the target's")
     intermediate_size: Positive | None = Field(None, description="default: the target's")
     num_attention_heads: Positive | None = Field(None, description="default: the target's")
-    num_key_value_heads: Positive | None = Field(None, description="default: the target's")
-    head_dim: Positive | None = Field(None, description="default: the target's")
+    num_key_value_heads: Positive | None = Field(None, description="of gqa; default: the target's")
+    head_dim: Positive | None = Field(None, description="of gqa; default: the target's")
+    attention: Literal["gqa", "mla"] | None = Field(
+        None, description="grouped queries, or multi-head latent attention (DeepSeek-V2); default: gqa"
+    )
+    q_lora_rank: Positive | None = Field(None, description="of mla; default: the target's, or 3 kv_lora_rank")
+    kv_lora_rank: Positive | None = Field(None, description="of mla; default: the target's")
+    qk_nope_head_dim: Positive | None = Field(None, description="of mla; default: the target's")
+    qk_rope_head_dim: Positive | None = Field(None, description="of mla; default: the target's")
+    v_head_dim: Positive | None = Field(None, description="of mla; default: the target's")
     norm_before_residual: bool = Field(False, description="the residual branch is the normed feature")
     unroll: Positive = Field(7, description="training-time-test steps K")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is step_decay ** k")

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from torchspec.core.algorithms.eagle3.serving_attention import GroupedServed, LatentServed, ServedAttention
 from torchspec.core.errors import CheckpointError
 from torchspec.core.export.draft_config import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
@@ -29,15 +28,10 @@ LAYER_TENSORS = (
     "hidden_norm.weight",
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
     "mlp.gate_proj.weight",
     "mlp.up_proj.weight",
     "mlp.down_proj.weight",
 )
-
 
 VOCABULARY_TENSORS = ("d2t", "t2d")
 
@@ -46,10 +40,17 @@ def layer_prefix(config: Mapping[str, Any]) -> str:
     return "layers.0." if is_speculators(config) else "midlayer."
 
 
+def attention_reader(config: Mapping[str, Any]) -> type[ServedAttention]:
+    """Of the layer that such a config has."""
+    named = config.get("architectures") or ()
+    return LatentServed if any("Deepseek" in name for name in named) else GroupedServed
+
+
 def check_names(files: DraftFiles, num_taps: int) -> None:
     """Raise CheckpointError with every tensor an engine needs and misses, and every one it would ignore."""
     prefix = layer_prefix(files.config)
-    needed = {"fc.weight", "norm.weight", "lm_head.weight", *(prefix + name for name in LAYER_TENSORS)}
+    own = (*LAYER_TENSORS, *(f"self_attn.{name}.weight" for name in attention_reader(files.config).tensors))
+    needed = {"fc.weight", "norm.weight", "lm_head.weight", *(prefix + name for name in own)}
     needed |= {f"fc_norm.{place}.weight" for place in range(num_taps) if files.config.get("fc_norm")}
     optional = {"d2t", "t2d", "embed_tokens.weight"}
     missing = sorted(needed - files.tensors.keys())
@@ -104,7 +105,7 @@ def serve(files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: 
 
 
 class _Reader:
-    """One decoder layer over [embedding ; feature] with a growing key/value cache."""
+    """One decoder layer over [embedding ; feature] with a growing cache."""
 
     def __init__(self, files: DraftFiles, target_embedding_VH: Tensor) -> None:
         config = files.config
@@ -112,8 +113,7 @@ class _Reader:
         default = is_speculators(config)
         self.norm_before_residual = bool(config.get("norm_before_residual", default)) if default else False
         self.fc_norm, self.norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
-        inner.pop("architectures", None)
-        self.config = LlamaConfig(**{key: value for key, value in inner.items() if key != "model_type"})
+        self.eps, self.vocab_size = float(inner.get("rms_norm_eps", 1e-6)), int(inner["vocab_size"])
         prefix, place = layer_prefix(config), target_embedding_VH.device
         self.weight = {
             name.removeprefix(prefix): tensor.to(place).double()
@@ -124,12 +124,12 @@ class _Reader:
         offsets = files.tensors.get("d2t")
         drafts = torch.arange(self.weight["lm_head.weight"].shape[0])
         self.ids_N = (drafts if offsets is None else drafts + offsets.cpu()).to(place)
-        self.rotary = LlamaRotaryEmbedding(self.config).to(place)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        own = "self_attn."
+        weights = {name.removeprefix(own): each for name, each in self.weight.items() if name.startswith(own)}
+        self.attention = attention_reader(config)(inner, weights, place)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight[name], self.config.rms_norm_eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight[name], self.eps)
 
     def feature(self, taps_TNH: Tensor) -> Tensor:
         """fc of the taps side by side, each of them normed before where the config says so."""
@@ -148,34 +148,13 @@ class _Reader:
         residual = normed if self.norm_before_residual else feature_TH
         embedded = self.embedding_VH[tokens_T].double()
         both = torch.cat((self._norm(embedded, "input_layernorm.weight"), normed), dim=-1)
-        x = residual + self._attention(both, start)
+        x = residual + self.attention(both, start)
         inner = self._norm(x, "post_attention_layernorm.weight")
         gate, up = (inner @ self.weight[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
         return x + (F.silu(gate) * up) @ self.weight["mlp.down_proj.weight"].T
 
-    def _attention(self, both_TZ: Tensor, start: int) -> Tensor:
-        rows, size, kv_heads = both_TZ.shape[0], self.config.head_dim, self.config.num_key_value_heads
-        assert size is not None  # LlamaConfig fills both in
-        assert kv_heads is not None
-        q, k, v = (
-            (both_TZ @ self.weight[f"self_attn.{name}_proj.weight"].T).view(rows, -1, size).transpose(0, 1)[None]
-            for name in "qkv"
-        )
-        positions = torch.arange(start, start + rows, device=both_TZ.device)[None]
-        cos, sin = (table.double() for table in self.rotary(both_TZ, positions))
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        self.keys.append(k)
-        self.values.append(v)
-        group = self.config.num_attention_heads // kv_heads
-        keys = torch.cat(self.keys, dim=2).repeat_interleave(group, dim=1)
-        values = torch.cat(self.values, dim=2).repeat_interleave(group, dim=1)
-        scores = q @ keys.transpose(-1, -2) * size**-0.5
-        later = torch.arange(keys.shape[2], device=scores.device)[None] > positions[0, :, None]
-        out: Tensor = scores.masked_fill(later, float("-inf")).softmax(-1) @ values
-        return out[0].transpose(0, 1).flatten(1) @ self.weight["self_attn.o_proj.weight"].T
-
     def probabilities(self, out_H: Tensor) -> Tensor:
         """Over the whole target vocabulary; ids outside the draft vocabulary get zero."""
         logits_N = self.weight["lm_head.weight"] @ self._norm(out_H, "norm.weight")
-        whole_V = torch.zeros(self.config.vocab_size, dtype=torch.float64, device=out_H.device)
+        whole_V = torch.zeros(self.vocab_size, dtype=torch.float64, device=out_H.device)
         return whole_V.index_copy(0, self.ids_N, logits_N.softmax(-1))

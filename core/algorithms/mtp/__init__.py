@@ -25,7 +25,7 @@ def _create(options: MtpOptions, target: TargetSpec) -> Algorithm:
 
 def _reads(config: dict[str, Any]) -> bool:
     ours = config.get("torchspec")
-    return isinstance(ours, dict) and ours.get("algorithm") == "mtp"
+    return config.get("speculators_model_type") == "mtp" or (isinstance(ours, dict) and ours.get("algorithm") == "mtp")
 
 
 def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Module]:

@@ -121,6 +121,11 @@ class Mtp:
         )
 
     @property
+    def loss_steps(self) -> int:
+        """See `Algorithm.loss_steps`."""
+        return self.options.unroll
+
+    @property
     def halo(self) -> int:
         """See `Algorithm.halo`."""
         return halo(self.options.unroll)

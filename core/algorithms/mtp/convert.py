@@ -3,7 +3,8 @@
 No engine serves such a directory by itself: a head is part of its target's checkpoint, so the tensors are to take the
 place of those there. Where the target is one file, all its tensors are written again with these in it; where it is
 sharded, model.safetensors goes beside the shards under another name, and model.safetensors.index.json sends each of
-its names there. config.json repeats what the target's says of the layer, and `num_nextn_predict_layers`.
+its names there. config.json repeats what the target's says of the layer, and `num_nextn_predict_layers`. Heads in the
+speculators layout are read too (`mtp.speculators`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torchspec.core.algorithms.mtp.geometry import Geometry, geometry_of
 from torchspec.core.algorithms.mtp.model import MtpDraft
 from torchspec.core.algorithms.mtp.options import MtpOptions
 from torchspec.core.algorithms.mtp.serving import check_names
+from torchspec.core.algorithms.mtp.speculators import as_plain
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.draft_config import copy_field, layer_fields, llama_fields, object_at
 from torchspec.core.export.draft_tensors import load_stored
@@ -80,6 +82,7 @@ def from_files(files: DraftFiles, target: TargetSpec) -> tuple[Mtp, nn.Module]:
     from torchspec.core.algorithms.mtp.algorithm import Mtp
 
     try:
+        files = as_plain(files, target)
         fields = layer_fields(files.config)
         ours: dict[str, Any] = {}
         copy_field(ours, "family", object_at(files.config, "torchspec"), str)

@@ -146,7 +146,7 @@ class MtpSession:
             mask = MaskSpec.limits(torch.zeros_like(end_BQ), end_BQ)
         keys, values = self._keys[:, :longest], self._values[:, :longest]
         mixed, _ = self._device.attention.forward(query_BHD[:, None], keys, values, mask, self._scale)
-        residual_BH = layer.self_attn.add_output(x_BH, mixed[:, 0])
+        residual_BH = layer.self_attn.add_output(x_BH, mixed[:, 0], self._device.ops)
         out_BH: Tensor = layer.mlp(residual_BH, layer.post_attention_layernorm, self._device.ops)
         return out_BH
 

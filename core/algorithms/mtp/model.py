@@ -34,7 +34,7 @@ from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device, FusedOps
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models import fused
-from torchspec.core.models.layers import AttentionProjections, GatedMLP, RMSNorm
+from torchspec.core.models.layers import AttentionProjections, GatedMLP, LinearMap, RMSNorm
 from torchspec.core.objectives.chunks import ShardLogits
 from torchspec.core.objectives.distillation import Head
 from torchspec.core.objectives.frozen import FrozenHead
@@ -116,7 +116,7 @@ class DecoderLayer(nn.Module):
             keys, values = (*keys, written[0]), (*values, written[1])
         scale = self.self_attn.head_dim**-0.5
         mixed = ttt_attention(shared.form.attention, query, keys, values, inputs.mask, scale)
-        return self.mlp(self.self_attn.add_output(x_BQH, mixed), self.post_attention_layernorm, ops), *written
+        return self.mlp(self.self_attn.add_output(x_BQH, mixed, ops), self.post_attention_layernorm, ops), *written
 
 
 class MtpDraft(nn.Module):
@@ -131,7 +131,7 @@ class MtpDraft(nn.Module):
         self.geometry = geometry
         self.token_norm = RMSNorm(size, eps)
         self.hidden_norm = RMSNorm(size, eps)
-        self.input_proj = nn.Linear(2 * size, size, bias=False)
+        self.input_proj = LinearMap(2 * size, size)
         self.layer = DecoderLayer(geometry)
         self.norm = RMSNorm(size, eps)
         self.rotary = geometry.rotary()

@@ -20,7 +20,9 @@ def _create(options: PEagleOptions, target: TargetSpec) -> Algorithm:
 
 
 def _reads(config: dict[str, Any]) -> bool:
-    return bool(config.get("speculators_model_type") == "peagle")
+    from torchspec.core.algorithms.peagle.plain import is_plain
+
+    return bool(config.get("speculators_model_type") == "peagle") or is_plain(config)
 
 
 def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Module]:

@@ -73,14 +73,21 @@ class PEagle:
 
     @property
     def attention_shape(self) -> AttentionShape:
-        """See `Algorithm.attention_shape`; of one layer."""
-        geometry = self.geometry
+        """See `Algorithm.attention_shape`; in every layer the depths meet depth 0's keys, ever fewer elements."""
+        geometry, depths = self.geometry, self.options.depths
         return AttentionShape(
             query_heads=geometry.num_attention_heads,
             key_heads=geometry.num_key_value_heads,
             head_size=geometry.head_dim,
-            steps=self.options.depths,
+            steps=depths,
+            layers=geometry.num_layers,
+            slots=sum(self.sampling.share(depth) for depth in range(depths)) / depths,
         )
+
+    @property
+    def loss_steps(self) -> int:
+        """See `Algorithm.loss_steps`."""
+        return self.options.depths
 
     @property
     def halo(self) -> int:

@@ -1,4 +1,5 @@
-"""P-EAGLE drafts in the speculators layout, which vLLM serves without another argument, and back.
+"""P-EAGLE drafts in the speculators layout, which vLLM serves without another argument, and back; those of others in
+the layout before it (`peagle.plain`) are read too.
 
 Tapped layers are stored as l + 1, where ours is l: vLLM reads Hugging Face indices. Other engines read no P-EAGLE.
 """
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchspec.core.algorithms.peagle.geometry import PEagleGeometry, derive, geometry_fields
 from torchspec.core.algorithms.peagle.model import PEagleDraft
 from torchspec.core.algorithms.peagle.options import PEagleOptions
+from torchspec.core.algorithms.peagle.plain import files_as_speculators
 from torchspec.core.algorithms.peagle.serving import VOCABULARY_TENSORS, check_names
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.draft_config import llama_fields, speculators_fields
@@ -79,8 +81,9 @@ def from_files(files: DraftFiles, target: TargetSpec) -> tuple[PEagle, nn.Module
     """Rebuild the algorithm and its float32 draft; see `AlgorithmSpec.from_files`."""
     from torchspec.core.algorithms.peagle.algorithm import PEagle
 
-    check_names(files)
     try:
+        files = files_as_speculators(files)
+        check_names(files)
         fields = geometry_fields(files.config)
         if "mask_token" not in fields:
             raise ValueError("mask_token_id is missing: which token stands for those to be drafted is not known")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchspec.core.algorithms.eagle3.geometry import DEFAULT_DRAFT_VOCABULARY, Geometry, default_taps, misfits
 from torchspec.core.algorithms.peagle.options import PEagleOptions
+from torchspec.core.algorithms.peagle.plain import as_speculators
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.export.draft_config import (
     check_layer,
@@ -79,10 +80,11 @@ def derive(
 
 
 def geometry_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Geometry fields (and `taps`) stated by a config.json of the speculators layout.
+    """Geometry fields (and `taps`) stated by a config.json of the speculators layout, or by one of `peagle.plain`.
 
     Raises ValueError for a field of the wrong type, another algorithm or a kind of layer that this draft does not have.
     """
+    config = as_speculators(config)
     kind = config.get("speculators_model_type")
     if not is_speculators(config) or kind != "peagle":
         raise ValueError(f"speculators_model_type is {kind!r}; a P-EAGLE draft here has 'peagle'")

@@ -31,7 +31,7 @@ from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device, FusedOps
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models import fused
-from torchspec.core.models.layers import AttentionProjections, GatedMLP, RMSNorm
+from torchspec.core.models.layers import AttentionProjections, GatedMLP, LinearMap, RMSNorm
 from torchspec.core.objectives.distillation import Head
 
 Outcome = TypeVar("Outcome")
@@ -97,7 +97,7 @@ class DraftLayer(nn.Module):
     def finish(self, x_BQH: Tensor, mixed_BQHD: Tensor, ops: FusedOps) -> Tensor:
         """The residual stream after the layer, of its input and the attention's output."""
         residual = self.hidden_norm(x_BQH, ops) if self.norm_before_residual else x_BQH
-        residual = self.self_attn.add_output(residual.expand(*mixed_BQHD.shape[:2], -1), mixed_BQHD)
+        residual = self.self_attn.add_output(residual.expand(*mixed_BQHD.shape[:2], -1), mixed_BQHD, ops)
         out: Tensor = self.mlp(residual, self.post_attention_layernorm, ops)
         return out
 
@@ -158,11 +158,11 @@ class PEagleDraft(nn.Module):
         super().__init__()
         size = geometry.hidden_size
         self.geometry = geometry
-        self.fc = nn.Linear(geometry.tapped_size, size, bias=False)
+        self.fc = LinearMap(geometry.tapped_size, size)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, geometry.tapped_size))
         self.layers = nn.ModuleList(DraftLayer(geometry, first=number == 0) for number in range(geometry.num_layers))
         self.norm = RMSNorm(size, geometry.rms_norm_eps)
-        self.lm_head = nn.Linear(size, vocabulary.size, bias=False)
+        self.lm_head = LinearMap(size, vocabulary.size)
         if geometry.owns_embedding:
             self.embed_tokens = nn.Embedding(geometry.vocab_size, size)
         self.register_buffer("d2t", vocabulary.d2t_N)
@@ -230,7 +230,8 @@ class PEagleDraft(nn.Module):
         )
         depths = len(inputs.turns)
         mask_feature, mask_embedded = self.masks(embedding_VH)
-        states = [self.fc(inputs.taps_BSF.to(device=self.fc.weight.device, dtype=dtype))]
+        taps_BSF = inputs.taps_BSF.to(device=self.fc.weight.device, dtype=dtype)
+        states = [fused.linear(taps_BSF, self.fc.weight, device.ops)]
         states += [mask_feature] * (depths - 1)
         embedded: list[Tensor | None] = [self.embedded(inputs.tokens_BS, embedding_VH)]
         embedded += [mask_embedded] * (depths - 1)

@@ -66,6 +66,8 @@ CASES = [
     ("llama", 4, "float64"),
     ("qwen2", 4, "float32"),
     ("qwen3-tied", 4, "bfloat16"),
+    ("qwen3-quantised", 2, "float32"),
+    ("qwen3-moe-quantised", 2, "float32"),
 ]
 
 
@@ -93,9 +95,11 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, quantised_targets: ModuleType) -> Runs:
     directory = tmp_path_factory.mktemp("tensor-parallel")
     targets = {name: save(config, directory / name) for name, config in MODELS.items()}
+    for name in ("qwen3", "qwen3-moe"):
+        targets[f"{name}-quantised"], _ = quantised_targets.quantise(targets[name], directory / f"of-{name}", "fp8")
     misfit = targets["misfit"] / "config.json"
     misfit.write_text(json.dumps({**json.loads(misfit.read_text()), "intermediate_size": 101}))
     cells = [
@@ -189,8 +193,8 @@ def test_sizes_are_known_without_loading(runs: Runs) -> None:
             r"Qwen2MoeForCausalLM .*not divided by its plan.*layers\.0\.mlp\.shared_expert",
         ),
         (
-            LlamaConfig(**SHAPE, quantization_config={"quant_method": "gptq", "bits": 4}),
-            "LlamaForCausalLM .*weights are quantised",
+            LlamaConfig(**SHAPE, quantization_config={"quant_method": "gptq", "bits": 3}),
+            "LlamaForCausalLM .*weights are quantised in a form that torchspec does not read .gptq of 3 bits",
         ),
     ],
     ids=["no plan", "other styles", "unknown modules", "quantised"],

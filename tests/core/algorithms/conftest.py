@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +52,17 @@ class NoBlockingCopies(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
             assert args[2:] == (True,) or kwargs.get("non_blocking"), "a copy between devices is waited for"
         return out
+
+
+@pytest.fixture(scope="session")
+def block_decoding() -> ModuleType:
+    """block_decoding.py, beside this file."""
+    spec = importlib.util.spec_from_file_location("block_decoding", Path(__file__).with_name("block_decoding.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

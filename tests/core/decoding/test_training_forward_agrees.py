@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3, two turns": {"steps": 140, "max_new_tokens": 25, "turns": 2},
     "llama, small vocabulary": {"ids_N": torch.arange(0, 300, 2), "steps": 60, "max_new_tokens": 40},
     "embedded": {"steps": 20, "max_new_tokens": 40},
+    "deepseek, latent attention": {"attention": "mla", "steps": 60, "max_new_tokens": 40},
     "dflash, qwen3, two turns": {
         "kind": "dflash", "num_layers": 2, "block_size": K + 1, "layer_types": ("full", "sliding"), "sliding_window": 9,
         "steps": 40, "max_new_tokens": 25, "turns": 2,
@@ -112,8 +113,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, make_parts: Callable[..., Any], tiny_target: Path, tiny_llama: Path) -> Case:
+def case(
+    request: pytest.FixtureRequest,
+    make_parts: Callable[..., Any],
+    tiny_target: Path,
+    tiny_llama: Path,
+    tiny_deepseek: Path,
+) -> Case:
     options = dict(CASES[request.param])
+    if "deepseek" in request.param:
+        return make_case(make_parts, tiny_deepseek, random_prompts(40, 1), **options)
     if "qwen3" in request.param:
         return make_case(make_parts, tiny_target, random_prompts(40, 1), **options)
     if "llama" in request.param:

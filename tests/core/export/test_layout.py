@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from torchspec.core import registry
 from torchspec.core.errors import CheckpointError, ConfigError
@@ -278,13 +279,29 @@ def test_unknown_and_missing_tensors_are_refused(tiny_target: Path, tmp_path: Pa
 
 
 def test_plain_refuses_what_sglang_would_serve_wrongly(tiny_target: Path, tmp_path: Path) -> None:
-    algorithm, draft, context = make(tiny_target, taps=(1, 4), norm_before_residual=True)
+    algorithm, draft, context = make(tiny_target, taps=(4,), norm_before_residual=True)
     with pytest.raises(ConfigError) as caught:
         write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
     assert {problem.field for problem in caught.value.problems} == {"draft.taps", "draft.norm_before_residual"}
     assert not (tmp_path / "draft").exists()
     assert algorithm.layouts == ("speculators",)  # what a run writes at its end
     write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
+
+
+@pytest.mark.parametrize("taps", [(1, 4), (0, 2, 4, 5)])
+def test_other_numbers_of_taps_are_said(
+    tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, taps: tuple[int, ...]
+) -> None:
+    """SGLang, since it reads how many there are, in `num_aux_hidden_states` or from the list."""
+    algorithm, draft, context = make(tiny_target, taps=taps)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    config = json.loads((tmp_path / "draft/config.json").read_text())
+    assert (
+        config["num_aux_hidden_states"] == len(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]) == len(taps)
+    )
+    assert any(f"24663 (May 2026); this one has {len(taps)}" in message for message in caplog.messages)
+    again, _ = read_draft(tmp_path / "draft", algorithm.target)
+    assert again.taps == taps
 
 
 def test_a_failed_export_leaves_the_old_one(tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,3 +448,130 @@ def test_an_algorithm_that_cannot_be_loaded_is_in_nobodys_way(
     assert read_draft(tmp_path / "draft", algorithm.target)[0].taps == algorithm.taps
     assert "No module named 'no_such_module'" in caplog.text
     write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+
+
+LATENT: list[dict[str, object]] = [
+    {},
+    {"fc_norm": True},
+    {"hidden_size": 32, "v_head_dim": 16},
+    {"taps": (0, 2, 5, 6), "num_attention_heads": 2},
+]
+
+
+@pytest.mark.parametrize("options", LATENT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_latent_attention_round_trip(
+    tiny_deepseek: Path, tmp_path: Path, options: dict[str, object], dtype: torch.dtype
+) -> None:
+    algorithm, draft, context = make(tiny_deepseek, attention="mla", **options)
+    check = write_draft(algorithm, draft, "plain", tmp_path / "draft", context, dtype)
+    assert check.total_variation < 1e-5
+    again, loaded = read_draft(tmp_path / "draft", algorithm.target)
+    assert (again.name, again.taps, again.geometry) == (algorithm.name, algorithm.taps, algorithm.geometry)
+    state = loaded.state_dict()
+    for name, value in draft.state_dict().items():
+        kept = value.to(dtype).float() if value.is_floating_point() else value
+        assert torch.equal(state[name], kept), name
+
+
+def test_engines_find_latent_attention_where_they_look(
+    tiny_deepseek: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    algorithm, draft, context = make(tiny_deepseek, attention="mla", fc_norm=True)
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    config = json.loads((tmp_path / "draft/config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["Eagle3DeepseekV2ForCausalLM"], "deepseek_v2")
+    assert (config["fc_norm"], config["norm_output"], config["rope_interleave"]) == (True, True, True)
+    assert "head_dim" not in config
+    assert "24826" in caplog.text
+    assert "51092" not in caplog.text  # it is about plain rotation
+    # How engines come to the sizes and the rotation: through transformers.
+    read = AutoConfig.from_pretrained(tmp_path / "draft")
+    geometry = algorithm.geometry
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        assert getattr(read, name) == getattr(geometry, name), name
+    rope = read.rope_parameters
+    assert {name: rope[name] for name in geometry.rope_parameters} == geometry.rope_parameters
+    names = load_file(tmp_path / "draft/model.safetensors").keys()
+    assert "midlayer.self_attn.kv_a_proj_with_mqa.weight" in names
+    assert "midlayer.self_attn.q_proj.weight" not in names
+
+
+def test_published_names_of_latent_attention_are_read(tiny_deepseek: Path, tmp_path: Path) -> None:
+    """`layers.0`, a model_type of Kimi-K2, no fields of ours, and a copy of the target's embedding."""
+    algorithm, draft, context = make(tiny_deepseek, attention="mla")
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    path = tmp_path / "draft/config.json"
+    config = json.loads(path.read_text()) | {"model_type": "kimi_k2"}
+    del config["torchspec"], config["rope_parameters"], config["rope_interleave"]
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "draft/model.safetensors")
+    tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    tensors["embed_tokens.weight"] = context.head.embedding_VH.clone()
+    save_file(tensors, tmp_path / "draft/model.safetensors")
+    again, loaded = read_draft(tmp_path / "draft", algorithm.target)
+    assert again.geometry == algorithm.geometry
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in draft.state_dict().items())
+
+
+def test_plain_rotation_of_latent_attention_is_remarked(
+    tiny_deepseek: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 5e3}))
+    algorithm, draft, context = make(tiny_deepseek, attention="mla", config=tmp_path / "config.json")
+    check = write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    assert check.total_variation < 1e-5
+    assert "51092" in caplog.text
+
+
+def test_speculators_refuse_latent_attention(tiny_deepseek: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_deepseek, attention="mla")
+    with pytest.raises(ConfigError, match="--format sglang"):
+        write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
+
+
+def _halves(files: DraftFiles) -> None:
+    """Rotated parts laid out as for a rotation of halves."""
+    weight = files.tensors["midlayer.self_attn.kv_a_proj_with_mqa.weight"]
+    weight[-4:] = weight[-4:].view(2, 2, -1).transpose(0, 1).flatten(0, 1).clone()
+
+
+def _strength_lost(files: DraftFiles) -> None:
+    del files.config["rope_parameters"]["mscale_all_dim"]
+
+
+def _stretch_lost(files: DraftFiles) -> None:
+    files.config["rope_parameters"]["factor"] = 1.0
+
+
+def _latent_norms_exchanged(files: DraftFiles) -> None:
+    weight = files.tensors["midlayer.self_attn.kv_a_layernorm.weight"]
+    files.tensors["midlayer.self_attn.kv_a_layernorm.weight"] = weight.flip(0)
+
+
+def _keys_behind_values(files: DraftFiles) -> None:
+    weight = files.tensors["midlayer.self_attn.kv_b_proj.weight"]
+    files.tensors["midlayer.self_attn.kv_b_proj.weight"] = weight.view(4, 14, -1).roll(6, 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "fault", [_halves, _strength_lost, _stretch_lost, _latent_norms_exchanged, _keys_behind_values]
+)
+def test_self_check_catches_faults_of_latent_attention(
+    tiny_deepseek: Path, tmp_path: Path, fault: Callable[[DraftFiles], None]
+) -> None:
+    algorithm, draft, context = make(tiny_deepseek, attention="mla")
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    files = read_files(tmp_path / "draft")
+    fault(files)
+    with pytest.raises(CheckpointError, match="does not predict"):
+        check_files(algorithm, draft, files, context.head, context.device, None)
+
+
+def test_tensors_of_the_other_kind_of_attention_are_refused(tiny_deepseek: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_deepseek, attention="mla")
+    write_draft(algorithm, draft, "plain", tmp_path / "draft", context)
+    path = tmp_path / "draft/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLMEagle3"]}))
+    with pytest.raises(CheckpointError, match=r"missing: .*q_proj"):
+        read_draft(tmp_path / "draft", algorithm.target)

@@ -49,8 +49,9 @@ def test_a_rank_reads_what_its_pieces_hold(
         assert found[row].tolist() == expected
 
 
-@given(micro_batches())
-def test_rows_hold_their_documents_one_after_the_other(batch: tuple[list[int], list[list[int]]]) -> None:
+@given(micro_batches(), st.sampled_from([1, 16]))
+def test_rows_hold_their_documents_one_after_the_other(batch: tuple[list[int], list[list[int]]], slab: int) -> None:
+    """And zeros behind them, where what a rank owns is to be a multiple of a slab."""
     lengths, packs = batch
     ids = [torch.arange(length) + 100 * (number + 1) for number, length in enumerate(lengths)]
     features = [
@@ -64,8 +65,11 @@ def test_rows_hold_their_documents_one_after_the_other(batch: tuple[list[int], l
         for ids_T in ids
     ]
     masks = [ids_T % 3 == 0 for ids_T in ids]
-    rows = FeatureRows.of(features, masks, packs)
-    assert (rows.rank, rows.sequence, rows.layout.padded) == (0, None, rows.tokens.length)
+    rows = FeatureRows.of(features, masks, packs, slab)
+    longest = max(sum(lengths[n] for n in pack) for pack in packs)
+    assert (rows.rank, rows.sequence, rows.tokens.length) == (0, None, longest)
+    behind = -longest % slab
+    assert rows.layout.padded == longest + behind
 
     def laid(values: list[Tensor], fill: int) -> list[list[int]]:
         made = [[int(v) for n in pack for v in values[n]] for pack in packs]
@@ -75,8 +79,8 @@ def test_rows_hold_their_documents_one_after_the_other(batch: tuple[list[int], l
     assert rows.tokens.loss_mask_BT.long().tolist() == laid(masks, 0)
     numbers = [torch.full_like(ids_T, n) for n, ids_T in enumerate(ids)]
     assert rows.tokens.document_BT.tolist() == laid(numbers, PADDING)
-    assert rows.taps_BSF[..., -1].long().tolist() == laid(ids, 0)
-    assert rows.last_BXH[..., 0].long().tolist() == laid(ids, 0)
+    for found_BS in (rows.taps_BSF[..., -1], rows.last_BXH[..., 0]):
+        assert found_BS.long().tolist() == [row + [0] * behind for row in laid(ids, 0)]
 
 
 def test_documents_start_where_they_change() -> None:

@@ -43,6 +43,16 @@ def test_facts_of_a_plain_target(tiny_target: Path) -> None:
     assert spec.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
+def test_latent_attention(tiny_deepseek: Path, tiny_target: Path, tmp_path: Path) -> None:
+    sizes = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    assert read_target_spec(tiny_deepseek).latent_sizes == sizes
+    assert read_target_spec(tiny_target).latent_sizes is None
+    content = json.loads((tiny_deepseek / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "q_lora_rank": None}))
+    del sizes["q_lora_rank"]
+    assert read_target_spec(tmp_path).latent_sizes == sizes
+
+
 def test_untied(tiny_llama: Path) -> None:
     assert not read_target_spec(tiny_llama).tie_word_embeddings
 

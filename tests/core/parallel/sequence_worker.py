@@ -42,6 +42,7 @@ from torchspec.core.training import offload
 from torchspec.core.training.capturing import Documents as FullDocuments
 from torchspec.core.training.capturing import Model, captured_rows
 from torchspec.core.training.feed import DirectFeed
+from torchspec.core.training.fp8 import Fp8Compute
 from torchspec.core.training.plan import Cut, Turn
 from torchspec.core.training.random_state import draw_of
 from torchspec.core.training.sharding import shard_draft
@@ -138,8 +139,9 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
     )
     trained = registry.algorithms().spec(cell.get("algorithm", "eagle3"))
     options = {**cell.get("steps", {"unroll": 3}), **cell.get("options", {})}
-    algorithm = trained.create(trained.options(vocab_size=60, **options), spec)
-    ids_N = torch.arange(V)[torch.arange(V) % 3 != 1]
+    size = cell.get("draft_vocabulary", 60)
+    algorithm = trained.create(trained.options(vocab_size=size, **options), spec)
+    ids_N = torch.arange(V)[torch.arange(V) % 3 != 1][:size]
     torch.manual_seed(0)
     ends = torch.randn(2, V, H, dtype=torch.float64)
     head: Any = SafetensorsTargetHead(
@@ -169,6 +171,7 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
         memory=StepMemory(recompute=cell.get("recompute", False), shard_logits=cell.get("shard_logits", "tokens")),
         exchange=cell.get("exchange", "gather"),
         offload_activations=cell.get("offload", False),
+        fp8=Fp8Compute(scaling=cell["fp8"]) if "fp8" in cell else None,
     )
 
 
@@ -195,6 +198,8 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
         moment = replace(moment, previous={name: window.sums.metrics[name] for name in model.algorithm.remembers})
     tensors = {f"sum.{name}": value for name, value in window.sums.values.items()}
     tensors["tokens"] = torch.tensor(window.sums.tokens - sum(LENGTHS[index] for index in documents.unsupervised))
+    if model.fp8 is not None:
+        tensors["positions"] = torch.tensor(window.sums.positions)
     reasons = {index: f"length {LENGTHS[index]}" for index in cell.get("fails", ())}
     assert window.quarantined == reasons, window.quarantined
     for name, parameter in model.draft.named_parameters():
@@ -238,18 +243,36 @@ def count_bytes(cell: Cell, results: Path, context: mesh.ParallelContext) -> Non
     assert rows.sequence is not None
     counting = Counting(context.device.communication)
     rows = replace(rows, sequence=replace(rows.sequence, communication=counting))  # type: ignore[arg-type]
-    model.algorithm.step(model.draft, model.head, rows, context.device, model.memory).numerator.backward()
-    slots = len(documents.packs) * rows.layout.rows
+    kept: dict[int, int] = {}
+
+    own = rows.layout.rows
+    spread = rows.layout.padded if cell["exchange"] == "gather" else own * cell["ulysses"]
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 4 and tensor.shape[1] == spread > own and tensor.shape[3] == 8:
+            kept[tensor.data_ptr()] = tensor.nbytes  # heads at the positions of several ranks
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = model.algorithm.step(model.draft, model.head, rows, context.device, model.memory)
+    result.numerator.backward()
+    slots, shape = len(documents.packs) * own, model.algorithm.attention_shape
     traffic = Traffic(
         rows=slots,
-        queries=slots,
+        queries=shape.queries(slots, None),
         itemsize=8,
-        shape=model.algorithm.attention_shape,
+        shape=shape,
         ulysses=cell["ulysses"],
         ring=cell["ring"],
     )
     walk = slots * (context.sequence_size - 1)  # prefix lengths, a byte each
-    found = {"sent": torch.tensor(counting.sent - walk), "formula": torch.tensor(traffic.sent(cell["exchange"]))}
+    counts = {
+        "sent": counting.sent - walk,
+        "formula": traffic.sent(cell["exchange"]),
+        "kept": sum(kept.values()),
+        "kept by formula": traffic.kept(cell["exchange"]),
+    }
+    found = {name: torch.tensor(count) for name, count in counts.items()}
     save_file(found, results / f"{cell['name']}-{context.rank}.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ layouts = st.builds(
     ring=small,
     alignment=st.sampled_from([1, 2, 3, 16]),
     balance=st.sampled_from(["zigzag", "contiguous"]),
+    slab=st.sampled_from([1, 6, 16]),
 )
 
 
@@ -52,10 +54,13 @@ def test_every_position_has_the_owner_of_the_definition(layout: Layout) -> None:
 
 @given(layouts)
 def test_padding_is_less_than_a_unit_and_at_the_end_alone(layout: Layout) -> None:
-    unit = layout.pieces_per_rank * layout.ranks * layout.alignment
-    assert layout.padded % unit == 0
-    assert 0 <= layout.padded - layout.length < unit
-    assert layout.piece_length % layout.alignment == 0
+    def fits(rows: int) -> bool:
+        """Whether a rank may own so many."""
+        piece, rest = divmod(rows, layout.pieces_per_rank)
+        return not rest and piece % layout.alignment == 0 and rows % layout.slab == 0
+
+    least = next(rows for rows in count(1) if fits(rows) and rows * layout.ranks >= layout.length)
+    assert (layout.rows, layout.padded) == (least, least * layout.ranks)
     assert sum(layout.true_rows(rank) for rank in range(layout.ranks)) == layout.length
     for rank in range(layout.ranks):
         assert layout.true_rows(rank) == int((layout.positions(rank) < layout.length).sum())
@@ -108,7 +113,7 @@ def test_the_lengths_of_every_rank_are_the_writers_and_the_readers() -> None:
     assert [layout.reads(rank, 1)[0] for rank in range(4)] == [(0, 251), (250, 501), (500, 751), (750, 1000)]
 
 
-@pytest.mark.parametrize("wrong", [{"length": 0}, {"ulysses": 0}, {"ring": -1}, {"alignment": 0}])
+@pytest.mark.parametrize("wrong", [{"length": 0}, {"ulysses": 0}, {"ring": -1}, {"alignment": 0}, {"slab": 0}])
 def test_impossible_layouts(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Layout(**({"length": 5} | wrong))

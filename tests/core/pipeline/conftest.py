@@ -22,7 +22,17 @@ WORDS = ["the", "quick", "brown", "fox", "returns", "value", "of", "function", "
 @pytest.fixture(scope="session")
 def runs() -> ModuleType:
     """runs.py."""
-    spec = importlib.util.spec_from_file_location("runs", Path(__file__).with_name("runs.py"))
+    return _by_path("runs")
+
+
+@pytest.fixture(scope="session")
+def online() -> ModuleType:
+    """online_case.py."""
+    return _by_path("online_case")
+
+
+def _by_path(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

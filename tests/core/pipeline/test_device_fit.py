@@ -20,13 +20,13 @@ from torchspec.core.pipeline.preflight import check
 
 @pytest.fixture
 def plain_device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The only device there is: `count` of it, each for one rank, without bfloat16."""
+    """The only device there is: `count` of it, each for one rank, without bfloat16 or torch.compile."""
     shown = SimpleNamespace(count=2)
     memory = MemoryStats(allocated=0, peak=0, total=0)
     runtime = SimpleNamespace(device_count=lambda: shown.count, memory=lambda: memory)
     loaded: Any = SimpleNamespace(runtime=runtime, ops=FusedOps())
     cpu = registry.devices().spec("cpu")
-    spec = replace(cpu, capabilities=cpu.capabilities - {"bf16", "ranks_share_device"}, load=lambda: loaded)
+    spec = replace(cpu, capabilities=cpu.capabilities - {"bf16", "compile", "ranks_share_device"}, load=lambda: loaded)
     monkeypatch.setattr(registry, "devices", lambda: SimpleNamespace(spec=lambda name: spec, names=lambda: ("cpu",)))
     return shown
 
@@ -35,13 +35,19 @@ def test_a_run_is_refused_with_everything_that_does_not_fit(
     make_config: Any, tmp_path: Path, plain_device: SimpleNamespace
 ) -> None:
     config, provenance = make_config(tmp_path / "run")
-    asked = config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "bfloat16"})})
+    precision = config.precision.model_copy(update={"compute": "bfloat16"})
+    optimizer = config.train.model_copy(update={"optimizer": "adamw8bit"})
+    asked = config.model_copy(update={"precision": precision, "train": optimizer})
     with pytest.raises(ConfigError) as planned:
         make_plan(asked, provenance, Ranks(all=3, here=3))
     with pytest.raises(ConfigError) as started:
         check(asked, Ranks(all=3, here=3))
     for error in (planned.value, started.value):
-        assert [(p.field, p.value) for p in error.problems] == [("precision.compute", "bfloat16"), ("nproc", 3)]
+        assert [(problem.field, problem.value) for problem in error.problems] == [
+            ("precision.compute", "bfloat16"),
+            ("train.optimizer", "adamw8bit"),
+            ("nproc", 3),
+        ]
 
 
 def test_only_the_ranks_of_this_machine_need_its_devices(

@@ -11,11 +11,13 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from torchspec.cli import main
 from torchspec.core.errors import CheckpointError, ConfigError, TorchspecError
@@ -282,3 +284,28 @@ def test_bfloat16_compute_trains_and_validates(make_config: Any, tmp_path: Path)
     assert losses["bfloat16"] != losses["float32"]
     _, state = load_draft_state(directory_of(tmp_path / "bfloat16" / "checkpoints", 4))
     assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("torchao")
+def test_moments_in_8_bits_over_sessions_and_ranks(make_config: Any, tmp_path: Path, runs: ModuleType) -> None:
+    """The same number of ranks goes on to the last bit, another one nearly so; either optimizer takes over."""
+    settings = ("train.schedule=constant", "train.warmup_steps=0", "train.epochs=4", "eval.every=0", "train.lr=1e-3")
+    eight = (*settings, "train.optimizer=adamw8bit")
+    config, _ = make_config(tmp_path / "base")
+    values = config.model_dump(mode="json", exclude={"output"}, exclude_unset=True)
+    stop, end = "train.max_steps=3", "train.max_steps=6"
+    whole = runs.figures(runs.alone(values, tmp_path / "whole", *eight, end))
+    runs.alone(values, tmp_path / "parts", *eight, stop)
+    for name in ("two", "plain"):
+        shutil.copytree(tmp_path / "parts", tmp_path / name)
+    codes = load_file(directory_of(tmp_path / "parts" / "checkpoints", 3) / "rng" / "rank_00000.safetensors")
+    assert any(name.endswith("exp_avg_sq.codes") for name in codes)
+
+    assert runs.figures(runs.alone(values, tmp_path / "parts", *eight, end)) == whole
+    runs.alone(values, tmp_path / "plain", *settings, end)
+    runs.two_ranks(values, {tmp_path / "two": (*eight, end)})
+    for name in ("two", "plain"):
+        figures = runs.figures(tmp_path / name)
+        assert figures[:3] == whole[:3]
+        assert [row[1] for row in figures] == pytest.approx([row[1] for row in whole], rel=1e-3)
+        assert figures != whole

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 TOLERANCE = 0.15
+EAGLE3 = ("draft.unroll=5",)
+BLOCKS = ("--algorithm", "dflash", "draft.num_layers=2", "draft.block_size=12", "draft.num_anchors=256")
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +37,17 @@ def torchspec(*words: str) -> str:
 @pytest.mark.parametrize(
     "words",
     [
-        ("train.batch_size=4", "train.micro_batch_size=4", "train.loss_memory_mb=150"),
-        ("--nproc", "2", "train.batch_size=4", "train.loss_memory_mb=150", "parallel.ulysses=2"),
+        (*EAGLE3, "train.batch_size=4", "train.micro_batch_size=4"),
+        (*EAGLE3, "--nproc", "2", "train.batch_size=4", "parallel.ulysses=2"),
+        (*BLOCKS, "train.batch_size=4", "train.micro_batch_size=4"),
     ],
-    ids=["one rank", "two ranks share sequences"],
+    ids=["one rank", "two ranks share sequences", "blocks at some positions"],
 )
 def test_the_peak_is_predicted(words: tuple[str, ...], texts: Path, tmp_path: Path) -> None:
     settings = (
         "train", "--target", "embedded", "--data", str(texts), "--output", str(tmp_path / "run"), "--device", "cpu",
-        f"data.cache_dir={tmp_path / 'cache'}", "data.max_length=1024", "draft.unroll=5", "train.max_steps=2", *words,
+        f"data.cache_dir={tmp_path / 'cache'}", "data.max_length=1024", "train.loss_memory_mb=150",
+        "train.max_steps=2", *words,
     )  # fmt: skip
     plan = json.loads(torchspec(*settings, "--dry-run", "--json"))["memory"]
     process = next(part["bytes"] for part in plan["parts"] if part["name"] == "process")

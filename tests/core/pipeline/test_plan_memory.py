@@ -120,6 +120,20 @@ def test_what_is_sharded_is_divided_by_the_ranks(accelerated: Models) -> None:
     assert four["gathered parameters"] == one["gathered parameters"] == 4 * accelerated.trained
 
 
+def test_moments_in_8_bits(accelerated: Models) -> None:
+    """A byte for a value and 4 for 256 of them, and the map's 1024; 8 bytes for both of them where they stay fp32."""
+    plain, eight = (parts(estimate(accelerated, replace(LOAD, optimizer=name))) for name in ("adamw", "adamw8bit"))
+    assert plain["optimizer state"] == 8 * accelerated.trained
+    expected = 0
+    for shape in accelerated.draft:
+        values = torch.Size(shape).numel()
+        fits = values >= 4096 and values % 256 == 0
+        expected += 2 * (values + values // 64 + 1024) if fits else 8 * values
+    assert eight["optimizer state"] == expected < plain["optimizer state"] / 3
+    del plain["optimizer state"], eight["optimizer state"]
+    assert eight == plain
+
+
 def test_a_target_that_ranks_hold_together_is_divided(accelerated: Models, hosted: Models) -> None:
     split = replace(LOAD, ranks=2, tensor_parallel=2, head_ranks=2)
     for models in (accelerated, hosted):
@@ -195,3 +209,11 @@ def test_a_target_in_another_process_takes_no_memory_here(accelerated: Models) -
     host = sizes(replace(accelerated, target=(), process=1 << 29))
     assert "features of the next pass" not in host, "the host has them where they are used"
     assert outside["target embedding and head"] == inside["target embedding and head"]
+
+
+def test_a_target_that_stays_quantised_takes_the_bytes_of_its_files(accelerated: Models) -> None:
+    """Its embedding and head are the trainer's, in the precision that it runs in."""
+    plain = {part.name: part.bytes for part in target_parts(accelerated, LOAD)}
+    found = {part.name: part for part in target_parts(replace(accelerated, kept=(1000, 24)), LOAD)}
+    assert found["target model"].bytes == 1024
+    assert found["target embedding and head"].bytes == plain["target embedding and head"]

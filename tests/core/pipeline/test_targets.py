@@ -55,15 +55,22 @@ def test_experts(save_like: Any, make_config: Any, tmp_path: Path) -> None:
 
 
 def test_latent_attention(save_like: Any, make_config: Any, tmp_path: Path) -> None:
+    """The target's, and the draft's."""
     ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     groups = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
     target = save_like(DeepseekV3Config, num_key_value_heads=4, head_dim=8, v_head_dim=8, **ranks, **groups, **EXPERTS)
-    trained_and_evaluated(target, make_config, tmp_path / "run")
+    trained_and_evaluated(target, make_config, tmp_path / "gqa")
+    first = trained_and_evaluated(target, make_config, tmp_path / "mla", "draft.attention=mla")
+    assert json.loads((first.draft / "config.json").read_text())["kv_lora_rank"] == 16
+    words = ("draft.attention=mla", f"draft.init_from={first.directory}")
+    trained_and_evaluated(target, make_config, tmp_path / "again", *words)
+    before, after = (rows(tmp_path / name, "train")[0]["loss"] for name in ("mla", "again"))
+    assert after < before
 
 
-def trained_and_evaluated(target: Path, make_config: Any, output: Path) -> None:
+def trained_and_evaluated(target: Path, make_config: Any, output: Path, *more: str) -> Any:
     """Losses that fall, and a decoded acceptance: the validation decodes losslessly against the target, or raises."""
-    words = ("train.max_steps=4", "eval.every=4", f"target.path={target}")
+    words = ("train.max_steps=4", "eval.every=4", f"target.path={target}", *more)
     config, provenance = make_config(output, *words)
     outcome = train(config, provenance=provenance)
     losses = [row["loss"] for row in rows(outcome.directory, "train")]
@@ -71,6 +78,7 @@ def trained_and_evaluated(target: Path, make_config: Any, output: Path) -> None:
     assert outcome.acceptance_length is not None
     assert outcome.acceptance_length >= 1
     assert outcome.draft is not None
+    return outcome
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_another_run_is_refused_with_every_difference(
 
 def test_tensors_that_do_not_fit_are_named(trained: Any, context: ParallelContext) -> None:
     directory = files.directory_of(trained.setup.checkpoints, 6)
-    tensors = trained._tensors()
+    tensors = trained.updater.tensors()
     tensors["draft.surplus.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"1 tensors differ, first 'draft\.surplus\.weight'"):
         checkpoint.load(directory, tensors, trained.setup.facts, context)

@@ -99,6 +99,24 @@ def overlap_losses(tiny: ModuleType, trainer: Any, state: dict[str, Tensor], bat
     return found_K3
 
 
+def test_a_gradient_is_that_of_the_mean_over_the_window(
+    tiny: ModuleType, context: ParallelContext, tmp_path: Path
+) -> None:
+    """In micro-batches, against autograd through the mean loss, written out from its definition."""
+    job = tiny.Job(directory=tmp_path, dtype=torch.float64, config={"micro_batch_size": 2})
+    trainer = tiny.make_trainer(job, context)
+    state = {name: value.requires_grad_() for name, value in unsharded_state(trainer.model.draft).items()
+             if value.is_floating_point()}  # fmt: skip
+    cross_K, _, count_K = overlap_losses(tiny, trainer, state, trainer.plan.batch(0)).unbind(1)
+    weights_K = torch.tensor(tiny.STEP_WEIGHTS, dtype=torch.float64)
+    loss = (weights_K * cross_K).sum() / (weights_K * count_K).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = math.sqrt(sum(float(value.grad.square().sum()) for value in state.values() if value.grad is not None))
+    row = trainer._step()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-10)
+
+
 def test_lk_lambda_weighs_by_the_last_window_that_taught_anything(
     tiny: ModuleType, context: ParallelContext, tmp_path: Path
 ) -> None:

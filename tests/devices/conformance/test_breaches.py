@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from torchspec.core.conformance.checks import perform
-from torchspec.devices.api import Device, FusedOps, MaskSpec, MemoryStats
+from torchspec.devices.api import Device, FusedOps, MaskSpec, MemoryStats, Scaled
 from torchspec.devices.conformance import CHECKS, Subject, subject_of
+from torchspec.devices.cpu.ops import CpuOps
 
 CHECK = {check.name: check for check in CHECKS}
 Pair = tuple[Tensor, Tensor]
@@ -252,6 +253,22 @@ class Bufferless(FusedOps):
         return product if out is None else None
 
 
+class Fp8(FusedOps):
+    """Without FP8, on a device that declares it."""
+
+
+class Unscaled(CpuOps):
+    def scaled_mm(self, a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+        return super().scaled_mm(replace(a, scale=torch.ones_like(a.scale)), b, dtype)
+
+
+class Saturated(CpuOps):
+    """NaN becomes a number."""
+
+    def scaled_mm(self, a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+        return super().scaled_mm(a, b, dtype).nan_to_num_()
+
+
 class LastChoice(FusedOps):
     def distillation_tile(self, logits_CN: Tensor, teacher: Any, pairs: Any, *, with_grad: bool) -> Any:
         terms = super().distillation_tile(logits_CN, teacher, pairs, with_grad=with_grad)
@@ -268,6 +285,9 @@ class LastChoice(FusedOps):
         (SwappedGradients(), "ops: swiglu and its gradients"),
         (Rounded(), "ops: products that sum in fp32"),
         (Bufferless(), "ops: products that sum in fp32"),
+        (Fp8(), "ops: products of FP8 matrices"),
+        (Unscaled(), "ops: products of FP8 matrices"),
+        (Saturated(), "ops: products of FP8 matrices"),
         (Negligent(), "ops: distillation tile"),
         (LastChoice(), "ops: distillation tile"),
     ],

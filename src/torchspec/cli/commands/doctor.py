@@ -18,6 +18,7 @@ from torchspec.cli.schemas import EngineFlags, JsonOption
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
 if TYPE_CHECKING:
+    from torchspec.core.interfaces.device import DeviceSpec
     from torchspec.core.registry import Registry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -150,7 +151,7 @@ def _version(name: str) -> str | None:
 def _adapter(known: Registry[Any], name: str) -> dict[str, Any]:
     from torchspec.core import registry
     from torchspec.core.interfaces.algorithm import AlgorithmSpec
-    from torchspec.core.interfaces.device import Availability
+    from torchspec.core.interfaces.device import Availability, DeviceSpec
 
     registered_by = ", ".join(registry.distribution(entry) for entry in known.entries[name])
     facts: dict[str, Any] = {"name": name, "registered_by": registered_by}
@@ -165,7 +166,23 @@ def _adapter(known: Registry[Any], name: str) -> dict[str, Any]:
         "reason": answer.reason,
         "remedy": answer.hint,
         "capabilities": sorted(spec.capabilities),
+        **(_fp8(spec) if isinstance(spec, DeviceSpec) and answer.ok else {}),
     }
+
+
+def _fp8(spec: DeviceSpec) -> dict[str, str]:
+    """How a device that can be used multiplies FP8 matrices: native, emulated or absent."""
+    try:
+        support = spec.load().ops.fp8
+    except TorchspecError as error:
+        return {"fp8": "absent", "fp8_reason": str(error)}
+    return {"fp8": support.kind, "fp8_reason": support.reason}
+
+
+def _fp8_text(entry: dict[str, Any]) -> str:
+    if "fp8" not in entry:
+        return ""
+    return f"fp8 {entry['fp8']}" + (f": {entry['fp8_reason']}" if entry["fp8_reason"] else "")
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -178,7 +195,7 @@ def _show(found: dict[str, Any]) -> None:
             (
                 entry["name"],
                 "yes" if entry["available"] else "no",
-                escape("; ".join(part for part in (entry["reason"], entry["remedy"]) if part)),
+                escape("; ".join(part for part in (entry["reason"], entry["remedy"], _fp8_text(entry)) if part)),
             )
             for entry in found[kind]
         ]

@@ -60,3 +60,16 @@ def test_a_step_leaves_nothing_behind(make_world: Callable[..., Any], recompute:
         world.gradients([rows], [Moment(draws=(1,))], StepMemory(recompute=recompute))
         alive.append(alive_bytes())
     assert alive[1] == alive[2] == alive[3]
+
+
+@pytest.mark.parametrize("from_anchor", [False, True])
+def test_what_is_said_of_its_attention_and_loss_is_what_runs(make_world: Callable[..., Any], from_anchor: bool) -> None:
+    """Queries are slots of the anchors that a text may have; a target row teaches a pair of each step at most."""
+    tokens = 60
+    world = make_world(num_anchors=7, block_size=4, layer_types=("full", "full"), sample_from_anchor=from_anchor)
+    batch, algorithm = world.batch(given(world, tokens), Moment(draws=(1,))), world.algorithm
+    shape = algorithm.attention_shape
+    assert (shape.steps, shape.layers) == (1, 2)
+    assert batch.inputs.tokens_BQ.numel() == shape.queries(tokens, tokens) == 7 * 4
+    assert shape.queries(5, 5) == 5 * 4
+    assert len(batch.pairs.sizes) == algorithm.loss_steps == (4 if from_anchor else 3)

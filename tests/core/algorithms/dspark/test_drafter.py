@@ -10,119 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from torchspec.core import registry
-from torchspec.core.algorithms.blocks.batch import build_batch
-from torchspec.core.algorithms.dspark.algorithm import DSpark
-from torchspec.core.algorithms.dspark.options import DSparkOptions
-from torchspec.core.decoding.generation import DecodeSettings
-from torchspec.core.decoding.speculative import decode
-from torchspec.core.features.memory import MemoryStore, take
-from torchspec.core.features.rows import FeatureRows
-from torchspec.core.interfaces.engine import CaptureRequest, EngineOptions
 from torchspec.core.interfaces.features import Features
-from torchspec.core.interfaces.target import VocabularyMap
-from torchspec.core.models.target_head import load_target_head
-from torchspec.core.models.target_spec import read_target_spec, resolve_target
 
-K = 4
-PROMPTS = ([5, 70, 31, 900, 12, 44], [1200, 8, 8, 301], [77, 1999, 640, 3, 3, 3, 18, 250], [404, 1010, 55])
-LIMIT = 24
-
-
-class Decoding:
-    """A draft on the embedded target that has learned the target's own texts in part."""
-
-    def __init__(self, kind: str) -> None:
-        path = resolve_target("embedded")
-        self.device = registry.load_device("cpu")
-        self.engine = registry.load_engine("hf", EngineOptions(target=path, device=self.device, dtype="float32"))
-        spec = read_target_spec(path)
-        self.algorithm = DSpark.create(
-            DSparkOptions(
-                markov_head_type=kind, block_size=K, num_layers=1, markov_rank=16, objective={"cross_entropy": 1.0}
-            ),
-            spec,
-        )
-        self.head = load_target_head(path, dtype=torch.float32, device=torch.device("cpu"))
-        torch.manual_seed(0)
-        self.draft = self.algorithm.build_draft(VocabularyMap.identity(spec.vocab_size), self.head)
-        self.texts = self.engine.generate([list(p) for p in PROMPTS], max_new_tokens=LIMIT)
-        self.sequences = [[*prompt, *text] for prompt, text in zip(PROMPTS, self.texts, strict=True)]
-        self.rows = FeatureRows.of(self._features(), self.masks)
-        optimizer = torch.optim.AdamW(self.draft.parameters(), lr=5e-3)
-        for _ in range(10):
-            result = self.algorithm.step(self.draft, self.head, self.rows, self.device)
-            (result.numerator / result.denominator).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    @property
-    def masks(self) -> list[Tensor]:
-        return [
-            torch.arange(len(sequence)) >= len(prompt) for prompt, sequence in zip(PROMPTS, self.sequences, strict=True)
-        ]
-
-    def _features(self) -> list[Features]:
-        sink = MemoryStore()
-        requests = [CaptureRequest(record_id=str(n), input_ids=ids) for n, ids in enumerate(self.sequences)]
-        return [take(sink, found) for found in self.engine.capture(requests, self.algorithm.taps, sink)]
-
-    def hits(self) -> list[dict[int, int]]:
-        """Of every block, by its anchor: the leading steps whose first choice is the text's own token."""
-        batch = build_batch(self.rows, self.algorithm.plan(self.head, 1 << 20), moment_of(len(PROMPTS)))
-        draft, inputs = self.draft, batch.inputs
-        with torch.no_grad():
-            states = draft.states(inputs, self.head.embedding_VH, self.device)
-            normed = draft.norm(states, self.device.ops)
-            feature = draft.correction.features(normed, inputs.before_BAK, self.head.embedding_VH)
-            choice_BAK = (normed @ self.head.head_VH.T + feature @ draft.correction.map_NX.T).argmax(-1)
-        found: list[dict[int, int]] = []
-        for row, sequence in enumerate(self.sequences):
-            found.append({})
-            for block in batch.blocks.real_BA[row].nonzero()[:, 0].tolist():
-                anchor = int(batch.blocks.anchor_BA[row, block])
-                said, told = choice_BAK[row, block].tolist(), sequence[anchor + 1 : anchor + 1 + K]
-                count = next((k for k, (a, b) in enumerate(zip(said, told, strict=False)) if a != b), len(told))
-                found[row][anchor] = count
-        return found
-
-    def decoded(self, min_confidence: float = 0.0, temperature: float = 0.0, seed: int = 0) -> Any:
-        drafter = self.algorithm.drafter(self.draft, self.head, self.device)
-        drafter.min_confidence = min_confidence
-        settings = DecodeSettings(max_new_tokens=LIMIT, draft_length=K, temperature=temperature)
-        return decode(self.engine, drafter, [list(p) for p in PROMPTS], settings, seed=seed).generations
-
-
-def moment_of(documents: int) -> Any:
-    from torchspec.core.interfaces.algorithm import Moment
-
-    return Moment(draws=tuple(range(documents)))
+BLOCK = 4
 
 
 @pytest.fixture(scope="module", params=["vanilla", "gated", "rnn"])
-def decoding(request: pytest.FixtureRequest) -> Decoding:
-    return Decoding(request.param)
+def decoding(request: pytest.FixtureRequest, block_decoding: Any) -> Any:
+    options = {"block_size": BLOCK, "markov_head_type": request.param, "markov_rank": 16}
+    return block_decoding.Decoding("dspark", options)
 
 
-def test_every_round_accepts_what_the_training_forward_says(decoding: Decoding) -> None:
-    hits, seen = decoding.hits(), []
-    for row, (prompt, generation) in enumerate(zip(PROMPTS, decoding.decoded(), strict=True)):
-        assert list(generation.tokens) == decoding.texts[row]
-        last = len(prompt) + len(decoding.texts[row]) - 1
-        for entry in generation.rounds:
-            anchor = entry.slot + 1
-            if anchor + K > last:
-                break  # the end of the text is not the target's word
-            assert entry.accepted == hits[row][anchor], (row, entry)
-            seen.append(entry.accepted)
-    assert len(seen) > 10
-    assert len(set(seen)) >= 3, f"the draft is too good or too bad to tell rounds apart: {seen}"
+def test_every_round_accepts_what_the_training_forward_says(decoding: Any) -> None:
+    decoding.check_rounds()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_scheduled_lengths_leave_the_text_the_targets(decoding: Decoding, temperature: float) -> None:
+def test_scheduled_lengths_leave_the_text_the_targets(decoding: Any, temperature: float) -> None:
     whole = decoding.decoded(temperature=temperature)
     for least in (0.05, 0.999):
         scheduled = decoding.decoded(min_confidence=least, temperature=temperature)
@@ -131,11 +36,13 @@ def test_scheduled_lengths_leave_the_text_the_targets(decoding: Decoding, temper
         proposed = [entry.proposed for g in scheduled for entry in g.rounds]
         assert all(entry.accepted <= entry.proposed for g in scheduled for entry in g.rounds)
         assert sum(proposed) < sum(entry.proposed for g in whole for entry in g.rounds)
-        assert min(proposed) < K
+        assert min(proposed) < BLOCK
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
-def test_lengths_are_the_products_of_the_confidences(make_world: Callable[..., Any], kind: str) -> None:
+def test_lengths_are_the_products_of_the_confidences(
+    make_world: Callable[..., Any], block_decoding: Any, kind: str
+) -> None:
     world = make_world(markov_head_type=kind, block_size=6, min_confidence=0.2)
     with torch.no_grad():
         world.draft.confidence_head.proj.weight.mul_(0.2)
@@ -148,7 +55,7 @@ def test_lengths_are_the_products_of_the_confidences(make_world: Callable[..., A
         features, proposal.tokens_BL.tolist(), proposal.lengths_B.tolist(), strict=True
     ):
         product, want = 1.0, 0
-        states = states_of(world, feature)
+        states = block_decoding.states_of(world, feature)
         for state, token in zip(states, [int(feature.input_ids_T[-1]), *drafted[:-1]], strict=True):
             read = torch.cat((state, world.draft.markov_head.markov_w1.weight[token]))
             logit = world.draft.confidence_head.proj.weight[0] @ read + world.draft.confidence_head.proj.bias[0]
@@ -158,23 +65,10 @@ def test_lengths_are_the_products_of_the_confidences(make_world: Callable[..., A
     assert len(set(proposal.lengths_B.tolist())) > 1
 
 
-def states_of(world: Any, feature: Features) -> Tensor:
-    """[K, H] after the final norm of the block at the text's last token, by the training forward."""
-    length = len(feature.input_ids_T)
-    longer = torch.cat((feature.input_ids_T, torch.zeros(1, dtype=torch.int64)))
-    text = world.features(longer)
-    object.__setattr__(text, "taps_TNH", torch.cat((feature.taps_TNH, feature.taps_TNH[:1])))
-    mask_T = torch.arange(length + 1) >= length - 1
-    batch = world.batch(FeatureRows.of([text], [mask_T]))
-    with torch.no_grad():
-        states_BAKH = world.draft.states(batch.inputs, world.head.embedding_VH, world.device)
-        normed: Tensor = world.draft.norm(states_BAKH, world.device.ops)[0, 0]
-    assert int(batch.blocks.anchor_BA[0, 0]) == length - 1
-    return normed
-
-
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
-def test_sampled_tokens_follow_the_probabilities_that_are_returned(make_world: Callable[..., Any], kind: str) -> None:
+def test_sampled_tokens_follow_the_probabilities_that_are_returned(
+    make_world: Callable[..., Any], block_decoding: Any, kind: str
+) -> None:
     """Each step's depend on the tokens drawn before it, and are those of the logits over the temperature."""
     world = make_world(markov_head_type=kind, block_size=3)
     feature, rows, temperature = world.features(world.tokens(9)), 1500, 0.5
@@ -187,7 +81,7 @@ def test_sampled_tokens_follow_the_probabilities_that_are_returned(make_world: C
     assert probs is not None
     observed = torch.bincount(drawn[:, 0], minlength=300) / rows
     assert (observed - probs[0, 0]).abs().max() < 4 * (0.25 / rows) ** 0.5
-    states = states_of(world, feature)
+    states = block_decoding.states_of(world, feature)
     head, correction = world.head.head_VH, world.draft.correction
     for row in range(0, rows, 97):
         before = torch.cat((tokens[-1:], drawn[row, :-1]))

@@ -79,10 +79,10 @@ def cpu() -> Device:
 
 
 @pytest.fixture
-def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., World]:
+def make_world(tiny_llama: Path, tiny_deepseek: Path, tmp_path: Path, cpu: Device) -> Callable[..., World]:
     """make_world(dtype=..., draft_config={...}, **options); `draft_config` becomes the file of options.config.
 
-    With options of EAGLE-3.1 it is one.
+    With options of EAGLE-3.1 it is one; with latent attention the target has it, too.
     """
 
     def make(
@@ -95,7 +95,8 @@ def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., W
             path = tmp_path / "draft.json"
             path.write_text(json.dumps(draft_config))
             options["config"] = path
-        spec = read_target_spec(tiny_llama)
+        target = tiny_deepseek if options.get("attention") == "mla" else tiny_llama
+        spec = read_target_spec(target)
         vocabulary = VocabularyMap.identity(spec.vocab_size)
         if ids_N is not None:
             vocabulary = VocabularyMap(ids_N=ids_N, target_size=spec.vocab_size)
@@ -103,7 +104,7 @@ def make_world(tiny_llama: Path, tmp_path: Path, cpu: Device) -> Callable[..., W
             algorithm: Eagle3 = Eagle31.create(Eagle31Options(vocab_size=vocabulary.size, **options), spec)
         else:
             algorithm = Eagle3.create(Eagle3Options(vocab_size=vocabulary.size, **options), spec)
-        head = load_target_head(tiny_llama, dtype=dtype, device=torch.device("cpu"))
+        head = load_target_head(target, dtype=dtype, device=torch.device("cpu"))
         torch.manual_seed(0)
         draft = algorithm.build_draft(vocabulary, head)
         with torch.no_grad():  # norm weights of one would hide a norm applied with the wrong weight

@@ -110,9 +110,14 @@ def make_texts(world: Any, lengths: Sequence[int], limit: int) -> list[Text]:
         {"fc_norm": True, "norm_output": False},
         {"fc_norm": False, "norm_output": True},
         {"fc_norm": True, "norm_before_residual": True, "draft_config": {"hidden_size": 32}},
+        {"attention": "mla"},
+        {"attention": "mla", "fc_norm": True, "v_head_dim": 16, "draft_config": {"hidden_size": 32}},
     ],
-    ids=["whole_vocabulary", "pruned", "own_embedding", "tap_norms", "output_norm", "both_norms_own_embedding"],
-)
+    ids=[
+        "whole_vocabulary", "pruned", "own_embedding", "tap_norms", "output_norm", "both_norms_own_embedding", "latent",
+        "latent_both_norms_own_embedding",
+    ],
+)  # fmt: skip
 def test_every_round_is_the_training_forwards_prefix(
     make_world: Worlds, lengths: Sequence[int], options: dict[str, Any]
 ) -> None:
@@ -231,9 +236,10 @@ def test_drafts_of_length_zero_still_take_in_what_was_confirmed(make_world: Worl
     assert torch.equal(late.tokens_BL, whole.propose([taps], [tokens], STEPS).tokens_BL)
 
 
-def test_the_cache_grows(make_world: Worlds) -> None:
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_the_cache_grows(make_world: Worlds, attention: str) -> None:
     """Keys and rotary rows beyond the first reservation are the ones that one long prompt gives."""
-    world = make_world(unroll=STEPS)
+    world = make_world(unroll=STEPS, attention=attention)
     drafter = world.algorithm.drafter(world.draft, world.head, world.device)
     feature = world.features(world.tokens(700, 1), 1)
     taps, tokens = feature.taps_TNH[:-1], feature.input_ids_T[1:]
@@ -244,9 +250,10 @@ def test_the_cache_grows(make_world: Worlds) -> None:
     assert torch.equal(late.tokens_BL, at_once.propose([taps], [tokens], STEPS).tokens_BL)
 
 
-def test_a_full_row_beside_one_with_more_news(make_world: Worlds) -> None:
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_full_row_beside_one_with_more_news(make_world: Worlds, attention: str) -> None:
     """The fullest row confirms one position, another six: all are written six columns wide, beyond the first 256."""
-    world = make_world(unroll=STEPS)
+    world = make_world(unroll=STEPS, attention=attention)
     drafter = world.algorithm.drafter(world.draft, world.head, world.device)
     rows = [world.features(world.tokens(254, 1), 1), world.features(world.tokens(107, 2), 2)]
     session = drafter.open(2)

@@ -19,16 +19,18 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["cross_entropy", "all_terms"])
 @pytest.mark.parametrize("supervised", [1.0, 0.3], ids=["dense", "sparse"])
-@pytest.mark.parametrize("normalisation", ["token", "per_sequence"])
+@pytest.mark.parametrize(
+    "options", [{"normalisation": "token"}, {"normalisation": "per_sequence"}, {"attention": "mla"}], ids=str
+)
 def test_a_step_reads_no_number_from_the_device(
     make_world: Callable[..., Any],
     step_without_values: Callable[..., None],
     objective: dict[str, float],
     supervised: float,
-    normalisation: str,
+    options: dict[str, str],
 ) -> None:
     ids_N = torch.arange(0, 300, 3)
-    world = make_world(ids_N=ids_N, unroll=3, dtype=torch.float32, objective=objective, normalisation=normalisation)
+    world = make_world(ids_N=ids_N, unroll=3, dtype=torch.float32, objective=objective, **options)
     lengths = (160, 147)
     masks = [torch.arange(n) >= n * (1 - supervised) for n in lengths]
     features = [world.features(world.tokens(n, n), n) for n in lengths]

@@ -27,6 +27,20 @@ CONFIG = {
     "rms_norm_eps": 1e-3,
     "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
 }
+LATENT = {
+    "kv_lora_rank": 9,
+    "q_lora_rank": 7,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 64,
+        "mscale": 0.7, "mscale_all_dim": 1.3,
+    },
+}  # fmt: skip
+# By widths of unrotated and rotated part and of values: heads with padding in all, in keys alone, and without.
+WIDTHS = {"padded": (6, 4, 5), "wide_values": (8, 4, 16), "even": (4, 4, 8)}
+SIZE_NAMES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -80,14 +94,7 @@ class Oracle:
         h_normed = rms(h, w["midlayer.hidden_norm.weight"], eps)
         z = torch.cat([rms(e, w["midlayer.input_layernorm.weight"], eps), h_normed])
 
-        def split(name: str, count: int) -> list[Tensor]:
-            flat = w[f"midlayer.self_attn.{name}_proj.weight"] @ z
-            return [flat[a * HEAD_DIM : (a + 1) * HEAD_DIM] for a in range(count)]
-
-        place = self.position(i) + k
-        q = [rotate(head, place) for head in split("q", heads)]
-        own_k = [rotate(head, place) for head in split("k", kv_heads)]
-        own_v = split("v", kv_heads)
+        q, own_k, own_v = self.heads(z, self.position(i) + k)
         mixed = []
         for a in range(heads):
             b = a // (heads // kv_heads)
@@ -103,9 +110,10 @@ class Oracle:
             for s in range(1, k + 1):
                 keys, values = (own_k, own_v) if s == k else self.slot(i, s)[1:]
                 seen.append((keys[b], values[b]))
-            scores = torch.stack([(q[a] * key).sum() / math.sqrt(HEAD_DIM) for key, _ in seen])
+            scores = torch.stack([(q[a] * key).sum() * self.scale for key, _ in seen])
             weights = scores.exp() / scores.exp().sum()
-            mixed.append(sum((weights[n] * value for n, (_, value) in enumerate(seen)), torch.zeros(HEAD_DIM).double()))
+            nothing = torch.zeros_like(own_v[b])
+            mixed.append(sum((weights[n] * value for n, (_, value) in enumerate(seen)), nothing))
         residual = h_normed if geometry.norm_before_residual else h
         r = residual + w["midlayer.self_attn.o_proj.weight"] @ torch.cat(mixed)
         n = rms(r, w["midlayer.post_attention_layernorm.weight"], eps)
@@ -113,6 +121,19 @@ class Oracle:
         out = r + w["midlayer.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
         self.memo[i, k] = (out, own_k, own_v)
         return self.memo[i, k]
+
+    scale = 1 / math.sqrt(HEAD_DIM)
+
+    def heads(self, z: Tensor, place: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Rotated queries and keys, and values, of every head."""
+        geometry = self.world.algorithm.geometry
+
+        def split(name: str, count: int) -> list[Tensor]:
+            flat = self.params[f"midlayer.self_attn.{name}_proj.weight"] @ z
+            return [flat[a * HEAD_DIM : (a + 1) * HEAD_DIM] for a in range(count)]
+
+        q, k, v = (split(n, geometry.num_attention_heads if n == "q" else geometry.num_key_value_heads) for n in "qkv")
+        return [rotate(head, place) for head in q], [rotate(head, place) for head in k], v
 
     def first_feature(self, i: int) -> Tensor:
         w, geometry = self.params, self.world.algorithm.geometry
@@ -125,6 +146,58 @@ class Oracle:
     def supervised(self, i: int, k: int) -> bool:
         j = i + 2 + k
         return j < len(self.x) and self.m[j] and self.d[i] == self.d[j]
+
+
+def stretched(pair: int) -> float:
+    """YaRN's frequency of a pair (2309.00071): between one that turns 32 times in the original length and keeps its
+    frequency, and one that turns once and has it divided by the factor; the borders rounded outwards."""
+    width, length = 4, 64
+
+    def border(turns: float) -> float:
+        return width * math.log(length / (2 * math.pi * turns)) / (2 * math.log(THETA))
+
+    low, high = max(0, math.floor(border(32))), min(width - 1, math.ceil(border(1)))
+    kept = 1 - min(1, max(0, (pair - low) / (high - low)))
+    plain = THETA ** (-2 * pair / width)
+    return float(plain * kept + plain / 4.0 * (1 - kept))
+
+
+def turn(x: Tensor, place: int) -> Tensor:
+    """Entries 2i and 2i + 1 by the frequency of pair i; longer by mscale's factor over that of mscale_all_dim."""
+    out, longer = [], (0.07 * math.log(4.0) + 1) / (0.13 * math.log(4.0) + 1)
+    for i in range(len(x) // 2):
+        c, s = math.cos(place * stretched(i)), math.sin(place * stretched(i))
+        out += [longer * (c * x[2 * i] - s * x[2 * i + 1]), longer * (s * x[2 * i] + c * x[2 * i + 1])]
+    return torch.stack(out)
+
+
+class LatentOracle(Oracle):
+    """Multi-head latent attention (2405.04434, section 2.1), with the norms of latents that DeepSeek-V2 has."""
+
+    @property
+    def scale(self) -> float:  # type: ignore[override]
+        geometry = self.world.algorithm.geometry
+        width = geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
+        return float((0.13 * math.log(4.0) + 1) ** 2 / math.sqrt(width))
+
+    def heads(self, z: Tensor, place: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        geometry = self.world.algorithm.geometry
+        w = {n.removeprefix("midlayer.self_attn."): p for n, p in self.params.items()}
+        plain, turning = geometry.qk_nope_head_dim, geometry.qk_rope_head_dim
+        c_q = rms(w["q_a_proj.weight"] @ z, w["q_a_layernorm.weight"], geometry.rms_norm_eps)
+        compressed = w["kv_a_proj_with_mqa.weight"] @ z
+        c_kv = rms(compressed[: geometry.kv_lora_rank], w["kv_a_layernorm.weight"], geometry.rms_norm_eps)
+        shared = turn(compressed[geometry.kv_lora_rank :], place)
+        queries, keys, values = [], [], []
+        for a in range(geometry.num_attention_heads):
+            size = plain + turning
+            q = w["q_b_proj.weight"][a * size : (a + 1) * size] @ c_q
+            queries.append(torch.cat([q[:plain], turn(q[plain:], place)]))
+            size = plain + geometry.v_head_dim
+            both = w["kv_b_proj.weight"][a * size : (a + 1) * size] @ c_kv
+            keys.append(torch.cat([both[:plain], shared]))
+            values.append(both[plain:])
+        return queries, keys, values
 
 
 @dataclass
@@ -169,29 +242,47 @@ def expected_sums(oracles: list[Oracle], steps: int, decay: float, coverage: str
     return total
 
 
-CASES = [
-    pytest.param(
-        {"coverage": coverage, "normalisation": normalisation, **extra}, id=f"{coverage}-{normalisation}-{name}"
-    )
-    for coverage in ("drop", "renormalise", "weight")
-    for normalisation in ("token", "per_sequence")
-    for name, extra in (("same_width", {}), ("own_embedding", {"norm_before_residual": True}))
-] + [
-    pytest.param({"coverage": "drop", "normalisation": "token", **norms, **extra}, id=name)
-    for name, norms, extra in (
-        ("tap_norms", {"norm_output": False}, {}),
-        ("output_norm", {"fc_norm": False}, {}),
-        ("both_norms", {"fc_norm": True}, {}),
-        ("both_norms_own_embedding", {"fc_norm": True}, {"norm_before_residual": True}),
-    )
-]
+CASES = (
+    [
+        pytest.param(
+            {"coverage": coverage, "normalisation": normalisation, **extra}, id=f"{coverage}-{normalisation}-{name}"
+        )
+        for coverage in ("drop", "renormalise", "weight")
+        for normalisation in ("token", "per_sequence")
+        for name, extra in (("same_width", {}), ("own_embedding", {"norm_before_residual": True}))
+    ]
+    + [
+        pytest.param({"coverage": "drop", "normalisation": "token", **norms, **extra}, id=name)
+        for name, norms, extra in (
+            ("tap_norms", {"norm_output": False}, {}),
+            ("output_norm", {"fc_norm": False}, {}),
+            ("both_norms", {"fc_norm": True}, {}),
+            ("both_norms_own_embedding", {"fc_norm": True}, {"norm_before_residual": True}),
+        )
+    ]
+    + [
+        pytest.param(
+            {"coverage": "drop", "normalisation": "token", "attention": "mla", **norms, "widths": widths},
+            id=f"latent_{name}",
+        )
+        for name, widths, norms in (
+            ("padded", "padded", {}),
+            ("wide_values_own_embedding", "wide_values", {"hidden_size": 20}),
+            ("even_both_norms", "even", {"fc_norm": True}),
+        )
+    ]
+)
 
 
 @pytest.mark.parametrize("options", CASES)
 def test_loss_and_every_gradient_are_the_definitions(make_world: Callable[..., Any], options: dict[str, Any]) -> None:
+    latent = "attention" in options
     config = CONFIG | ({"hidden_size": 20} if options.get("norm_before_residual") else {})
+    if latent:
+        config = LATENT | dict(zip(SIZE_NAMES, WIDTHS[options["widths"]], strict=True))
     ids = [n for n in range(300) if n % 5 != 2]
-    world = make_world(draft_config=config, ids_N=torch.tensor(ids), unroll=3, taps=(0, 3), **options)
+    given = {name: value for name, value in options.items() if name != "widths"}
+    world = make_world(draft_config=config, ids_N=torch.tensor(ids), unroll=3, taps=(0, 3), **given)
     # Ragged rows; the first packs two documents, and supervision runs across their border.
     documents = [[0] * 6 + [1] * 5, [2] * 8, [3] * 3, [4] * 2]
     masks = [[0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 0, 1], [1, 1, 1], [1, 1]]
@@ -209,7 +300,9 @@ def test_loss_and_every_gradient_are_the_definitions(make_world: Callable[..., A
 
     params = {name: p.detach().clone().requires_grad_() for name, p in world.draft.named_parameters()}
     oracles = [
-        Oracle(world, params, t.tolist(), [bool(v) for v in m], d, f.taps_TNH.flatten(1), f.last_TH)
+        (LatentOracle if latent else Oracle)(
+            world, params, t.tolist(), [bool(v) for v in m], d, f.taps_TNH.flatten(1), f.last_TH
+        )
         for t, m, d, f in zip(tokens, masks, documents, features, strict=True)
     ]
     want = expected_sums(oracles, 3, world.algorithm.options.step_decay, options["coverage"], ids)

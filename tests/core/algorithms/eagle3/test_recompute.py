@@ -47,7 +47,13 @@ def step(world: Any, supervised: float, memory: StepMemory) -> tuple[Tensor, dic
 
 @pytest.mark.parametrize("supervised", [1.0, 0.4], ids=["dense", "sparse"])
 @pytest.mark.parametrize(
-    "options", [{}, {"norm_before_residual": True, "draft_config": {"hidden_size": 32}}, {"fc_norm": True}]
+    "options",
+    [
+        {},
+        {"norm_before_residual": True, "draft_config": {"hidden_size": 32}},
+        {"fc_norm": True},
+        {"attention": "mla", "fc_norm": True},
+    ],
 )
 def test_loss_and_gradients_are_the_same(
     make_world: Callable[..., Any], supervised: float, options: dict[str, Any]
@@ -62,7 +68,11 @@ def test_loss_and_gradients_are_the_same(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("options", [{}, {"fc_norm": True}], ids=["eagle3", "eagle3.1"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fc_norm": True}, {"attention": "mla"}, {"attention": "mla", "v_head_dim": 16, "kv_lora_rank": 200}],
+    ids=["eagle3", "eagle3.1", "latent", "wide_latent"],
+)
 def test_the_estimate_is_near_the_peak(
     make_world: Callable[..., Any],
     peak_bytes: Callable[[Callable[[], object]], int],
@@ -81,7 +91,8 @@ def test_the_estimate_is_near_the_peak(
     world.draft.zero_grad()
     gradients = sum(4 * parameter.numel() for parameter in world.draft.parameters())
     estimate = 4 * tokens * world.algorithm.kept_values(recompute=recompute)
-    assert estimate == pytest.approx(peak_bytes(run) - gradients, rel=0.2)
+    tolerance = 0.06 if "attention" in options else 0.2
+    assert estimate == pytest.approx(peak_bytes(run) - gradients, rel=tolerance)
 
 
 def test_a_small_loss_budget_changes_nothing_but_the_order_of_sums(make_world: Callable[..., Any]) -> None:

@@ -141,6 +141,63 @@ def test_an_engine_that_would_miss_or_ignore_a_tensor_is_named(make_world: World
         served({"fc.weight": torch.zeros(1)})
 
 
+def as_speculators(files: DraftFiles, **layer: Any) -> DraftFiles:
+    """As vllm-project/speculators writes a head of Qwen's family: `convert/mtp/converter.py`, names and config."""
+    exact = {"mtp.fc.weight": "input_proj.weight", "mtp.norm.weight": "final_layernorm.weight"}
+    begins = {"mtp.pre_fc_norm_hidden.": "hidden_layernorm.", "mtp.pre_fc_norm_embedding.": "token_layernorm.",
+              "mtp.layers.0.": ""}  # fmt: skip
+    tensors = {}
+    for name, tensor in files.tensors.items():
+        own = exact.get(name) or next(new + name.removeprefix(old) for old, new in begins.items() if old in name)
+        tensors[f"mtp_layers.0.{own}"] = tensor
+    given = {name: value for name, value in files.config.items() if name not in ("torchspec", "architectures")}
+    config = {
+        "speculators_model_type": "mtp",
+        "architectures": ["MTPDraftModel"],
+        "num_nextn_predict_layers": 1,
+        "transformer_layer_config": {**given, **layer},
+    }
+    return DraftFiles(config=config, tensors=tensors)
+
+
+def test_heads_in_the_speculators_layout_are_read(make_world: Worlds) -> None:
+    world = make_world("qwen", "qwen3")
+    files = world.algorithm.to_files(world.draft.state_dict(), "plain")
+    given = as_speculators(files)
+    embedded = DraftFiles(
+        config=given.config, tensors={**given.tensors, "embed_tokens.weight": world.head.embedding_VH.clone()}
+    )
+    readers = [name for name in registry.algorithms().names() if registry.algorithms().spec(name).reads(given.config)]
+    assert readers == ["mtp"]
+    for each in (given, embedded):
+        algorithm, draft = registry.algorithms().spec("mtp").from_files(each, world.algorithm.target)
+        assert algorithm.geometry == world.algorithm.geometry
+        for name, tensor in world.draft.state_dict().items():
+            assert torch.equal(draft.state_dict()[name], tensor.float()), name
+        assert algorithm.to_files(draft.state_dict(), "plain").tensors.keys() == files.tensors.keys()
+
+
+def test_heads_of_that_layout_that_are_not_trained_here_are_refused(make_world: Worlds) -> None:
+    world = make_world("qwen", "qwen3")
+    files = world.algorithm.to_files(world.draft.state_dict(), "plain")
+    target, read = world.algorithm.target, registry.algorithms().spec("mtp").from_files
+    hybrid = as_speculators(files, model_type="qwen3_next")
+    with pytest.raises(CheckpointError, match="its layer is that of qwen3_next, and mtp here knows dense layers"):
+        read(hybrid, target)
+    several = as_speculators(files)
+    several.config["num_nextn_predict_layers"] = 2
+    with pytest.raises(CheckpointError, match="it has 2 heads"):
+        read(several, target)
+    other = as_speculators(files)
+    other.tensors["embed_tokens.weight"] = world.head.embedding_VH + 1
+    with pytest.raises(CheckpointError, match="embed"):
+        read(other, target)
+    extra = as_speculators(files)
+    extra.tensors["mtp_layers.1.input_proj.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"unknown.*mtp_layers\.1\.input_proj"):
+        read(extra, target)
+
+
 def test_other_layouts_are_refused(make_world: Worlds) -> None:
     world = make_world("mimo", "qwen2")
     with pytest.raises(ConfigError, match="target's own directory"):

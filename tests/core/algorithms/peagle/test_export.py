@@ -63,6 +63,78 @@ def test_round_trip_predicts_the_same(tiny_target: Path, tmp_path: Path, options
     assert ("d2t" in load_file(tmp_path / "draft/model.safetensors")) == (options.get("vocab_size") != 300)
 
 
+def published(directory: Path, change: dict[str, Any], mask: str) -> DraftFiles:
+    """The draft as Amazon's stand: an EAGLE-3 directory of vLLM's names and numbering, without speculators fields."""
+    files = read_files(directory)
+    own = files.config
+    config = {
+        **own["transformer_layer_config"],
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": own["draft_vocab_size"],
+        "norm_before_residual": own["norm_before_residual"],
+        "eagle_aux_hidden_state_layer_ids": own["eagle_aux_hidden_state_layer_ids"],
+        mask: own["mask_token_id"],
+        **change,
+    }
+    names = {name: name.replace("layers.0.", "midlayer.", 1) for name in files.tensors}
+    tensors = {names[name]: tensor for name, tensor in files.tensors.items()}
+    return DraftFiles(config=config, tensors={**tensors, "mask_hidden": files.tensors["mask_hidden"].flatten()})
+
+
+@pytest.mark.parametrize(
+    ("mask", "change"),
+    [("ptd_token_id", {}), ("pard_token", {"architectures": ["LlamaForCausalLM"]})],
+)
+def test_drafts_of_the_layout_before_are_read(
+    tiny_target: Path, tmp_path: Path, mask: str, change: dict[str, Any]
+) -> None:
+    algorithm, draft, context = make(tiny_target, num_layers=2, norm_before_residual=True, mask_token=7, taps=(0, 3, 5))
+    write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
+    files = published(tmp_path / "draft", change, mask)
+    readers = [name for name in registry.algorithms().names() if registry.algorithms().spec(name).reads(files.config)]
+    assert readers == ["peagle"]
+    again, loaded = registry.algorithms().spec("peagle").from_files(files, algorithm.target)
+    assert (again.taps, again.geometry) == (algorithm.taps, algorithm.geometry)
+    for name, value in draft.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    written = again.to_files(dict(loaded.state_dict()), "speculators")
+    assert check_files(again, loaded, written, context.head, context.device, None).total_variation < 1e-5
+    (tmp_path / "config.json").write_text(json.dumps(files.config))
+    options = registry.algorithms().spec("peagle").options(config=tmp_path / "config.json")
+    derived = registry.algorithms().spec("peagle").create(options, algorithm.target)
+    assert (derived.taps, derived.geometry) == (algorithm.taps, algorithm.geometry)
+
+
+def test_an_unsaid_field_of_the_layout_before_is_what_vllm_takes(tiny_target: Path, tmp_path: Path) -> None:
+    algorithm, draft, context = make(tiny_target, num_layers=1)
+    write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
+    files = published(tmp_path / "draft", {}, "ptd_token_id")
+    for name in ("num_hidden_layers", "norm_before_residual", "eagle_aux_hidden_state_layer_ids"):
+        del files.config[name]
+    again, _ = registry.algorithms().spec("peagle").from_files(files, algorithm.target)
+    assert (again.taps, again.geometry) == (algorithm.taps, algorithm.geometry)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pard_token": 8}, "name different tokens"),
+        ({"ptd_token_id": "7"}, "mask_token_id must be a token's number"),
+        ({"fc_norm": True}, "fc_norm is True"),
+        ({"num_hidden_layers": 2}, "missing: layers.1"),
+    ],
+)
+def test_what_the_layout_before_says_wrongly_is_refused(
+    tiny_target: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    algorithm, draft, context = make(tiny_target, num_layers=1)
+    write_draft(algorithm, draft, "speculators", tmp_path / "draft", context)
+    files = published(tmp_path / "draft", change, "ptd_token_id")
+    files.config.update(change)
+    with pytest.raises(CheckpointError, match=message):
+        registry.algorithms().spec("peagle").from_files(files, algorithm.target)
+
+
 def test_bf16_export_is_checked_as_closely(tiny_target: Path, tmp_path: Path) -> None:
     algorithm, draft, context = make(tiny_target, num_layers=2)
     check = write_draft(algorithm, draft, "speculators", tmp_path / "draft", context, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchspec.core.features.rows import TokenRows
 from torchspec.core.interfaces.algorithm import Moment, StepMemory
 
 TOKENS = 90
@@ -64,3 +65,15 @@ def test_the_estimate_is_near_the_peak(
     gradients = sum(4 * parameter.numel() for parameter in world.draft.parameters())
     estimate = 4 * tokens * world.algorithm.kept_values(recompute=recompute)
     assert estimate == pytest.approx(peak_bytes(run) - gradients, rel=0.2)
+
+
+def test_what_is_said_of_its_attention_and_loss_is_what_runs(make_world: Callable[..., Any]) -> None:
+    tokens = 200
+    world = make_world(depths=4, depth_ratio=0.5, depth_ratio_min=0.2, num_layers=3)
+    ids_T = world.tokens(tokens)
+    rows = TokenRows.of([ids_T], [torch.ones(tokens, dtype=torch.bool)])
+    batch = world.assembled(rows, [world.features(ids_T)], Moment(draws=(3,)))
+    shape = world.algorithm.attention_shape
+    elements = [turn_BQ.numel() for turn_BQ in batch.inputs.turns]
+    assert (shape.layers, shape.steps, world.algorithm.loss_steps) == (3, len(elements), len(batch.pairs.sizes))
+    assert sum(elements) == pytest.approx(shape.steps * shape.queries(tokens, tokens), rel=0.02)
