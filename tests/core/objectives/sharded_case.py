@@ -192,7 +192,7 @@ def part(case: Any, cell: Cell, shards: VocabularyShards) -> Any:
         shard_VH=case.target.head_VH[first:last].clone(),
         final_norm=nn.Identity(),
         shards=shards,
-        weights=TargetWeights(path=Path(), files={}),
+        weights=TargetWeights(path=Path(), files={}, stored={}),
         name="",
         **_scaling(cell),
     )

@@ -34,4 +34,5 @@ def test_the_adapter_keeps_the_contract(topic: str, count: int) -> None:
     chosen = [check for check in CHECKS if check.name.startswith(topic)]
     assert len(chosen) >= count
     results = list(run_apart("torchspec.devices.conformance", ["npu_emulated"], chosen, start_seconds=START_SECONDS))
-    assert [(each.check, each.status) for each in results] == [(each.name, "PASS") for each in chosen], results
+    expected = [(each.name, "SKIP" if "FP8" in each.name else "PASS") for each in chosen]  # FP8 is declared absent
+    assert [(each.check, each.status) for each in results] == expected, results
