@@ -223,7 +223,7 @@ class Driver:
             "num_gpus": want.get("GPU", 0),
             "resources": special,
             "scheduling_strategy": strategy,
-            "enable_task_events": False,  # Ray's head keeps one for each of our looks: 1 MB a minute
+            "enable_task_events": False,  # Ray's head keeps one for each of the driver's looks
         }
 
     def _start_ranks(self) -> None:
