@@ -326,7 +326,8 @@ def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a final norm that has weights: a norm of ones applied twice is applied once."""
     place = tmp_path_factory.mktemp("normed") / "target"
     with changed(tiny_target, place) as tensors:
-        tensors["model.norm.weight"] += 0.3 * torch.randn(len(tensors["model.norm.weight"]))
+        drawn = torch.randn(len(tensors["model.norm.weight"]), generator=torch.Generator().manual_seed(0))
+        tensors["model.norm.weight"] += 0.3 * drawn
     return place
 
 

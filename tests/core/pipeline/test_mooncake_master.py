@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -45,7 +46,10 @@ def runs(pid: int) -> bool:
 
 def listening(pid: int) -> set[str]:
     """Addresses, in hexadecimal as the kernel shows them, that a process listens on."""
-    sockets = {os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")}
+    sockets = set()
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # a connection that was closed meanwhile
+            sockets.add(os.readlink(f"/proc/{pid}/fd/{number}"))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
