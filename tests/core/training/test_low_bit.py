@@ -93,6 +93,7 @@ def test_what_is_held() -> None:
             held = sum(part.nbytes for part in (state.codes, state.scale, state.qmap))
             assert held == state_bytes(8192)
             assert held < 0.3 * 4 * 8192
+            assert state.signed == (moment == "exp_avg")  # the second is never negative
     assert state_bytes(4095) == 4 * 4095
     assert state_bytes(4097) == 4 * 4097
 
