@@ -45,7 +45,7 @@ def test_lengths_are_the_products_of_the_confidences(
 ) -> None:
     world = make_world(markov_head_type=kind, block_size=6, min_confidence=0.2)
     with torch.no_grad():
-        world.draft.confidence_head.proj.weight.mul_(0.2)
+        world.draft.confidence_head.proj.weight.mul_(0.5)
         world.draft.confidence_head.proj.bias.fill_(0.5)
     features = [world.features(world.tokens(n, n), n) for n in (9, 14, 11, 20, 7, 16)]
     session = world.algorithm.drafter(world.draft, world.head, world.device).open(len(features))
