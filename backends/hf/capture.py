@@ -16,6 +16,7 @@ from torchspec.backends.api import (
     CaptureRequest,
     Features,
     FeatureSink,
+    Images,
     NormState,
     Quarantined,
     TargetError,
@@ -46,7 +47,12 @@ def capture(
     for request in batch:
         if request.images:
             try:
-                groups.append(([request], image_inputs(target, request)))
+                groups.append(
+                    (
+                        [request],
+                        image_inputs(target, f"sample {request.record_id!r}", request.input_ids, request.images),
+                    )
+                )
             except ImageError as error:
                 found[request.record_id] = Quarantined(record_id=request.record_id, reason=str(error))
     for group, images in groups:
@@ -88,19 +94,19 @@ def _run(
     return records, _finite(records)
 
 
-def image_inputs(target: HfTarget, request: CaptureRequest) -> dict[str, Tensor]:
-    """What the processor makes of the request's images, on the target's device and in its dtype.
+def image_inputs(target: HfTarget, name: str, input_ids: Sequence[int], images: Images) -> dict[str, Tensor]:
+    """What the processor makes of a sequence's images, on the target's device and in its dtype.
 
     Raises ImageError for images that cannot be used, TargetError when this target cannot take any.
     """
     accepted = inspect.signature(target.base.forward).parameters
-    inputs = target.processor.inputs(request.input_ids, request.images)
+    inputs = target.processor.inputs(input_ids, images)
     unknown = [name for name in inputs if name not in accepted]
     # What a forward pass does not name it may swallow, and give features of the text alone.
     if any(inputs[name].is_floating_point() for name in unknown):
         raise TargetError(
-            f"sample {request.record_id!r} has images, which {type(target.base).__name__} of {target.spec.path} does "
-            f"not take ({', '.join(unknown)})"
+            f"{name} has images, which {type(target.base).__name__} of {target.spec.path} does not take "
+            f"({', '.join(unknown)})"
         )
     return {
         name: value.to(target.device, target.model.dtype if value.is_floating_point() else value.dtype)

@@ -10,6 +10,7 @@ from torchspec.backends.api import (
     DecodeSession,
     EngineOptions,
     FeatureSink,
+    Images,
     NormState,
     TargetSpec,
 )
@@ -55,13 +56,18 @@ class HfEngine:
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        images: Sequence[Images] = (),
     ) -> list[list[int]]:
         """See `backends.hf.generate.generate`."""
-        return generate(self._target, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return generate(
+            self._target, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, images=images
+        )
 
-    def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:
+    def open(
+        self, prompts: Sequence[Sequence[int]], taps: Sequence[int], *, images: Sequence[Images] = ()
+    ) -> DecodeSession:
         """A decode session over these prompts, prefilled; see `backends.hf.session.HfDecodeSession`."""
-        return HfDecodeSession(self._target, prompts, taps)
+        return HfDecodeSession(self._target, prompts, taps, images=images)
 
     def close(self) -> None:
         """Let go of the model; its memory is free once no session holds it. Closing twice is fine."""

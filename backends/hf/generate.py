@@ -11,36 +11,51 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchspec.backends.api import Images
 from torchspec.backends.hf.session import HfDecodeSession
 from torchspec.backends.hf.target import HfTarget
 
 
 def generate(
-    target: HfTarget, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, seed: int
+    target: HfTarget,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    images: Sequence[Images] = (),
 ) -> list[list[int]]:
     """New tokens of each prompt up to and including the first end-of-turn token.
 
     Greedy at temperature 0. Otherwise a prompt's randomness comes from `seed` and its own tokens alone, so that
     it gives the same text in any batch, unless rounding in a batch of another shape tips a draw over.
-    All prompts are decoded together; architectures that cannot share a cache run one by one.
+    All prompts are decoded together, but for those with images; architectures that cannot share a cache run one by one.
+    Raises DataError for images that are not those that were tokenised.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
-    if target.rollback != "full" and len(prompts) > 1:
-        return [
-            tokens
-            for prompt in prompts
-            for tokens in _generate_batch(target, [prompt], max_new_tokens, temperature, seed)
-        ]
-    return _generate_batch(target, prompts, max_new_tokens, temperature, seed) if prompts else []
+    shown = list(images) or [()] * len(prompts)
+    together = [] if target.rollback != "full" else [place for place, each in enumerate(shown) if not each]
+    groups = [together] if together else []
+    groups += [[place] for place in range(len(prompts)) if place not in together]
+    texts: dict[int, list[int]] = {}
+    for group in groups:
+        some, of_them = [prompts[place] for place in group], [shown[place] for place in group]
+        texts |= zip(group, _generate_batch(target, some, of_them, max_new_tokens, temperature, seed), strict=True)
+    return [texts[place] for place in range(len(prompts))]
 
 
 def _generate_batch(
-    target: HfTarget, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int
+    target: HfTarget,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[Images],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
 ) -> list[list[int]]:
-    session = HfDecodeSession(target, prompts, (), recording=False)
+    session = HfDecodeSession(target, prompts, (), images=images, recording=False)
     draws = [prompt_generator(seed, prompt) for prompt in prompts] if temperature > 0 else []
     stop = set(target.spec.eos_token_ids)
     new: list[list[int]] = [[] for _ in prompts]

@@ -8,18 +8,20 @@ Shape letters: B sequences, n new tokens, S cache columns, N taps, H target hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from torchspec.backends.api import Prefill, StepOutput, TargetError
+from torchspec.backends.api import Images, Prefill, StepOutput, TargetError
 from torchspec.backends.hf.cache import GrowingLayer, cache_name, compaction, new_cache
-from torchspec.backends.hf.capture import pad_right
+from torchspec.backends.hf.capture import image_inputs, pad_right
 from torchspec.backends.hf.taps import TapRecorder
 from torchspec.backends.hf.target import HfTarget
+from torchspec.core.errors import DataError
+from torchspec.core.models.images import ImageError
 
 _SPARE_COLUMNS = 32
 _SPARE_FRACTION = 0.25
@@ -31,17 +33,27 @@ class HfDecodeSession:
     """Implements `interfaces.engine.DecodeSession`; the tensors it returns are ordinary, detached ones."""
 
     def __init__(
-        self, target: HfTarget, prompts: Sequence[Sequence[int]], taps: Sequence[int], *, recording: bool = True
+        self,
+        target: HfTarget,
+        prompts: Sequence[Sequence[int]],
+        taps: Sequence[int],
+        *,
+        images: Sequence[Images] = (),
+        recording: bool = True,
     ) -> None:
-        """`recording=False` is for plain generation: `rollback` is then refused.
+        """`recording=False` is for plain generation: `rollback` is then refused. A prompt with images comes alone.
 
-        Raises TargetError when this architecture cannot be decoded so (see `rollback_of`).
+        Raises TargetError when this architecture cannot be decoded so (see `rollback_of`), or takes no images, and
+        DataError for images that are not those that were tokenised.
         """
         target.check_taps(taps)
         if not prompts:
             raise ValueError("a decode session needs at least one prompt")
         for row, prompt in enumerate(prompts):
             target.check_tokens(f"prompt {row}", prompt)
+        with_images = any(images)
+        if with_images and len(prompts) > 1:
+            raise ValueError(f"a prompt with images is decoded alone, not with {len(prompts) - 1} others")
         _check_supported(target, len(prompts), recording)
         self._target = target
         self._recording = recording
@@ -52,9 +64,15 @@ class HfDecodeSession:
         self._trailing = [self._columns - length for length in self._lengths]
         self._revocable = [0] * len(prompts)
         self._keep_BS: Tensor | None = None  # None: every column of every row is used
-        self.prefill = self._prefill(prompts)
+        try:
+            shown = image_inputs(target, "the prompt", prompts[0], images[0]) if with_images else {}
+        except ImageError as error:
+            raise DataError(f"a prompt cannot be answered: {error}") from error
+        self.prefill = self._prefill(prompts, shown)
+        # An image may take fewer positions than it has tokens: what follows it comes so much earlier.
+        self._shift: Tensor | int = target.base.rope_deltas.view(1, 1) if with_images and _counts_images(target) else 0
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Prefill:
+    def _prefill(self, prompts: Sequence[Sequence[int]], images: Mapping[str, Tensor]) -> Prefill:
         """Right padding under a causal mask needs no mask; the head sees only each prompt's last token."""
         ids_BT = pad_right(prompts).to(self._target.device)
         last_B = torch.tensor(self._lengths, device=self._target.device) - 1
@@ -68,7 +86,7 @@ class HfDecodeSession:
         hook = head.register_forward_pre_hook(only_last)
         try:
             with self._recorder, torch.inference_mode():
-                output = self._target.model(input_ids=ids_BT, use_cache=True, **{self._cache_name: cache})
+                output = self._target.model(input_ids=ids_BT, use_cache=True, **{self._cache_name: cache}, **images)
         finally:
             hook.remove()
         if output.logits.shape[1] != 1:
@@ -108,10 +126,10 @@ class HfDecodeSession:
     def _where(self, new: int) -> dict[str, Any]:
         """Mask and positions of the next `new` columns; a cache without unused columns needs neither, unless the model
         would take positions from the images that it saw last."""
-        if self._keep_BS is None and not hasattr(self._target.base, "rope_deltas"):
+        if self._keep_BS is None and not _counts_images(self._target):
             return {}
         start_B = torch.tensor(self._lengths, device=self._target.device)
-        where = {"position_ids": start_B[:, None] + torch.arange(new, device=self._target.device)}
+        where = {"position_ids": start_B[:, None] + torch.arange(new, device=self._target.device) + self._shift}
         if self._keep_BS is not None:
             self._keep_BS = torch.cat((self._keep_BS, self._keep_BS.new_ones(len(self._lengths), new)), dim=1)
             where["attention_mask"] = self._keep_BS
@@ -184,6 +202,11 @@ class HfDecodeSession:
 
     def _grown(self) -> list[GrowingLayer]:
         return [layer for layer in self._cache.layers if isinstance(layer, GrowingLayer)]
+
+
+def _counts_images(target: HfTarget) -> bool:
+    """Whether positions behind an image depend on the image (multimodal rotary positions)."""
+    return hasattr(target.base, "rope_deltas")
 
 
 def _check_supported(target: HfTarget, rows: int, recording: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -106,29 +106,32 @@ class Renderer:
             raise RowError("a pre-rendered text has no turns, so no prompt can be cut from it")
         if isinstance(row, TokenRow):
             return self._token_prompt(row)
-        if row.images:
-            raise RowError("it has images, which are trained on, but not answered: engines are asked in text alone")
         messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
         if not messages:
             raise RowError("nothing stands before the assistant's turn")
         text, _ = self._template(row).render(messages, row.tools, prompt=True)
-        return RenderedText(text=check_text(text, "the rendered prompt"), spans=())
+        check_text(text, "the rendered prompt")
+        return self._with_images(row, text, ()) if row.images else RenderedText(text=text, spans=())
 
     def _with_images(self, row: ChatRow, text: str, spans: Sequence[Span]) -> RenderedText:
         """The text with the tokens that stand for its images, which are read here."""
+        processor = self._image_processor()
+        try:
+            images = tuple(refer_to_image(source) for source in row.images)
+            expanded, placed = processor.expand(text, images)
+        except ImageError as error:
+            raise RowError(str(error)) from error
+        shifted = shift_spans(spans, placed)
+        return RenderedText(text=expanded, spans=tuple(shifted), images=images, image_end=placed[-1].placed_stop)
+
+    def _image_processor(self) -> TargetProcessor:
         if self._processor is None:
             # Where the tokenizer was loaded from; one that was made otherwise has no processor beside it.
             place = self.tokenizer.name_or_path
             if not place or not takes_images(Path(place)):
                 raise RowError("it has images, and the target takes none: no processor of images came with it")
             self._processor = TargetProcessor.load(Path(place))
-        try:
-            images = tuple(refer_to_image(source) for source in row.images)
-            expanded, placed = self._processor.expand(text, images)
-        except ImageError as error:
-            raise RowError(str(error)) from error
-        shifted = shift_spans(spans, placed)
-        return RenderedText(text=expanded, spans=tuple(shifted), images=images, image_end=placed[-1].placed_stop)
+        return self._processor
 
     def _template(self, row: ChatRow) -> ChatTemplate:
         if not self.tokenizer.chat_template:
@@ -148,8 +151,18 @@ class Renderer:
         outside = [token for token in (min(row.input_ids), max(row.input_ids)) if not 0 <= token < self.id_limit]
         if outside:
             raise RowError(f"token id {outside[0]} is outside the tokenizer's vocabulary of {self.id_limit}")
+        images, image_end = (), 0
+        if row.images:
+            try:
+                images = tuple(refer_to_image(source) for source in row.images)
+                image_end = self._image_processor().image_end(row.input_ids, images)
+            except ImageError as error:
+                raise RowError(str(error)) from error
         return Rendered(
-            input_ids=np.array(row.input_ids, dtype=np.int32), loss_mask=np.array(row.loss_mask, dtype=np.bool_)
+            input_ids=np.array(row.input_ids, dtype=np.int32),
+            loss_mask=np.array(row.loss_mask, dtype=np.bool_),
+            images=images,
+            image_end=image_end,
         )
 
     def _token_prompt(self, row: TokenRow) -> Rendered:
@@ -161,7 +174,9 @@ class Renderer:
         if not before.size:
             raise RowError("nothing stands before the supervised tokens")
         cut = int(before[-1]) + 1
-        return Rendered(input_ids=whole.input_ids[:cut], loss_mask=np.zeros(cut, dtype=np.bool_))
+        if whole.image_end > cut:
+            raise RowError("an image stands among or behind the supervised tokens")
+        return replace(whole, input_ids=whole.input_ids[:cut], loss_mask=np.zeros(cut, dtype=np.bool_))
 
     def _only_last(self, messages: Sequence[Message]) -> bool:
         if self._last_turn_only == "auto":

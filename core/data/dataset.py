@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torchspec.core.data.cache import digest, entry_path, find, ingredients, locked, writable
 from torchspec.core.data.chat import Rendered, Renderer
-from torchspec.core.data.prompts import Prompt, load_prompts
+from torchspec.core.data.prompts import Prompt, load_prompts, text_prompt
 from torchspec.core.data.report import DataReport, DatasetSettings, ProgressSink, Tally, UniqueIds, nothing_left
 from torchspec.core.data.rows import BadRow, RowReader
 from torchspec.core.data.token_file import (
@@ -157,7 +158,8 @@ def _fill(
     counts_V = np.zeros(renderer.id_limit, dtype=np.int64)
     prompts = settings.answer_tokens is not None
     usable = bytearray()  # of every row
-    for outcome in tokenise(reader, renderer, renderer.prompt if prompts else renderer.prepare, progress):
+    prepare = partial(text_prompt, renderer) if prompts else renderer.prepare
+    for outcome in tokenise(reader, renderer, prepare, progress):
         usable.append(False)
         if isinstance(outcome, BadRow):
             tally.refuse(outcome)

@@ -2,7 +2,8 @@
 
 Forms, in the order in which a row is looked at:
 
-* ``{"input_ids": [...], "loss_mask": [...]}``: tokens, used as they are;
+* ``{"input_ids": [...], "loss_mask": [...], "images"?: [...]}``: tokens, used as they are; the images that stand among
+  them by the tokens of the target's processor, as paths or data: URIs in their order;
 * ``{"messages" | "conversations": [...], "tools"?: [...]}``: OpenAI (``role`` / ``content``) or ShareGPT
   (``from`` / ``value``) messages, told apart message by message;
 * ``{"text": "..."}``: already rendered, special tokens included; every token of it is supervised.
@@ -20,6 +21,7 @@ from typing import Any
 from torchspec.core.data.messages import Message, RowError, check_text, kind, parse_messages, parse_tools
 from torchspec.core.data.readers import Broken, check_files, read_values
 from torchspec.core.errors import DataError
+from torchspec.core.models.images import ImageError, image_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +64,14 @@ class TextRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """`loss_mask` has one 0 or 1 per token."""
+    """`loss_mask` has one 0 or 1 per token; `images` are sources, as of a `ChatRow`."""
 
     sample_id: str
     file: Path
     line: int
     input_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
+    images: tuple[str, ...] = ()
 
 
 Row = ChatRow | TextRow | TokenRow
@@ -118,7 +121,8 @@ def parse_row(value: Any, file: Path, line: int) -> Row:
     chat_key = next((key for key in ("messages", "conversations") if key in row), None)
     if "input_ids" in row and ("loss_mask" in row or chat_key is None):
         input_ids, loss_mask = _tokens(row)
-        return TokenRow(**place, input_ids=input_ids, loss_mask=loss_mask)
+        images = _images(row.get("images", []), file.parent)
+        return TokenRow(**place, input_ids=input_ids, loss_mask=loss_mask, images=images)
     if chat_key is not None:
         messages = parse_messages(row[chat_key], chat_key, file.parent)
         return ChatRow(**place, messages=messages, tools=parse_tools(row.get("tools")))
@@ -151,6 +155,15 @@ def _tokens(row: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if strange:
         raise RowError(f"loss_mask must hold 0 and 1 only, it holds {min(strange)}")
     return ids, mask
+
+
+def _images(value: Any, directory: Path) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise RowError("images must be a list of paths or data: URIs")
+    try:
+        return tuple(image_source(check_text(each, "images"), directory) for each in value)
+    except ImageError as error:
+        raise RowError(str(error)) from error
 
 
 def _integers(value: Any, name: str) -> tuple[int, ...]:

@@ -28,6 +28,11 @@ _THINKING = ("enable_thinking", "thinking")
 """Variables by which chat templates are told whether the target is to reason before it answers."""
 
 
+def has_tokenizer(target: Path) -> bool:
+    """Whether a directory has any file of a tokenizer."""
+    return any((target / name).exists() for name in (*_TOKENIZER_FILES, "tokenizer_config.json"))
+
+
 def load_tokenizer(
     target: Path, *, chat_template: Path | None = None, trust_remote_code: bool = False, thinking: Thinking = "auto"
 ) -> PreTrainedTokenizerBase:

@@ -18,20 +18,24 @@ from transformers import PreTrainedTokenizerBase
 
 from torchspec.core.data.chat import RenderedText, Renderer
 from torchspec.core.data.messages import Message, RowError
+from torchspec.core.data.prompts import text_prompt
 from torchspec.core.data.rows import ChatRow
 from torchspec.core.decoding.journal import Entry
+from torchspec.core.interfaces.engine import Images
 
 Finish = Literal["eos", "length", "context", "template", "vocabulary"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
-    """What turns text into the target's tokens and back. `context` is how many tokens the target can hold."""
+    """What turns text into the target's tokens and back. `context` is how many tokens the target can hold; `images`:
+    whether it is asked with images, too."""
 
     renderer: Renderer
     tokenizer: PreTrainedTokenizerBase
     eos: frozenset[int]
     context: int
+    images: bool = False
 
     def encode(self, text: str, start: int) -> list[int] | None:
         """The tokens of `text` from character `start` on; None if a token reaches across that place."""
@@ -52,6 +56,7 @@ class Conversation:
               tools stay as they are: what the tools said belongs to those calls.
     said      the messages written so far
     ids       what the target has read and written: after `ask`, the prompt
+    images    those that stand among the ids
     written   tokens the target wrote
     finish    why nothing more comes: every turn was written ("eos"), or one was cut by its limit ("length") or before
               a token that the tokenizer does not have ("vocabulary"), or the next one does not fit the target's
@@ -63,6 +68,7 @@ class Conversation:
         self.sample_id = sample_id
         self.said: list[Message] = []
         self.ids: list[int] = []
+        self.images: Images = ()
         self.written = 0
         self.finish: Finish | None = None
         self._row = row
@@ -85,7 +91,8 @@ class Conversation:
     def ask(self, writer: Writer) -> None:
         """Bring `ids` up to the next turn, or set `finish`. RowError if there is no way to the first one."""
         try:
-            text = self._render(writer)
+            rendered = self._render(writer)
+            text = rendered.text
             more = writer.encode(text, len(self._text)) if self.ids and text.startswith(self._text) else None
             ids = writer.encode(text, 0) if more is None else [*self.ids, *more]
         except RowError:
@@ -101,7 +108,7 @@ class Conversation:
             return
         if more is None:
             self._close_row()
-        self.ids, self._text = ids, text
+        self.ids, self._text, self.images = ids, text, rendered.images
         self._mask += [0] * (len(ids) - len(self._mask))
 
     def answer(self, tokens: Sequence[int], writer: Writer) -> None:
@@ -147,19 +154,21 @@ class Conversation:
         messages.update(zip(self.turns, self.said, strict=False))
         return tuple(message for _, message in sorted(messages.items()))
 
-    def _render(self, writer: Writer) -> str:
+    def _render(self, writer: Writer) -> RenderedText:
         """The conversation up to the next turn, with the generation prompt."""
         history = self._history(self.turns[len(self.said)])
         waiting = replace(self._row, messages=(*history, {"role": "assistant", "content": ""}))
-        rendered = writer.renderer.prompt(waiting)
+        rendered = writer.renderer.prompt(waiting) if writer.images else text_prompt(writer.renderer, waiting)
         assert isinstance(rendered, RenderedText)
-        return rendered.text
+        return rendered
 
     def _close_row(self) -> None:
         if self.ids:
             row: Entry = {"messages": list(self._history(self.turns[len(self.said) - 1]))}
             if self._row.tools:
                 row["tools"] = list(self._row.tools)
+            if self.images:
+                row["images"] = [image.source for image in self.images]
             self._rows.append({**row, "input_ids": self.ids, "loss_mask": self._mask})
         self._mask = []
 

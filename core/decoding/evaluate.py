@@ -19,7 +19,7 @@ from torchspec.core.decoding.measure import (
 )
 from torchspec.core.decoding.result import EvalResult, PromptRecord, count_acceptance, machine_facts
 from torchspec.core.interfaces.algorithm import Drafter
-from torchspec.core.interfaces.engine import TargetEngine
+from torchspec.core.interfaces.engine import Images, TargetEngine
 
 __all__ = ["EvalResult", "EvalSettings", "Variant", "best_length", "compare", "evaluate", "sweep"]
 
@@ -99,8 +99,9 @@ def _summarise(
     emitted = sum(r.emitted for g in run.generations for r in g.rounds)
     names = [name for batch in batches for name in batch.names]
     prompts = [prompt for batch in batches for prompt in batch.prompts]
+    images = [each for batch in batches for each in batch.images]
     speeds = _Speeds.of(run, baseline)
-    mismatches = _mismatches(engine, names, prompts, run, baseline) if settings.temperature == 0.0 else None
+    mismatches = _mismatches(engine, names, prompts, images, run, baseline) if settings.temperature == 0.0 else None
     ties = None if mismatches is None else sum(mismatch.tie for mismatch in mismatches)
     return EvalResult(
         acceptance_length=acceptance.length,
@@ -172,15 +173,20 @@ class _Speeds:
 
 
 def _mismatches(
-    engine: TargetEngine, names: Sequence[str], prompts: Sequence[list[int]], run: Run, baseline: Run | None
+    engine: TargetEngine,
+    names: Sequence[str],
+    prompts: Sequence[list[int]],
+    images: Sequence[Images],
+    run: Run,
+    baseline: Run | None,
 ) -> list[Mismatch] | None:
     if baseline is None:
         return None
     dtype = run.decoded[0].dtype
     texts = (
-        Texts(sample_id=name, prompt=prompt, tokens=generation.tokens, draftless=draftless.tokens)
-        for name, prompt, generation, draftless in zip(
-            names, prompts, run.generations, baseline.generations, strict=True
+        Texts(sample_id=name, prompt=prompt, tokens=generation.tokens, draftless=draftless.tokens, images=shown)
+        for name, prompt, shown, generation, draftless in zip(
+            names, prompts, images, run.generations, baseline.generations, strict=True
         )
     )
     found = (find_mismatch(engine, entry, dtype) for entry in texts)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from torchspec.core.errors import DataError
-from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.interfaces.engine import DecodeSession, Images, TargetEngine, TargetSpec
 
 FinishReason = Literal["eos", "length", "context"]
 Phase = Literal["prefill", "draft", "target"]
@@ -185,3 +185,10 @@ def start_rows(prompts: Sequence[Sequence[int]], target: TargetSpec, settings: D
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def opened(
+    engine: TargetEngine, prompts: Sequence[Sequence[int]], taps: Sequence[int], images: Sequence[Images]
+) -> DecodeSession:
+    """A session over the prompts, with their images if there are any: engines without images need not know the word."""
+    return engine.open(prompts, taps, images=images) if any(images) else engine.open(prompts, taps)

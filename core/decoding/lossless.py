@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from torchspec.core.interfaces.engine import TargetEngine
+from torchspec.core.decoding.generation import opened
+from torchspec.core.interfaces.engine import Images, TargetEngine
 
 TIE_ULPS = 4
 
@@ -44,6 +45,7 @@ class Texts:
     prompt: Sequence[int]
     tokens: Sequence[int]
     draftless: Sequence[int]
+    images: Images = ()
 
 
 def first_difference(texts: Texts) -> int | None:
@@ -69,7 +71,7 @@ def find_mismatch(engine: TargetEngine, texts: Texts, dtype: torch.dtype) -> Mis
     other = draftless[shared] if shared < len(draftless) else None
     gap, tie = None, False
     if token is not None and other is not None:
-        logits_V = engine.open([[*texts.prompt, *tokens[:shared]]], ()).prefill.logits_BV[0]
+        logits_V = opened(engine, [[*texts.prompt, *tokens[:shared]]], (), [texts.images]).prefill.logits_BV[0]
         pair = logits_V[[token, other]].cpu().double()  # a device may have no float64
         gap = float((pair[0] - pair[1]).abs())
         tie = gap <= TIE_ULPS * torch.finfo(dtype).eps * float(pair.abs().max())

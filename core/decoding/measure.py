@@ -16,7 +16,7 @@ from torchspec.core.decoding.result import add_seconds
 from torchspec.core.decoding.speculative import decode
 from torchspec.core.errors import DataError
 from torchspec.core.interfaces.algorithm import Drafter
-from torchspec.core.interfaces.engine import TargetEngine
+from torchspec.core.interfaces.engine import Images, TargetEngine
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,6 +29,8 @@ class PromptLike(Protocol):
     def sample_id(self) -> str: ...
     @property
     def input_ids(self) -> Collection[int]: ...
+    @property
+    def images(self) -> Images: ...
 
 
 Prompt = TypeVar("Prompt", bound=PromptLike)
@@ -64,6 +66,7 @@ class Variant:
 class Batch:
     names: tuple[str, ...]
     prompts: tuple[list[int], ...]
+    images: tuple[Images, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +99,21 @@ def with_room(context: int, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def make_batches(engine: TargetEngine, prompts: Sequence[PromptLike], size: int) -> list[Batch]:
-    """Prompts of similar length together, those without room for a new token left out."""
+    """Prompts of similar length together, each with images alone, those without room for a new token left out."""
     kept = with_room(engine.describe().max_position_embeddings, prompts)
-    usable = [(prompt.sample_id, [int(token) for token in prompt.input_ids]) for prompt in kept]
+    texts = [prompt for prompt in kept if not prompt.images] if size > 1 else list(kept)
     if size > 1:
-        usable.sort(key=lambda entry: len(entry[1]))
-    parts = [usable[start : start + size] for start in range(0, len(usable), size)]
-    return [Batch(names=tuple(name for name, _ in part), prompts=tuple(ids for _, ids in part)) for part in parts]
+        texts.sort(key=lambda prompt: len(prompt.input_ids))
+    parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+    parts += [[prompt] for prompt in kept if prompt.images] if size > 1 else []
+    return [
+        Batch(
+            names=tuple(prompt.sample_id for prompt in part),
+            prompts=tuple([int(token) for token in prompt.input_ids] for prompt in part),
+            images=tuple(prompt.images for prompt in part),
+        )
+        for part in parts
+    ]
 
 
 def measure(
@@ -135,5 +146,5 @@ def _decode(engine: TargetEngine, way: Variant, batch: Batch, settings: EvalSett
     )
     seed = (settings.seed * SEED_STRIDE + number) % 2**63
     if way.drafter is None:
-        return decode_plain(engine, batch.prompts, request, seed=seed)
-    return decode(engine, way.drafter, batch.prompts, request, seed=seed)
+        return decode_plain(engine, batch.prompts, request, seed=seed, images=batch.images)
+    return decode(engine, way.drafter, batch.prompts, request, seed=seed, images=batch.images)

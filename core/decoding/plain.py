@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from torchspec.core.decoding.generation import Decoded, DecodeSettings, Stopwatch, start_rows
+from torchspec.core.decoding.generation import Decoded, DecodeSettings, Stopwatch, opened, start_rows
 from torchspec.core.decoding.sampling import choose
-from torchspec.core.interfaces.engine import TargetEngine
+from torchspec.core.interfaces.engine import Images, TargetEngine
 
 
 @torch.no_grad()
@@ -18,15 +18,17 @@ def decode_plain(
     settings: DecodeSettings,
     *,
     seed: int = 0,
+    images: Sequence[Images] = (),
 ) -> Decoded:
     """One token per target step, through the same session interface as speculation.
 
-    `seed` matters at temperature > 0. Raises DataError for a prompt without room for a new token.
+    `seed` matters at temperature > 0; `images`: see `TargetEngine.open`. Raises DataError for a prompt without room
+    for a new token.
     """
     rows = start_rows(prompts, engine.describe(), settings)
     watch = Stopwatch()
     with watch("prefill"):
-        session = engine.open(prompts, ())
+        session = opened(engine, prompts, (), images)
         watch.device = session.prefill.logits_BV.device
     generator = torch.Generator(watch.device).manual_seed(seed)
     token_B = choose(session.prefill.logits_BV, settings.temperature, generator)

@@ -76,6 +76,7 @@ def regenerate(
     settings: RegenerateSettings,
     *,
     dtype: torch.dtype | None = None,
+    images: bool = False,
     progress: Progress | None = None,
 ) -> RegenerateReport:
     """Write `output` (JSON Lines): each conversation with its assistant turns replaced by the target's own.
@@ -85,7 +86,8 @@ def regenerate(
     target read and wrote, and `metadata`: a digest of what was asked, turns written and asked for, why it ended, and
     the settings. A conversation has several rows where the chat template rewrites earlier turns.
 
-    `dtype` is the precision that the target runs in; None: that of its weights. At temperature > 0 what is drawn
+    `images`: whether the engine takes any; if not, conversations with images fail. `dtype` is the precision that the
+    target runs in; None: that of its weights. At temperature > 0 what is drawn
     depends on the seed and on the prompt: equal conversations get equal answers. A run that is killed and repeated ends
     with the same file, byte for byte; another batch size may change the order of rows, and what rounding tips over.
 
@@ -101,6 +103,7 @@ def regenerate(
         tokenizer=tokenizer,
         eos=frozenset(target.eos_token_ids),
         context=target.max_position_embeddings,
+        images=images,
     )
     identity = {
         "target": target.path.resolve().name,
@@ -214,11 +217,13 @@ def _write_turns(
     waiting = list(batch)
     while waiting:
         for group, room in _groups(waiting, writer.context, settings.max_new_tokens):
+            shown = [conversation.images for conversation in group]
             answers = engine.generate(
                 [conversation.ids for conversation in group],
                 max_new_tokens=room,
                 temperature=settings.temperature,
                 seed=settings.seed,
+                **({"images": shown} if any(shown) else {}),
             )
             for conversation, tokens in zip(group, answers, strict=True):
                 conversation.answer(tokens, writer)

@@ -12,7 +12,7 @@ import lzma
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torchspec.core.interfaces.engine import TargetSpec, TextGenerator
+from torchspec.core.interfaces.engine import Images, TargetSpec, TextGenerator
 from torchspec.core.models.target_weights import weights_fingerprint
 
 
@@ -59,8 +59,11 @@ class RememberingWriter:
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        images: Sequence[Images] = (),
     ) -> list[list[int]]:
-        """See `TextGenerator.generate`."""
+        """See `TextGenerator.generate`. Answers to texts alone are remembered."""
+        if any(images):
+            raise ValueError("prompts with images have no answers that are remembered")
         known = [self._answers.get(digest_of(prompt)) if temperature == 0.0 else None for prompt in prompts]
         open_places = [place for place, answer in enumerate(known) if answer is None]
         written = self._engine.generate(

@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchspec.core.decoding.generation import Decoded, DecodeSettings, Round, Row, Stopwatch, start_rows
+from torchspec.core.decoding.generation import Decoded, DecodeSettings, Round, Row, Stopwatch, opened, start_rows
 from torchspec.core.decoding.sampling import Verdict, choose, verify
 from torchspec.core.interfaces.algorithm import Drafter, Proposal
-from torchspec.core.interfaces.engine import StepOutput, TargetEngine
+from torchspec.core.interfaces.engine import Images, StepOutput, TargetEngine
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def decode(
     settings: DecodeSettings,
     *,
     seed: int = 0,
+    images: Sequence[Images] = (),
 ) -> Decoded:
     """Generate after every prompt; sequences that end leave the batch at once.
 
@@ -35,13 +36,13 @@ def decode(
     depend on how many tokens are fed at once); above it the text is distributed as the target's own.
     `seed` matters at temperature > 0; verification and the drafter draw from the same generator.
     Every round drafts `draft_length` tokens however few are still wanted, as serving engines do, except where the
-    fullest sequence of the batch has less room in the target's context.
+    fullest sequence of the batch has less room in the target's context. `images`: see `TargetEngine.open`.
     Raises DataError for a prompt without room for a new token.
     """
     rows = start_rows(prompts, engine.describe(), settings)
     watch = Stopwatch()
     with watch("prefill"):
-        session = engine.open(prompts, drafter.taps)
+        session = opened(engine, prompts, drafter.taps, images)
         watch.device = session.prefill.logits_BV.device
     generator = torch.Generator(watch.device).manual_seed(seed)
     with watch("draft"):

@@ -65,6 +65,10 @@ class ImageReference:
     digest: str
 
 
+Images = tuple[ImageReference, ...]
+"""Of one sequence, in the order in which its ids have them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptureRequest:
     """A sample to run the target over.
@@ -80,7 +84,7 @@ class CaptureRequest:
     input_ids: Sequence[int]
     parts: tuple[Rows, ...] = ()
     part: int = 0
-    images: tuple[ImageReference, ...] = ()
+    images: Images = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +133,12 @@ class TextGenerator(Protocol):
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        images: Sequence[Images] = (),
     ) -> list[list[int]]:
         """New tokens of each prompt, the end-of-turn token included when it was produced.
 
         What is drawn at temperature > 0 depends on `seed` and on the prompt's tokens, not on the other prompts.
+        `images`, of each prompt, is given to engines with the capability "images" alone, and only where there are any.
         """
         ...
 
@@ -147,8 +153,10 @@ class TargetEngine(TextGenerator, Protocol):
         """
         ...
 
-    def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:
-        """Only engines with the capability "decode"."""
+    def open(
+        self, prompts: Sequence[Sequence[int]], taps: Sequence[int], *, images: Sequence[Images] = ()
+    ) -> DecodeSession:
+        """Only engines with the capability "decode". `images`: as for `generate`; a prompt with any is opened alone."""
         ...
 
     def close(self) -> None: ...
@@ -312,7 +320,7 @@ class StartedEngine(Protocol):
 ENGINE_CAPABILITIES = {
     "capture": "hidden states of token sequences",
     "generate": "text",
-    "images": "hidden states of token sequences with images among them",
+    "images": "token sequences with images among them, for whatever else it does",
     "decode": "steps of several tokens and rollbacks (`open`), for lossless decoding by torchspec itself",
     "serve": "the target served with an exported draft (`EngineSpec.serve`)",
 }
@@ -333,6 +341,8 @@ class EngineSpec:
     names what stands in the way of its architecture. None: this engine takes no `tensor_mesh`.
     `examine`: TargetError when the engine cannot run this target as it is stored; else what is worth knowing of how it
     does (None: nothing). None: the engine says so itself when it starts.
+    `serving_command`: what to type in a shell to serve a target with a draft: (the target's name, a directory with the
+    draft's files, the draft's name, tokens a round); ConfigError where the engine does not decode with it.
     `pieces`: options of the engine with which it reads prompts in pieces of some 64 tokens, for conformance; None: it
     always reads them whole.
     `capabilities` are some of ENGINE_CAPABILITIES.
@@ -349,5 +359,6 @@ class EngineSpec:
     attach: Callable[[EngineOptions], StreamedEngine] | None = None
     tensor_parallel_sizes: Callable[[TargetSpec], tuple[int, ...]] | None = None
     examine: Callable[[TargetSpec], str | None] | None = None
+    serving_command: Callable[[str, Path, str, int], str] | None = None
     pieces: Mapping[str, Any] | None = None
     api_version: int = API_VERSION

@@ -96,9 +96,9 @@ class TargetProcessor:
         Raises ImageError when an image cannot be used or does not have as many tokens as stand for it in the ids.
         """
         found = self._run([self._processor.image_token * len(images)], images, return_tensors="pt")
-        ids, asked = list(input_ids), found["input_ids"]
-        kinds_1T = torch.tensor(self._processor.create_mm_token_type_ids([ids]))
-        expected = int((torch.tensor(self._processor.create_mm_token_type_ids(asked.tolist())) == _IMAGE).sum())
+        asked = found["input_ids"]
+        kinds_1T = self._kinds([list(input_ids)])
+        expected = int((self._kinds(asked.tolist()) == _IMAGE).sum())
         there = int((kinds_1T == _IMAGE).sum())
         if there != expected:
             raise ImageError(
@@ -110,6 +110,14 @@ class TargetProcessor:
             for name, value in found.items()
             if name not in _TEXT and isinstance(value, Tensor)
         }
+
+    def image_end(self, input_ids: Sequence[int], images: Sequence[ImageReference]) -> int:
+        """How many tokens of the sequence reach up to the end of its last image. Raises as `inputs` does."""
+        self.inputs(input_ids, images)
+        return int((self._kinds([list(input_ids)])[0] == _IMAGE).nonzero().max()) + 1
+
+    def _kinds(self, input_ids: list[list[int]]) -> Tensor:
+        return torch.tensor(self._processor.create_mm_token_type_ids(input_ids))
 
     def _run(self, text: list[str], images: Sequence[ImageReference], **options: Any) -> Any:
         opened = [open_image(image) for image in images]

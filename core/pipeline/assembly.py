@@ -92,8 +92,11 @@ def load_data(
         check_images(config, train)
     if not config.data.validation:
         return Data(train=train, prompts=())
+    images = "images" in registry.backends().spec(config.backend).capabilities
     prompts = context.main_first(
-        lambda: load_prompts(config.data.validation, tokenizer, settings, progress, count=config.eval.samples)
+        lambda: load_prompts(
+            config.data.validation, tokenizer, settings, progress, count=config.eval.samples, images=images
+        )
     )
     return Data(train=train, prompts=prompts)
 

@@ -28,6 +28,7 @@ from torchspec.core.interfaces.engine import (
     DraftSource,
     EngineOptions,
     EngineUsage,
+    Images,
     ServedText,
     ServingCounters,
     TargetSpec,
@@ -144,9 +145,17 @@ class RemoteEngine:
         return [found[request.record_id] for request in batch]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        images: Sequence[Images] = (),
     ) -> list[list[int]]:
-        """See `TextGenerator`."""
+        """See `TextGenerator`. TargetError for images, with which no worker is asked for text."""
+        if any(images):
+            raise TargetError(f"{self.name} runs in a worker, which answers text alone: no images")
         texts = self.decode(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return [list(text.tokens) for text in texts]
 
@@ -208,7 +217,9 @@ class RemoteEngine:
             raise TargetError(str(error)) from error
         return EngineUsage(**{name: told[name] for name in EngineUsage.__dataclass_fields__})
 
-    def open(self, prompts: Sequence[Sequence[int]], taps: Sequence[int]) -> DecodeSession:
+    def open(
+        self, prompts: Sequence[Sequence[int]], taps: Sequence[int], *, images: Sequence[Images] = ()
+    ) -> DecodeSession:
         raise TargetError(f"{self.name} cannot be stepped token by token: only backends with `decode` can, such as hf")
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.report import charts
 from torchspec.core.training.random_state import draw_of
 
-COUNTED_SAMPLES = 8
+COUNTED_SAMPLES = 64
 
 
 def flops_per_sample(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A loaded target; `dtype` is the precision it runs in."""
+    """A loaded target; `dtype` is the precision it runs in, `images`: whether its engine takes any."""
 
     path: Path
     device: Device
@@ -31,6 +31,7 @@ class Target:
     engine: TargetEngine
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
+    images: bool
 
 
 def check(
@@ -138,5 +139,6 @@ def load_target(options: TargetOptions) -> Target:
         torch_device=torch_device,
         engine=engine,
         tokenizer=tokenizer,
+        images=_has(options.backend, "images"),
         dtype=running_dtype(options.dtype, engine.describe().dtype, torch_device),
     )

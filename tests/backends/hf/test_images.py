@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from torchspec.backends.api import CaptureRequest, Features, ImageReference, Quarantined
 from torchspec.backends.hf.engine import HfEngine
-from torchspec.core.errors import TargetError
+from torchspec.core.errors import DataError, TargetError
 from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.models.images import refer_to_image
 from torchspec.core.models.target_processor import TargetProcessor
@@ -105,6 +105,54 @@ def test_a_target_of_text_refuses(qwen3: HfEngine, images: tuple[ImageReference,
         qwen3.capture([request], TAPS, MemoryStore())
 
 
+@pytest.mark.parametrize(("name", "place"), [("tiny_llava", "<image>"), ("tiny_gemma3", "<start_of_image>")])
+def test_decoding_behind_images(
+    name: str,
+    place: str,
+    request: pytest.FixtureRequest,
+    load_hf: Callable[..., HfEngine],
+    images: tuple[ImageReference, ImageReference],
+) -> None:
+    """Prefill, a step of several tokens, a rollback and a step after it, against one pass over the whole; and greedy
+    text beside prompts without images."""
+    path = request.getfixturevalue(name)
+    engine = load_hf(path)
+    processor, model = AutoProcessor.from_pretrained(path), AutoModelForImageTextToText.from_pretrained(path).eval()
+    pictures = [Image.open(image.source).convert("RGB") for image in images]
+    inputs = processor(text=[f"the {place} fox {place} of the value"], images=pictures, return_tensors="pt")
+    prompt, more = inputs["input_ids"][0].tolist(), [31, 32, 33, 34, 35]
+
+    def whole(ids: list[int]) -> Tensor:
+        kinds = torch.zeros(1, len(ids) - len(prompt), dtype=torch.int64)
+        longer = {name: torch.cat((value, kinds), 1) for name, value in inputs.items() if name.endswith("type_ids")}
+        beside = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([ids]), **{**beside, **longer}).logits[0]
+
+    session = engine.open([prompt], TAPS, images=[images])
+    torch.testing.assert_close(session.prefill.logits_BV[0], whole(prompt)[-1], atol=1e-4, rtol=0)
+    stepped = session.step(torch.tensor([more[:3]])).logits_BnV[0]
+    torch.testing.assert_close(stepped, whole([*prompt, *more[:3]])[-3:], atol=1e-4, rtol=0)
+    session.rollback(torch.tensor([2]))
+    stepped = session.step(torch.tensor([more[3:]])).logits_BnV[0]
+    torch.testing.assert_close(stepped, whole([*prompt, more[0], *more[3:]])[-2:], atol=1e-4, rtol=0)
+
+    expected = list(prompt)
+    for _ in range(5):
+        expected.append(int(whole(expected)[-1].argmax()))
+    texts = [[7, 8, 9], prompt, [11, 12]]
+    written = engine.generate(texts, max_new_tokens=5, images=[(), images, ()])
+    stop = next((place + 1 for place, token in enumerate(expected[len(prompt) :]) if token == 2), 5)
+    assert written[1] == expected[len(prompt) :][:stop]
+    assert [written[0], written[2]] == engine.generate([texts[0], texts[2]], max_new_tokens=5)
+    assert engine.generate([prompt], max_new_tokens=5, images=[images[::-1]]) != [written[1]]
+    with pytest.raises(ValueError, match="decoded alone"):
+        engine.open(texts, (), images=[(), images, ()])
+    picture(Path(images[0].source), 9)
+    with pytest.raises(DataError, match="another one than when it was tokenised"):
+        engine.open([prompt], (), images=[images])
+
+
 class QwenProcessor:
     """What Qwen2.5-VL's processor does with images; the real one cannot be made without a library for videos."""
 
@@ -168,7 +216,19 @@ def test_positions_in_three_dimensions(
         )  # fmt: skip
     compare(features, output.hidden_states)
 
-    # What the model remembers of that image is not for the text that is decoded next.
+    # So do tokens decoded behind it.
+    more = [10, 11, 12]
+    places += [(places[-1][0] + 1 + p,) * 3 for p in range(3)]
+    with torch.no_grad():
+        logits_behind = model(
+            input_ids=torch.tensor([[*ids, *more]]), **pixels, position_ids=torch.tensor(places).T[:, None],
+            use_cache=False,
+        ).logits[0]  # fmt: skip
+    behind = engine.open([ids], TAPS, images=[images[1:]])
+    torch.testing.assert_close(
+        behind.step(torch.tensor([more[:2]])).logits_BnV[0], logits_behind[-3:-1], atol=1e-4, rtol=0
+    )
+    # What the model remembers of that image is not for the text that is decoded next, nor this one for that.
     text = list(range(20, 31))
     with torch.no_grad():
         logits = model(
@@ -177,3 +237,6 @@ def test_positions_in_three_dimensions(
     session = engine.open([text[:6]], TAPS)
     torch.testing.assert_close(session.prefill.logits_BV[0], logits[5], atol=1e-4, rtol=0)
     torch.testing.assert_close(session.step(torch.tensor([text[6:]])).logits_BnV[0], logits[6:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        behind.step(torch.tensor([more[2:]])).logits_BnV[0], logits_behind[-1:], atol=1e-4, rtol=0
+    )

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from torchspec.core.data.chat import Renderer
-from torchspec.core.data.dataset import DatasetSettings, TokenDataset, load_dataset
+from torchspec.core.data.dataset import DatasetSettings, TokenDataset, load_dataset, load_prompts
 from torchspec.core.data.messages import RowError
 from torchspec.core.data.rows import parse_row
 from torchspec.core.data.tokenizer import load_tokenizer
@@ -140,8 +140,51 @@ def test_images_that_cannot_be_used_make_a_row_bad(tiny_llava: Path, tiny_target
     # A question that spells the placeholder would have the images put in the wrong places.
     spelled = conversation("a.png", question="an <image> token")
     assert "image" in reason(spelled, tiny_llava, tmp_path)
-    with pytest.raises(RowError, match="not answered"):
-        Renderer(load_tokenizer(tiny_llava)).prompt(parse_row(conversation("a.png"), tmp_path / "data.jsonl", 1))
+
+
+@pytest.mark.parametrize("name", ["tiny_llava", "tiny_gemma3"])
+def test_a_prompt_is_the_processors_own(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    target = request.getfixturevalue(name)
+    file, path = tmp_path / "data.jsonl", picture(tmp_path / "a.png")
+    file.write_text(json.dumps(conversation("a.png")))
+    tokenizer, settings = load_tokenizer(target), DatasetSettings(cache_dir=tmp_path / "cache")
+    (prompt,) = load_prompts([file], tokenizer, settings, images=True)
+
+    processor = AutoProcessor.from_pretrained(target)
+    content = [{"type": "text", "text": "look "}, {"type": "image"}, {"type": "text", "text": "what is it"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    with Image.open(path) as opened:
+        expected = processor(text=[text], images=[opened.convert("RGB")], add_special_tokens=False)["input_ids"][0]
+    assert list(prompt.input_ids) == list(expected)
+    assert [image.source for image in prompt.images] == [str(path)]
+    # Who answers text alone gets no prompt without the image that it is about.
+    with pytest.raises(DataError, match="what answers here does not take"):
+        load_prompts([file], tokenizer, settings)
+
+
+def test_token_rows_say_which_images_stand_among_them(tiny_llava: Path, load: Load, tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    row = {"input_ids": [9, 3, 3, 3, 3, 8, 7], "loss_mask": [0, 0, 0, 0, 0, 0, 1], "images": ["a.png"]}
+    sample = load(tiny_llava, [row])[0]
+    assert [image.source for image in sample.images] == [str(path)]
+    assert sample.input_ids_T.tolist() == row["input_ids"]
+    with pytest.raises(DataError, match="none of the 1 rows can be used"):  # never cut within an image
+        load(tiny_llava, [{**row, "loss_mask": [1, 0, 0, 0, 0, 0, 0]}], max_length=4)
+    for wrong, said in (
+        ({"images": "a.png"}, "a list of paths"),
+        ({"images": ["b.png"]}, "cannot be read"),
+        ({"images": ["http://x/a.png"]}, "have to be fetched"),
+        ({"images": ["a.png", "a.png"]}, "2 images take 8 tokens, the sample has 4"),
+        ({"images": ["a.png"], "loss_mask": [0, 1, 0, 0, 0, 0, 0]}, ""),
+    ):
+        if said:
+            with pytest.raises(DataError, match=said):
+                load(tiny_llava, [{**row, **wrong}])
+        else:
+            file = tmp_path / "data.jsonl"
+            file.write_text(json.dumps({**row, **wrong}))
+            with pytest.raises(DataError, match="among or behind the supervised"):
+                load_prompts([file], load_tokenizer(tiny_llava), DatasetSettings(), images=True)
 
 
 def test_an_image_that_changed_is_not_opened(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torchspec.core.decoding.measure import with_room
 from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
 from torchspec.core.decoding.result import count_acceptance
 from torchspec.core.errors import DataError
+from torchspec.core.interfaces.engine import Images
 
 Make = Callable[..., Any]
 
@@ -25,6 +26,7 @@ Make = Callable[..., Any]
 class Prompt:
     sample_id: str
     input_ids: Sequence[int] | Tensor
+    images: Images = ()
 
 
 def make_prompts(count: int) -> list[Prompt]:

@@ -155,7 +155,7 @@ def test_bfloat16_is_reported_as_such(parts: Any, tiny_target: Path) -> None:
 
     class Prompt:
         def __init__(self, ids: list[int]) -> None:
-            self.sample_id, self.input_ids = str(len(ids)), ids
+            self.sample_id, self.input_ids, self.images = str(len(ids)), ids, ()
 
     prompts = [Prompt(ids) for ids in random_prompts([4, 5, 6, 7])]
     result = evaluate(load_engine("hf", options), parts.drafter(), prompts, EvalSettings(max_new_tokens=20))

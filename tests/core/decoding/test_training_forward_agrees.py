@@ -108,7 +108,7 @@ CASES: dict[str, dict[str, Any]] = {
         "kind": "dflash", "num_layers": 2, "block_size": K, "sample_from_anchor": True,
         "ids_N": torch.arange(0, 300, 2), "steps": 30, "max_new_tokens": 40,
     },
-    "dflash, embedded": {"kind": "dflash", "num_layers": 2, "block_size": K + 1, "steps": 120, "max_new_tokens": 40},
+    "dflash, embedded": {"kind": "dflash", "num_layers": 2, "block_size": K + 1, "steps": 40, "max_new_tokens": 40},
 }  # fmt: skip
 
 

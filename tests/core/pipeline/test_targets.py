@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, Qwen3MoeConfig
 
+from torchspec.cli import main
 from torchspec.core import registry
 from torchspec.core.errors import ConfigError
+from torchspec.core.interfaces.engine import EngineOptions
+from torchspec.core.models.images import refer_to_image
 from torchspec.core.pipeline.capture import capture
 from torchspec.core.pipeline.engine_setup import check_images
 from torchspec.core.pipeline.inprocess import train
@@ -97,8 +100,9 @@ def shown(conversations: Path, tmp_path: Path) -> Path:
 def test_images_are_trained_on_and_captured_alike(
     tiny_llava: Path, shown: Path, make_config: Any, tmp_path: Path
 ) -> None:
-    """Validation is text, and the features of an earlier capture give the same losses."""
+    """And validated on; the features of an earlier capture give the same losses."""
     common = ("train.max_steps=3", "eval.every=3", f"target.path={tiny_llava}", f"data.train=[{shown}]")
+    common += (f"data.validation=[{shown}]", "eval.samples=4", "eval.batch_size=3")
     config, provenance = make_config(tmp_path / "run", *common)
     outcome = train(config, provenance=provenance)
     assert outcome.acceptance_length is not None
@@ -112,6 +116,35 @@ def test_images_are_trained_on_and_captured_alike(
     )
     again = [row["loss"] for row in rows(train(stored, provenance=provenance).directory, "train")]
     assert again == pytest.approx(losses, rel=1e-6)
+
+
+def test_the_target_answers_questions_about_images(
+    tiny_llava: Path, shown: Path, make_config: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """`generate`, a training on what it wrote, and `eval`: the target sees the images in each."""
+    words = ["--target", str(tiny_llava), "--device", "cpu", "--max-new-tokens", "6"]
+    written = tmp_path / "other" / "written.jsonl"
+    assert main(["generate", *words, "--data", str(shown), "--output", str(written)]) == 0
+    entries = [json.loads(line) for line in written.read_text().splitlines()]
+    with_images = [entry for entry in entries if "images" in entry]
+    assert len(with_images) == len(entries) // 2 + 1
+    engine = registry.load_engine("hf", EngineOptions(target=tiny_llava, device=registry.load_device("cpu")))
+    for entry in with_images:
+        assert entry["images"] == [str(tmp_path / "a.png")]
+        start = entry["loss_mask"].index(1)
+        session = engine.open([entry["input_ids"][:start]], (), images=[(refer_to_image(entry["images"][0]),)])
+        assert int(session.prefill.logits_BV[0].argmax()) == entry["input_ids"][start]
+
+    config, provenance = make_config(
+        tmp_path / "run", "train.max_steps=3", f"target.path={tiny_llava}", f"data.train=[{written}]", "eval.every=0"
+    )
+    outcome = train(config, provenance=provenance)
+    assert rows(outcome.directory, "train")[-1]["step"] == 3
+    words = [*words, "--draft", str(outcome.draft), "--data", str(shown), "--json", "--batch-size", "3"]
+    capsys.readouterr()
+    assert main(["eval", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompts"], found["lossless"]) == (len(entries), True)
 
 
 def test_an_engine_without_images_refuses_by_name(make_config: Any, tmp_path: Path, monkeypatch: Any) -> None:
