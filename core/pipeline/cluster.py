@@ -99,15 +99,20 @@ def _connect(ray: Any, config: RunConfig, engines: int, trainers: int) -> None:
         # Of a machine of one's own the cores are not counted: a laptop may run more processes than it has.
         need = engines * config.engine.tensor_parallel * config.ray.cpus_per_engine
         need += trainers * config.ray.cpus_per_trainer
-        cpus = max(settings.cores(), int(need) + 1)
-        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        options["_system_config"] = {"worker_niceness": 0}  # what runs below its actors is the run itself
+        options |= of_its_own(cpus=max(settings.cores(), int(need) + 1))
     else:
         options["address"] = config.ray.address
     try:
         ray.init(**options)
     except Exception as error:  # Ray fails in many ways, each for the user to read
         raise ClusterError(f"Ray cannot be had at {config.ray.address or 'this machine'}: {error}") from error
+
+
+def of_its_own(*, cpus: int) -> dict[str, Any]:
+    """What `ray.init` is told of a cluster of this machine alone, for one run."""
+    options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    options["_system_config"] = {"worker_niceness": 0}  # what runs below its actors is the run itself
+    return options
 
 
 @dataclass
