@@ -8,6 +8,7 @@ FROM quay.io/ascend/cann:${CANN}
 
 RUN pip install --no-cache-dir "tox>=4.30"
 ENV PROMISED=npu
+# As root: the device nodes that `docker run --device` passes on belong to it on the host.
 WORKDIR /torchspec
 COPY . .
 # CANN's variables belong to the shell that starts the cell.

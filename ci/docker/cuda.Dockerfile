@@ -12,6 +12,9 @@ RUN apt-get update \
 RUN python3 -m venv /opt/tox && /opt/tox/bin/pip install --no-cache-dir "tox>=4.30"
 ENV PATH=/opt/tox/bin:$PATH PROMISED=cuda
 
+# A volume that is new takes its owner from the folder it is mounted on.
+RUN useradd --create-home --uid 1001 ci && install -d -o ci -g ci /torchspec /torchspec/.engines
+USER 1001
 WORKDIR /torchspec
-COPY . .
+COPY --chown=ci:ci . .
 CMD ["ci/matrix", "cuda-hf"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -31,3 +33,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return environment(PYTHONPATH=str(place))
+
+
+@pytest.fixture(scope="session")
+def launching() -> ModuleType:
+    """What the tests of examples/launch share."""
+    spec = importlib.util.spec_from_file_location("launching", Path(__file__).with_name("launching.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
