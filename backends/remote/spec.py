@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,12 +40,13 @@ PROBE_SECONDS = 60
 class Engine:
     """`module` is what must be importable in the engine's environment, `runner` the module whose `make_runner` starts
     the engine there. `shims(device)`: folders under the staged code that go onto the engine's path on this device.
-    `pieces`: as `EngineSpec.pieces`."""
+    `serving_command`, `pieces`: as `EngineSpec`'s."""
 
     name: str
     module: str
     runner: str
     shims: Callable[[str], tuple[str, ...]] = field(default=lambda device: ())
+    serving_command: Callable[[str, Path, str, int], str] | None = None
     pieces: Mapping[str, Any] | None = None
 
     def spec(self) -> EngineSpec:
@@ -58,6 +60,7 @@ class Engine:
             serve=self.serve,
             start=self.start,
             attach=self.attach,
+            serving_command=self.serving_command,
             pieces=self.pieces,
         )
 
@@ -119,16 +122,25 @@ class Engine:
         return attach(self.name, options)
 
     def _started(self, options: EngineOptions, draft: Path | None, draft_length: int) -> RemoteEngine:
+        from torchspec.backends.remote.heads import is_head, target_with_head
         from torchspec.core.workers.starting import attach, start
 
         own = options.directory is None
         if own:
             directory = Path(tempfile.mkdtemp(prefix=f"torchspec-{self.name}-"))
             options = replace(options, directory=directory)
-        started = start(self._program(options), options, draft, draft_length)
+        with ExitStack() as undone:
+            if draft is not None and is_head(draft):
+                # Served from inside its target: the draft is then the target itself.
+                place = undone.enter_context(tempfile.TemporaryDirectory(prefix=f"torchspec-{self.name}-target-"))
+                draft = target_with_head(options.target, draft, Path(place) / "target")
+                options = replace(options, target=draft)
+            started = start(self._program(options), options, draft, draft_length)
+            kept = undone.pop_all()
 
         def stop() -> None:
             started.close()
+            kept.close()
             if own:
                 shutil.rmtree(directory, ignore_errors=True)
 

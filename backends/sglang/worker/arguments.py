@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchspec.backends.sglang.worker.drafts import draft_arguments, draft_problems
 from torchspec.core.errors import ConfigError, Problem, TargetError
 from torchspec.core.workers.runner import WorkerSettings
 
@@ -115,13 +116,7 @@ def engine_arguments(settings: WorkerSettings, shape: Shape) -> dict[str, Any]:
     if settings.draft is None:
         arguments["context_length"] = shape.context + MARGIN
     else:
-        arguments |= {
-            "speculative_algorithm": "EAGLE3",
-            "speculative_draft_model_path": str(settings.draft),
-            "speculative_num_steps": settings.draft_length,
-            "speculative_eagle_topk": 1,
-            "speculative_num_draft_tokens": settings.draft_length + 1,
-        }
+        arguments |= draft_arguments(settings.target, settings.draft, settings.draft_length)
     return arguments | settings.options
 
 
@@ -199,16 +194,4 @@ def _draft_problems(settings: WorkerSettings) -> list[Problem]:
         problems.append(
             Problem(field="draft_length", message="a draft must draft at least one token", value=settings.draft_length)
         )
-    try:
-        kinds = json.loads((settings.draft / "config.json").read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError) as error:
-        return [*problems, Problem(field="draft", message=f"{settings.draft / 'config.json'} cannot be read: {error}")]
-    if kinds != ["LlamaForCausalLMEagle3"]:
-        problems.append(
-            Problem(
-                field="draft",
-                message=f"{settings.draft} is a draft of {kinds}; the SGLang worker decodes with plain EAGLE-3 drafts",
-                remedy="export the draft in its plain form",
-            )
-        )
-    return problems
+    return problems + draft_problems(settings.target, settings.draft)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchspec.backends.vllm.worker.drafts import speculative_config
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.workers.runner import WorkerSettings
 
@@ -50,11 +51,7 @@ def engine_arguments(settings: WorkerSettings, layers: int, context: int) -> dic
         # One more than the target reads, for the token that vLLM insists on writing; it is never read back.
         arguments["max_model_len"] = context + 1
     if settings.draft is not None:
-        arguments["speculative_config"] = {
-            "method": "eagle3",
-            "model": str(settings.draft),
-            "num_speculative_tokens": settings.draft_length,
-        }
+        arguments["speculative_config"] = speculative_config(settings.target, settings.draft, settings.draft_length)
         arguments["per_request_spec_decode_metrics"] = "detailed"
     return {**arguments, **settings.options}
 

@@ -80,7 +80,7 @@ class Format:
 
 def layouts(form: Format, geometry: BlockGeometry) -> tuple[str, ...]:
     """Those that can hold such a draft."""
-    return tuple(layout for layout in form.layouts if layout != "plain" or not _plain_problems(form, geometry))
+    return tuple(layout for layout in form.layouts if not _problems(layout, form, geometry))
 
 
 def to_files(algorithm: BlockAlgorithm, state: Mapping[str, Tensor], layout: str) -> DraftFiles:
@@ -90,6 +90,9 @@ def to_files(algorithm: BlockAlgorithm, state: Mapping[str, Tensor], layout: str
         raise ConfigError(
             [Problem(field="layout", value=layout, message=f"{algorithm.name} has none", choices=form.layouts)]
         )
+    problems = _problems(layout, form, geometry)
+    if problems:
+        raise ConfigError(problems)
     dtype = state["fc.weight"].dtype
     layer = _qwen3_fields(geometry, str(dtype).removeprefix("torch."))
     tensors = dict(state)
@@ -97,9 +100,6 @@ def to_files(algorithm: BlockAlgorithm, state: Mapping[str, Tensor], layout: str
         for name in VOCABULARY_TENSORS:  # of a vocabulary that was not pruned vLLM has no map
             tensors.pop(name)
     if layout == "plain":
-        problems = _plain_problems(form, geometry)
-        if problems:
-            raise ConfigError(problems)
         return DraftFiles(config=_plain(algorithm, layer), tensors=tensors)
     if "d2t" in tensors:
         head = load_target_head(
@@ -110,6 +110,24 @@ def to_files(algorithm: BlockAlgorithm, state: Mapping[str, Tensor], layout: str
     return DraftFiles(config=_speculators(algorithm, layer), tensors=tensors)
 
 
+def _problems(layout: str, form: Format, geometry: BlockGeometry) -> list[Problem]:
+    return (_plain_problems if layout == "plain" else _speculators_problems)(form, geometry)
+
+
+def _speculators_problems(form: Format, geometry: BlockGeometry) -> list[Problem]:
+    """vLLM (seen in 0.32.0) takes what a DFlash config says of sliding layers for all of them, of DSpark's nothing."""
+    if form.kind != "dflash" or geometry.sliding_window_non_causal or len(set(geometry.layer_types)) < 2:
+        return []
+    return [
+        Problem(
+            field="draft.layer_types",
+            value=list(geometry.layer_types),
+            message="vLLM would have full layers see the earlier slots of a block alone, too, as sliding ones do",
+            remedy="train with draft.sliding_window_non_causal=true or layers of one kind, or export with --format hf",
+        )
+    ]
+
+
 def _plain_problems(form: Format, geometry: BlockGeometry) -> list[Problem]:
     problems = []
     if geometry.sample_from_anchor and not form.says_anchor:
@@ -118,7 +136,7 @@ def _plain_problems(form: Format, geometry: BlockGeometry) -> list[Problem]:
                 field="draft.sample_from_anchor",
                 value=True,
                 message="the plain layout cannot say it, and its readers would take every token from the wrong slot",
-                remedy="train without it, or export with --format vllm",
+                remedy="train without it: the speculators layout can say it, and no engine is known to serve it",
             )
         )
     if geometry.draft_vocab_size != geometry.vocab_size:
@@ -138,6 +156,8 @@ def _qwen3_fields(geometry: BlockGeometry, dtype: str) -> dict[str, Any]:
     layers = len(geometry.layer_types)
     fields = llama_fields(geometry, geometry.vocab_size, dtype, num_layers=layers)
     del fields["mlp_bias"]
+    if geometry.sliding_window_non_causal:
+        fields["is_causal"] = False  # readers of either layout take sliding layers for causal ones unless they are told
     return fields | {
         "model_type": "qwen3",
         "layer_types": [KINDS[kind] for kind in geometry.layer_types],
@@ -150,9 +170,8 @@ def _qwen3_fields(geometry: BlockGeometry, dtype: str) -> dict[str, Any]:
 def _plain(algorithm: BlockAlgorithm, layer: Mapping[str, Any]) -> dict[str, Any]:
     geometry = algorithm.geometry
     special: dict[str, Any] = {"mask_token_id": geometry.mask_token, "target_layer_ids": list(algorithm.taps)}
-    if "sliding" in geometry.layer_types:
-        # vLLM takes sliding layers for causal ones unless it is told.
-        special |= {"causal": False} if geometry.sliding_window_non_causal else {}
+    if geometry.sliding_window_non_causal:
+        special["causal"] = False  # the older name of `is_causal`, which vLLM alone reads
     return {
         "architectures": [algorithm.form.architecture],
         **layer,
@@ -176,7 +195,8 @@ def _speculators(algorithm: BlockAlgorithm, layer: Mapping[str, Any]) -> dict[st
         "mask_token_id": geometry.mask_token,
         "aux_hidden_state_layer_ids": [tap + 1 for tap in algorithm.taps],
         "sample_from_anchor": geometry.sample_from_anchor,
-        "sliding_window_non_causal": geometry.sliding_window_non_causal,
+        # Where it is false vLLM takes full layers for causal ones, too.
+        "sliding_window_non_causal": geometry.sliding_window_non_causal or "sliding" not in geometry.layer_types,
         **algorithm.extra_fields(),
     }
 
@@ -207,12 +227,14 @@ def stated_fields(config: Mapping[str, Any], draft: str) -> dict[str, Any]:
         copy_field(fields, "draft_vocab_size", config, int)
         copy_field(fields, "target_hidden_size", config, int)
         copy_field(fields, "sample_from_anchor", config, bool)
-        copy_field(fields, "sliding_window_non_causal", config, bool)
+        if "sliding" in fields.get("layer_types", ()):
+            copy_field(fields, "sliding_window_non_causal", config, bool)
         mask, listed, first = config.get("mask_token_id"), layers_listed(config, "aux_hidden_state_layer_ids"), 1
     else:
         copy_field(fields, "sample_from_anchor", config, bool)
         mask, listed, first = special.get("mask_token_id"), layers_listed(special, "target_layer_ids"), 0
-        if special.get("causal") is False and "sliding" in fields.get("layer_types", ()):
+        told = special.get("causal") is False or layer.get("is_causal") is False
+        if told and "sliding" in fields.get("layer_types", ()):
             fields["sliding_window_non_causal"] = True
     if mask is not None:
         if type(mask) is not int or mask < 0:

@@ -2,7 +2,8 @@
 
 It shares no code with the trained module. Rules followed (seen in vLLM `qwen3_dflash.py` and SGLang `dflash.py`):
 context keys and values come from norm(fc(taps)) through each layer's own maps; slots see the whole context within the
-layer's window and all of their block, or, in sliding layers that are not told otherwise, its earlier slots alone;
+layer's window and all of their block, or, in sliding layers, its earlier slots alone; what a config says of causality
+(`is_causal`, `dflash_config.causal`, of a speculators DFlash draft `sliding_window_non_causal`) holds for all layers;
 rotary positions are those in the text; embedding and head are the target's where the files have none.
 
 Shape letters: T context positions, Z slots of a block, K steps, L drafted tokens, H hidden size, N draft vocabulary,
@@ -138,10 +139,16 @@ class Reader:
         seen = torch.ones(keys - length, keys, dtype=torch.bool)
         if self.kinds[layer] == "sliding_attention":
             seen &= place_1S > place_Z1 - int(self.window or 0)
-            told = self.files.config.get("sliding_window_non_causal") or self.special.get("causal") is False
-            if not told:
-                seen &= place_1S <= place_Z1
+        if self._causal(layer):
+            seen &= place_1S <= place_Z1
         return seen
+
+    def _causal(self, layer: int) -> bool:
+        config = self.files.config
+        told = layer_config(config).get("is_causal", self.special.get("causal"))
+        if told is None and config.get("speculators_model_type") == "dflash":
+            told = not config.get("sliding_window_non_causal", True)
+        return bool(self.kinds[layer] == "sliding_attention" if told is None else told)
 
     def _heads(self, x_SH: Tensor, name: str, kind: str, positions: Tensor | None) -> Tensor:
         """[heads, S, D]: projected, and unless they are values normed and turned."""

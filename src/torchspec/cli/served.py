@@ -67,7 +67,8 @@ def evaluate_served(options: EvalOptions, prompts: Sequence[PromptLike], progres
         own: OwnRun | None = None
         mismatches: tuple[Mismatch, ...] = ()
         if not options.engine_only:
-            target = load_target(options)
+            with progress.phase("load target"):
+                target = load_target(options)
             try:
                 own = _own(target, draft, kept, asked, progress)
                 mismatches = _mismatches(target, kept, run, plain, asked)
@@ -132,9 +133,15 @@ def _draft(given: Path, target: TargetSpec, engine: str) -> Iterator[Draft]:
         written = Path(place) / "draft"
         probe = recorded_probe(checkpoint.parent.parent)
         context = ExportContext(head=rebuilt.head, device=registry.load_device("cpu"), probe=probe)
-        layout = FORMATS.get(engine, rebuilt.algorithm.layouts[0])
+        layout = _layout(engine, rebuilt.algorithm.layouts)
         write_draft(rebuilt.algorithm, rebuilt.draft, layout, written, context)
         yield Draft(path=written, algorithm=rebuilt.algorithm, module=rebuilt.draft)
+
+
+def _layout(engine: str, layouts: tuple[str, ...]) -> str:
+    """The engine's own; of a draft that it cannot hold, the one that every engine reads."""
+    wanted = FORMATS.get(engine, layouts[0])
+    return wanted if wanted in layouts else FORMATS["hf"]
 
 
 def _in_engine(
@@ -146,7 +153,8 @@ def _in_engine(
     how: str,
     progress: ProgressDisplay,
 ) -> ServedRun:
-    engine = registry.load_serving(name, options, draft, asked.draft_length)
+    with progress.phase(f"start {name} {how}"):
+        engine = registry.load_serving(name, options, draft, asked.draft_length)
     try:
         return serve_prompts(engine, prompts, asked, stage=f"{name} {how}", progress=progress)
     finally:

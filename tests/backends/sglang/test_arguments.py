@@ -122,9 +122,51 @@ def test_drafts_that_sglang_cannot_decode_with(settings: WorkerSettings, tmp_pat
         engine_arguments(replace(settings, draft=tmp_path / "draft", taps=(1,)), SHAPE)
     with pytest.raises(ConfigError, match="cannot be read"):
         engine_arguments(replace(settings, draft=tmp_path / "none", draft_length=2), SHAPE)
-    (tmp_path / "draft" / "config.json").write_text(json.dumps({"architectures": ["DFlashDraftModel"]}))
-    with pytest.raises(ConfigError, match=r"DFlashDraftModel.*plain EAGLE-3"):
-        engine_arguments(replace(settings, draft=tmp_path / "draft", draft_length=2), SHAPE)
+
+
+def given(settings: WorkerSettings, config: dict[str, Any]) -> WorkerSettings:
+    assert settings.store is not None
+    (settings.store / "draft" / "config.json").write_text(json.dumps(config))
+    return replace(settings, draft=settings.store / "draft", draft_length=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "algorithm"),
+    [
+        ({"architectures": ["LlamaForCausalLMEagle3"], "fc_norm": True}, "EAGLE3"),
+        ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, "EAGLE3"),
+        ({"architectures": ["DFlashDraftModel"]}, "DFLASH"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}}, "DFLASH"),
+        ({"architectures": ["Qwen3DSparkModel"]}, "DSPARK"),
+    ],
+)
+def test_each_draft_has_its_algorithm(settings: WorkerSettings, config: dict[str, Any], algorithm: str) -> None:
+    """A block is drafted in one step, so that there is none to count."""
+    settings = given(settings, config)
+    found = engine_arguments(settings, SHAPE)
+    assert (found["speculative_algorithm"], found["speculative_num_draft_tokens"]) == (algorithm, 5)
+    assert found["speculative_draft_model_path"] == str(settings.draft)
+    assert found.get("speculative_num_steps") == (4 if algorithm == "EAGLE3" else None)
+
+
+def test_a_target_with_a_head_is_its_own_draft(settings: WorkerSettings) -> None:
+    found = engine_arguments(replace(settings, draft=settings.target, draft_length=2), SHAPE)
+    assert (found["speculative_algorithm"], found["speculative_num_steps"]) == ("NEXTN", 2)
+    assert found["speculative_draft_model_path"] == str(settings.target)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM; the SGLang worker decodes with plain drafts of"),
+        ({"speculators_model_type": "peagle", "architectures": ["PEagleSpeculator"]}, "a draft of peagle"),
+        ({}, "a draft of None"),
+        ([], "no JSON object"),
+    ],
+)
+def test_drafts_that_sglang_has_no_algorithm_for(settings: WorkerSettings, config: Any, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        engine_arguments(given(settings, config), SHAPE)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -81,10 +81,9 @@ def test_capture_goes_through_our_connector(settings: WorkerSettings, tmp_path: 
 
 
 def test_draft_is_decoded_with_and_its_rounds_are_told(settings: WorkerSettings, tmp_path: Path) -> None:
-    found = arguments(settings, draft=tmp_path / "draft", draft_length=5)
-    assert found["speculative_config"] == {
-        "method": "eagle3", "model": str(tmp_path / "draft"), "num_speculative_tokens": 5,
-    }  # fmt: skip
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"]}')
+    found = arguments(settings, draft=tmp_path, draft_length=5)
+    assert found["speculative_config"] == {"method": "eagle3", "model": str(tmp_path), "num_speculative_tokens": 5}
     assert found["per_request_spec_decode_metrics"] == "detailed"
     assert "max_model_len" not in found
 

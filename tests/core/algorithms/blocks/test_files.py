@@ -58,7 +58,7 @@ def files_of(world: Any, layout: str = "plain") -> DraftFiles:
         {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 40},
         {"sample_from_anchor": True},
         PRUNED,
-        {**PRUNED, **SLIDING, "sample_from_anchor": True},
+        {**PRUNED, **SLIDING, "sample_from_anchor": True, "sliding_window_non_causal": True},
     ],
     ids=["default", "taps", "sliding", "non-causal", "all sliding", "sizes", "from anchor", "pruned", "pruned+"],
 )
@@ -71,6 +71,11 @@ def test_round_trip_predicts_the_same(make_world: Worlds, tmp_path: Path, layout
         with pytest.raises(ConfigError) as caught:
             files_of(world)
         assert {problem.field for problem in caught.value.problems} == {fields[n] for n in fields.keys() & options}
+        return
+    if layout == "speculators" and options == SLIDING:
+        assert algorithm.layouts == ("plain",)
+        with pytest.raises(ConfigError, match=r"draft\.layer_types: vLLM would have full layers see the earlier slots"):
+            files_of(world, layout)
         return
     assert layout in algorithm.layouts
     context = ExportContext(head=world.head, device=world.device)
@@ -89,8 +94,8 @@ def test_round_trip_predicts_the_same(make_world: Worlds, tmp_path: Path, layout
 
 
 def test_what_engines_read_of_the_files(make_world: Worlds) -> None:
-    world = made(make_world, **SLIDING, taps=(1, 4))
-    plain, spec = files_of(world, "plain"), files_of(world, "speculators")
+    plain = files_of(made(make_world, **SLIDING, taps=(1, 4)))
+    spec = files_of(made(make_world, taps=(1, 4)), "speculators")
     assert plain.config["architectures"] == ["DFlashDraftModel"]
     assert plain.config["dflash_config"] == {"mask_token_id": 299, "target_layer_ids": [1, 4]}
     assert plain.config["block_size"] == spec.config["block_size"] == 6
@@ -102,6 +107,52 @@ def test_what_engines_read_of_the_files(make_world: Worlds) -> None:
     pruned = files_of(made(make_world, **PRUNED), "speculators")
     assert pruned.tensors["lm_head.weight"].shape == (100, 64)
     assert torch.equal(torch.arange(100) + pruned.tensors["d2t"], PRUNED["ids_N"])
+
+
+@pytest.mark.parametrize(
+    ("options", "plain", "speculators"),
+    [
+        ({"num_layers": 2}, {}, {"sliding_window_non_causal": True}),
+        ({"num_layers": 2, "sliding_window": 3}, {}, {"sliding_window_non_causal": False}),
+        (
+            {**SLIDING, "sliding_window_non_causal": True},
+            {"is_causal": False, "causal": False},
+            {"is_causal": False, "sliding_window_non_causal": True},
+        ),
+        (SLIDING, {}, None),
+    ],
+    ids=["full", "sliding", "non-causal", "both kinds"],
+)
+def test_what_is_said_of_causality(
+    make_world: Worlds, options: dict[str, Any], plain: dict[str, Any], speculators: dict[str, Any] | None
+) -> None:
+    """vLLM 0.32.0 takes each of these words for all layers, and the last for false where it is missing."""
+    world = made(make_world, **options)
+
+    def said(layout: str) -> dict[str, Any]:
+        config = files_of(world, layout).config
+        places = (config, config.get("transformer_layer_config", {}), config.get("dflash_config", {}))
+        words = ("is_causal", "causal", "sliding_window_non_causal")
+        return {name: place[name] for place in places for name in words if name in place}
+
+    assert said("plain") == plain
+    if speculators is None:
+        assert "speculators" not in world.algorithm.layouts
+    else:
+        assert said("speculators") == speculators
+
+
+def test_a_draft_that_no_layout_can_hold(make_world: Worlds) -> None:
+    with pytest.raises(
+        ConfigError, match=r"draft\.layer_types: engines read full and sliding layers beside each other"
+    ):
+        make_world(**SLIDING, sample_from_anchor=True)
+
+
+def test_an_anchor_that_predicts_is_served_nowhere(make_world: Worlds) -> None:
+    assert files_of(made(make_world), "speculators").notes == ()
+    (note,) = files_of(made(make_world, sample_from_anchor=True), "speculators").notes
+    assert "serves no DFlash draft whose anchor's slot predicts" in note
 
 
 def zlab(files: DraftFiles) -> dict[str, Any]:
@@ -184,22 +235,24 @@ def shifted(name: str) -> Change:
 
 
 def test_the_check_catches_files_that_an_engine_would_read_otherwise(make_world: Worlds) -> None:
-    world = made(make_world, **SLIDING, taps=(0, 3))
-    plain, spec = files_of(world), files_of(world, "speculators")
+    world, full = made(make_world, **SLIDING, taps=(0, 3)), made(make_world, taps=(0, 3))
+    plain, spec = files_of(world), files_of(full, "speculators")
     wrong = {
-        "taps": special(target_layer_ids=[1, 4])(plain),
-        "taps of speculators": shifted("aux_hidden_state_layer_ids")(spec),
-        "mask": special(mask_token_id=5)(plain),
-        "window": says(sliding_window=5)(plain),
-        "causal": special(causal=False)(plain),
-        "kinds": says(layer_types=["sliding_attention", "full_attention"])(plain),
-        "rope": says(rope_parameters={"rope_type": "default", "rope_theta": 500.0})(plain),
-        "anchor": says(sample_from_anchor=True)(spec),
-        "norm": tensor("hidden_norm.weight", torch.ones(64))(plain),
+        "taps": (world, special(target_layer_ids=[1, 4])(plain)),
+        "taps of speculators": (full, shifted("aux_hidden_state_layer_ids")(spec)),
+        "mask": (world, special(mask_token_id=5)(plain)),
+        "window": (world, says(sliding_window=5)(plain)),
+        "causal": (world, special(causal=False)(plain)),
+        "causal by its newer name": (world, says(is_causal=False)(plain)),
+        "causal of speculators": (full, says(sliding_window_non_causal=False)(spec)),
+        "kinds": (world, says(layer_types=["sliding_attention", "full_attention"])(plain)),
+        "rope": (world, says(rope_parameters={"rope_type": "default", "rope_theta": 500.0})(plain)),
+        "anchor": (full, says(sample_from_anchor=True)(spec)),
+        "norm": (world, tensor("hidden_norm.weight", torch.ones(64))(plain)),
     }
-    for name, files in wrong.items():
+    for name, (of, files) in wrong.items():
         try:
-            check_files(world.algorithm, world.draft, files, world.head, world.device, None)
+            check_files(of.algorithm, of.draft, files, of.head, of.device, None)
         except CheckpointError as error:
             assert any(words in str(error) for words in ("tap ids are wrong", "does not predict")), name  # noqa: PT017
         else:
