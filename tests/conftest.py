@@ -110,16 +110,36 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("torchao is not installed")
 
 
-@pytest.fixture(scope="session")
-def quantised_targets() -> ModuleType:
-    """quantised_targets.py."""
-    spec = importlib.util.spec_from_file_location("quantised_targets", Path(__file__).with_name("quantised_targets.py"))
+def beside(name: str) -> ModuleType:
+    """A module in the folder of this file."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def quantised_targets() -> ModuleType:
+    """quantised_targets.py."""
+    return beside("quantised_targets")
+
+
+@pytest.fixture(scope="session")
+def published_drafts() -> ModuleType:
+    """published_drafts.py."""
+    return beside("published_drafts")
+
+
+@pytest.fixture(scope="session")
+def published_target(tmp_path_factory: pytest.TempPathFactory, published_drafts: ModuleType) -> Path:
+    """What the drafts of published_drafts.py are for."""
+    directory = tmp_path_factory.mktemp("targets") / "llama-3.1"
+    published_drafts.save_target(directory)
+    save_tokenizer(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING, LlamaConfig
+
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.geometry import SIZES, LayerGeometry
 from torchspec.core.models.layers import llama_rope
 
 SPECULATORS_VERSION = "0.3.0"
+DEFAULT_ROPE_THETA = 10000.0
+_SIZING = (
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "sliding_window", "use_sliding_window",
+    "max_window_layers",
+)  # fmt: skip
+"""Fields from which a config's class makes defaults for others."""
 
 
 def llama_fields(geometry: LayerGeometry, vocab_size: int, dtype: str, *, num_layers: int = 1) -> dict[str, Any]:
@@ -69,6 +77,15 @@ def speculators_fields(kind: str, target: TargetSpec, layer: Mapping[str, Any], 
     }
 
 
+def verified_by(config: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """A config in which the target that verifies has this name, where it names one at all."""
+    described = config.get("speculators_config")
+    if not isinstance(described, Mapping) or "verifier" not in described:
+        return dict(config)
+    verifier = {**described["verifier"], "name_or_path": target}
+    return {**config, "speculators_config": {**described, "verifier": verifier}}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A draft's config.json. Raises ValueError saying what is wrong with the file."""
     try:
@@ -94,6 +111,36 @@ def layer_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return layer
 
 
+def with_layer(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with these fields in the layer's part; raises ValueError where a speculators config has none."""
+    if not is_speculators(config):
+        return {**config, **fields}
+    return {**config, "transformer_layer_config": {**layer_config(config), **fields}}
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that names its draft, with what its layer's part leaves unsaid: engines take the defaults of the class
+    that `model_type` names (a Llama's where there is none), not the target's values. One that names no draft, as people
+    write them for a few sizes alone, stays as it is. Raises ValueError.
+    """
+    layer = dict(layer_config(config))
+    if not is_speculators(config) and not config.get("architectures"):
+        return dict(config)
+    known = CONFIG_MAPPING[layer["model_type"]] if layer.get("model_type") in CONFIG_MAPPING else LlamaConfig
+    # What is of the wrong type is named where it is read.
+    made = known(**{name: layer[name] for name in _SIZING if type(layer.get(name)) in (int, bool)})
+    for name in (*SIZES, "rms_norm_eps", "max_position_embeddings"):
+        value = getattr(made, name, None)
+        if layer.get(name) is None and value is not None:
+            layer[name] = value
+    parameters, theta = object_at(layer, "rope_parameters"), layer.get("rope_theta")
+    if theta is None and "rope_theta" not in parameters:
+        layer["rope_theta"] = (getattr(made, "rope_parameters", None) or {}).get("rope_theta", DEFAULT_ROPE_THETA)
+    if not names_listed(layer, "layer_types") and "sliding_attention" in (getattr(made, "layer_types", None) or ()):
+        layer["layer_types"] = list(made.layer_types)
+    return with_layer(config, layer)
+
+
 def layer_fields(layer: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `LayerGeometry` that a layer's config states, and its `vocab_size`.
 
@@ -117,6 +164,18 @@ def check_layer(layer: Mapping[str, Any], draft: str, *, num_layers: int | None 
     for name in ("attention_bias", "mlp_bias"):
         if layer.get(name):
             raise ValueError(f"{name} is {layer[name]!r}; {draft} here has False")
+    for place in (layer, object_at(layer, "rope_parameters"), object_at(layer, "rope_scaling")):
+        if place.get("partial_rotary_factor", 1) not in (None, 1):
+            part = place["partial_rotary_factor"]
+            raise ValueError(f"partial_rotary_factor is {part!r}; {draft} here rotates whole heads")
+
+
+def check_full_attention(layer: Mapping[str, Any], draft: str) -> None:
+    """ValueError for a layer that looks back only so far, where no draft of this kind has one here."""
+    slides = "sliding_attention" in names_listed(layer, "layer_types")
+    if slides or (layer.get("use_sliding_window") and layer.get("sliding_window")):
+        window = layer.get("sliding_window")
+        raise ValueError(f"its layer sees {window} positions back; {draft} here sees the whole text")
 
 
 def rope_stated(layer: Mapping[str, Any]) -> dict[str, object]:
@@ -130,6 +189,10 @@ def rope_stated(layer: Mapping[str, Any]) -> dict[str, object]:
         if "type" in scaling:
             scaling.setdefault("rope_type", scaling["type"])
         parameters = {"rope_type": "default", **scaling, "rope_theta": theta}
+    elif parameters and "rope_theta" not in parameters and theta is not None:
+        parameters = {**parameters, "rope_theta": theta}
+    if parameters.get("rope_type") == "mrope":
+        parameters = {**parameters, "rope_type": "default"}  # in texts without pictures all sections count alike
     theta = parameters.get("rope_theta", 1.0)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
         raise ValueError(f"rope_theta must be a positive number, got {theta!r}")

@@ -8,19 +8,22 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchspec.core import registry
 from torchspec.core.errors import CheckpointError, UnavailableError
+from torchspec.core.export.card import CARD, CardFacts, make_card, unchanged
+from torchspec.core.export.draft_config import is_speculators, verified_by
+from torchspec.core.export.seeming import what_it_seems
 from torchspec.core.export.selfcheck import Probe, SelfCheck, check_files
+from torchspec.core.export.weights import WEIGHTS, read_tensors
 from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftFiles
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
@@ -33,16 +36,18 @@ FORMATS = {"hf": "plain", "sglang": "plain", "vllm": "speculators"}
 """Command-line format to layout: the plain layouts serve in both engines (what is to be heeded is in
 `DraftFiles.notes`), the speculators layout in vLLM alone."""
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportContext:
-    """What the self-check needs beside the draft: the target's head, a device, and a recorded probe if there is one."""
+    """What an export needs beside the draft: for the self-check the target's head, a device, and a recorded probe if
+    there is one; what a model card is to say (None: no card is written)."""
 
     head: TargetHead
     device: Device
     probe: Probe | None = None
+    card: CardFacts | None = None
 
 
 def write_draft(
@@ -52,8 +57,10 @@ def write_draft(
     directory: Path,
     context: ExportContext,
     dtype: torch.dtype = torch.float32,
+    also: Callable[[Path], None] | None = None,
 ) -> SelfCheck:
-    """Write `draft` (unsharded) in `layout` and prove that an engine's reading of the files gives its predictions.
+    """Write `draft` (unsharded) in `layout` and prove that an engine's reading of the files gives its predictions;
+    `also` is called with the directory before it is put in place, and raises CheckpointError for what it finds.
 
     An existing draft directory is replaced only after the new one has passed, and nothing else ever is; what people
     must know before they serve it (`DraftFiles.notes`) goes to the log. Raises ConfigError where the layout cannot
@@ -61,6 +68,8 @@ def write_draft(
     """
     check_replaceable(directory)
     files = algorithm.to_files(stored_state(draft.state_dict(), dtype), layout)
+    if context.card is not None and context.card.base_model is not None:
+        files = replace(files, config=verified_by(files.config, context.card.base_model))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -69,6 +78,10 @@ def write_draft(
     try:
         save_files(files, aside)
         outcome = check_files(algorithm, draft, read_files(aside), context.head, context.device, context.probe)
+        if context.card is not None:
+            (aside / CARD).write_text(make_card(context.card, files, aside), encoding="utf-8")
+        if also is not None:
+            also(aside)
         _open_to_readers(aside)
         _replace(aside, directory)
         for note in files.notes:
@@ -95,18 +108,28 @@ def save_files(files: DraftFiles, directory: Path) -> None:
 
 
 def check_replaceable(directory: Path) -> None:
-    """CheckpointError unless a draft may be put at `directory`: nothing is there, or a draft and no file beside it."""
+    """CheckpointError unless a draft may be put at `directory`: nothing is there, or a draft and no file beside it but
+    a card that nobody has changed."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     refusal = f"{directory} exists and is not a draft directory"
     if not directory.is_dir() or not _is_draft(directory):
         raise CheckpointError(f"{refusal}, so it is not replaced: name another --output")
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in (CONFIG, WEIGHTS))
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in (CONFIG, WEIGHTS) and _mine(path))
     if foreign:
         raise CheckpointError(
             f"{refusal} alone, so it is not replaced: it also holds {', '.join(foreign[:3])}"
-            f"{', ...' if len(foreign) > 3 else ''}. Move what is yours, or name another --output"
+            f"{', ...' if len(foreign) > 3 else ''}{' that was edited' if foreign == [CARD] else ''}. Move what is "
+            "yours, or name another --output"
         )
+
+
+def _mine(path: Path) -> bool:
+    """Whether a file is a user's own."""
+    try:
+        return path.name != CARD or not unchanged(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return True
 
 
 def _is_draft(directory: Path) -> bool:
@@ -118,46 +141,67 @@ def _is_draft(directory: Path) -> bool:
 
 
 def read_files(directory: Path) -> DraftFiles:
-    """config.json and every tensor of model.safetensors, on the CPU.
+    """config.json and every tensor of a draft's directory, on the CPU, as they are there.
 
     Raises CheckpointError when either is missing, malformed or truncated.
     """
     config = _read_config(directory)
-    weights = directory / WEIGHTS
-    if not weights.is_file():
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f"; {pickled[0]} is a pickle and is not read: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has no {WEIGHTS}: not an exported draft{hint}")
-    try:
-        return DraftFiles(config=config, tensors=load_file(weights))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights} is truncated or damaged ({error}): export the draft again") from error
+    tensors, _ = read_tensors(directory)
+    return DraftFiles(config=config, tensors=tensors)
 
 
-def read_draft(directory: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
-    """Rebuild the algorithm and the draft from a directory in any published layout that some algorithm reads."""
-    files = read_files(directory)
-    spec = _reader(files.config)
-    if spec is not None:
-        return spec.from_files(files, target)
-    kind = files.config.get("speculators_model_type") or files.config.get("architectures") or "nothing"
+@dataclass(frozen=True, kw_only=True)
+class Recognised:
+    """A draft's directory, whoever wrote it, in the form that an algorithm reads.
+
+    files     of which `notes` say what was put otherwise on the way; nothing of what the draft computes
+    stored    the files that its tensors were in
+    """
+
+    spec: AlgorithmSpec
+    files: DraftFiles
+    stored: tuple[str, ...]
+
+    @property
+    def layout(self) -> str:
+        return "speculators" if is_speculators(self.files.config) else "plain"
+
+
+def recognise(directory: Path, target: TargetSpec | None = None) -> Recognised:
+    """Which algorithm's draft this is. Raises CheckpointError for one that none reads, saying what it seems to be."""
+    config = _read_config(directory)
+    tensors, stored = read_tensors(directory)
+    found = DraftFiles(config=config, tensors=tensors)
+    for spec in _specs():
+        files = spec.published(found, target) if spec.published is not None else found
+        if spec.reads(files.config):
+            return Recognised(spec=spec, files=files, stored=stored)
     raise CheckpointError(
-        f"{directory / CONFIG} describes {kind}, which no algorithm here reads; "
+        f"{directory / CONFIG} describes {what_it_seems(found)}, which no algorithm here reads; "
         f"known: {', '.join(registry.algorithms().names())}"
     )
 
 
-def _reader(config: dict[str, Any]) -> AlgorithmSpec | None:
-    """The algorithm whose draft this is. A plug-in that cannot be loaded is named in a warning and passed over."""
+def read_draft(directory: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:
+    """Rebuild the algorithm and the draft from a directory in any published layout that some algorithm reads."""
+    found = recognise(directory, target)
+    for note in found.files.notes:
+        logger.info("%s: %s", directory, note)
+    return found.spec.from_files(found.files, target)
+
+
+def _specs() -> Iterator[AlgorithmSpec]:
+    """Of every algorithm. A plug-in that cannot be loaded is named in a warning and passed over."""
     for name in registry.algorithms().names():
         try:
-            spec = registry.algorithms().spec(name)
+            yield registry.algorithms().spec(name)
         except UnavailableError as error:
             logger.warning("%s", error)
-            continue
-        if spec.reads(config):
-            return spec
-    return None
+
+
+def _reader(config: dict[str, Any]) -> AlgorithmSpec | None:
+    """The algorithm whose draft a config.json describes."""
+    return next((spec for spec in _specs() if spec.reads(config)), None)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class AttentionShape:
 class DraftFiles:
     """A draft as a directory holds it: config.json and the tensors of model.safetensors.
 
-    notes   what people must know before they serve it; written nowhere
+    notes   what people must know before they serve it; written into the model card
     """
 
     config: dict[str, Any]
@@ -152,9 +152,9 @@ class DraftSession(Protocol):
     ) -> Proposal:
         """Take in what the target just confirmed, then draft `length` tokens for every sequence.
 
-        taps[b] [m_b, N, H] are the target's taps at the m_b newly confirmed positions p..p+m_b-1 of sequence b
-        (the whole prompt at the first call); next_tokens[b] [m_b] are the tokens at p+1..p+m_b.
-        The first drafted token follows next_tokens[b][-1].
+        taps[b], [m_b, N, H], are the target's taps at the m_b newly confirmed positions p..p+m_b-1 of sequence b
+        (the whole prompt at the first call); next_tokens[b], [m_b], are the tokens at p+1..p+m_b.
+        The first drafted token follows the last of next_tokens[b].
         """
         ...
 
@@ -281,6 +281,9 @@ class AlgorithmSpec:
     `create(options, target)` raises ConfigError with every misfit between the two.
     `reads(config)` says whether a config.json describes a draft of this algorithm; `from_files` rebuilds the
     algorithm and the draft from one, raising CheckpointError with the tensors that are missing, unknown or misshapen.
+    `published(files, target)` puts a directory of this algorithm that others wrote into the form that those two know
+    and says in its notes what it changed; any other one it returns as it is. What only the target can tell (None: it is
+    not known yet) stays open. Raises CheckpointError for a draft that cannot be put so. None: others write none.
     """
 
     name: str
@@ -288,5 +291,6 @@ class AlgorithmSpec:
     create: Callable[[Any, TargetSpec], Algorithm]
     reads: Callable[[dict[str, Any]], bool]
     from_files: Callable[[DraftFiles, TargetSpec], tuple[Algorithm, nn.Module]]
+    published: Callable[[DraftFiles, TargetSpec | None], DraftFiles] | None = None
     capabilities: frozenset[str] = frozenset()
     api_version: int = API_VERSION

@@ -61,11 +61,17 @@ class Sources:
                 Problem(
                     field=f"draft.{option}",
                     value=explicit,
-                    message=f"the draft config says {self.stated[name]}",
+                    message=f"{self._whose} says {self.stated[name]}",
                     remedy="give it in one place",
                 )
             )
         return explicit
+
+    @property
+    def _whose(self) -> str:
+        config, start = (getattr(self.options, name, None) for name in ("config", "init_from"))
+        own = start is not None and config == start / "config.json"
+        return "the draft in draft.init_from" if own else "the draft config"
 
     def layer(self) -> dict[str, Any]:
         """The fields of `LayerGeometry`."""

@@ -22,10 +22,11 @@ from torchspec.core.algorithms.blocks.geometry import BlockGeometry, derive
 from torchspec.core.algorithms.blocks.initialise import initialise
 from torchspec.core.algorithms.blocks.metrics import block_sums
 from torchspec.core.algorithms.blocks.options import BlockOptions
+from torchspec.core.algorithms.blocks.published import published
 from torchspec.core.algorithms.lesson import Lesson, lesson_of, result_of, rows_per_chunk
 from torchspec.core.algorithms.metrics import summarise
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
-from torchspec.core.export.draft_config import read_config
+from torchspec.core.export.draft_config import completed, read_config
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import (
     KEEP_ALL,
@@ -125,7 +126,12 @@ class BlockAlgorithm:
             raise ValueError(
                 f"it describes {kind!r}, and {cls.title} here has {cls.form.kind or cls.form.architecture!r}"
             )
-        return files.stated_fields(config, cls.title)
+        return files.stated_fields(completed(config), cls.title)
+
+    @classmethod
+    def published(cls, given: DraftFiles, target: TargetSpec | None) -> DraftFiles:
+        """See `AlgorithmSpec.published`."""
+        return published(given, target) if cls.form.reads(given.config) else given
 
     @classmethod
     def own_tensors(cls, config: Mapping[str, Any]) -> tuple[str, ...]:

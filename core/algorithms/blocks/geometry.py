@@ -45,9 +45,16 @@ class BlockGeometry(LayerGeometry):
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:
-    """Five layers, evenly from the second to the third last, as the published drafts have them."""
+    """Five layers, as the published drafts have them."""
+    return spread_taps(PUBLISHED_TAPS, num_layers)
+
+
+def spread_taps(count: int, num_layers: int) -> tuple[int, ...]:
+    """So many layers, evenly from the second to the third last; a single one in the middle."""
+    if count == 1:
+        return (num_layers // 2,)
     last = num_layers - 3
-    return tuple(round(1 + place * (last - 1) / (PUBLISHED_TAPS - 1)) for place in range(PUBLISHED_TAPS))
+    return tuple(round(1 + place * (last - 1) / (count - 1)) for place in range(count))
 
 
 def derive(

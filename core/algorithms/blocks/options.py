@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from torchspec.core.algorithms.starting import with_own_config
 from torchspec.core.config.schema import Positive
 from torchspec.core.objectives.terms import ObjectiveOptions, Term, Weight
 
@@ -16,8 +17,12 @@ GAMMA_OF_16 = 7.0
 
 
 class BlockOptions(ObjectiveOptions):
-    config: Path | None = Field(None, description="a draft config.json to take the geometry from")
-    init_from: Path | None = Field(None, description="exported draft or checkpoint to start from")
+    config: Path | None = Field(
+        None, description="a draft config.json to take the geometry from; default: that of `init_from`"
+    )
+    init_from: Path | None = Field(
+        None, description="draft to start from: published (docs/checkpoints.md), exported, or a checkpoint"
+    )
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="target layers whose outputs feed the draft, 0-based; default: five, evenly from 1 to n - 3"
     )
@@ -70,6 +75,11 @@ class BlockOptions(ObjectiveOptions):
         """Weight of a step over that of the step before, in blocks of this size."""
         gamma = GAMMA_OF_16 * block_size / 16 if self.gamma is None else self.gamma
         return math.exp(-1 / gamma)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_start(cls, given: Any) -> Any:
+        return with_own_config(given)
 
     @field_validator("config")
     @classmethod

@@ -34,4 +34,17 @@ def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Mo
     return Domino.from_files(files, target)
 
 
-SPEC = AlgorithmSpec(name="domino", options=DominoOptions, create=_create, reads=_reads, from_files=_from_files)
+def _published(files: DraftFiles, target: TargetSpec | None) -> DraftFiles:
+    from torchspec.core.algorithms.domino.algorithm import Domino
+
+    return Domino.published(files, target)
+
+
+SPEC = AlgorithmSpec(
+    name="domino",
+    options=DominoOptions,
+    create=_create,
+    reads=_reads,
+    from_files=_from_files,
+    published=_published,
+)

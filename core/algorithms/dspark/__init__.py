@@ -35,4 +35,17 @@ def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Mo
     return DSpark.from_files(files, target)
 
 
-SPEC = AlgorithmSpec(name="dspark", options=DSparkOptions, create=_create, reads=_reads, from_files=_from_files)
+def _published(files: DraftFiles, target: TargetSpec | None) -> DraftFiles:
+    from torchspec.core.algorithms.dspark.algorithm import DSpark
+
+    return DSpark.published(files, target)
+
+
+SPEC = AlgorithmSpec(
+    name="dspark",
+    options=DSparkOptions,
+    create=_create,
+    reads=_reads,
+    from_files=_from_files,
+    published=_published,
+)

@@ -85,8 +85,23 @@ class DSpark(BlockAlgorithm):
         return replace(algorithm, options=options), draft
 
     @classmethod
+    def published(cls, given: DraftFiles, target: TargetSpec | None) -> DraftFiles:
+        """See `AlgorithmSpec.published`."""
+        try:
+            config = dict(files.as_blocks(files.as_published(given.config)))
+            if not cls.form.reads(config):
+                return given
+            config = files.completed(config)
+        except ValueError as error:
+            raise CheckpointError(f"config.json of the draft: {error}") from error
+        return super().published(replace(given, config=config), target)
+
+    @classmethod
     def stated_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """See `BlockAlgorithm.stated_fields`."""
+        config = files.as_published(config)
+        if cls.form.reads(config):
+            config = files.completed(config)
         return super().stated_fields(files.as_blocks(config)) | files.stated_heads(config)
 
     @classmethod

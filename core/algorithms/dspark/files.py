@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORM = Format(architecture="Qwen3DSparkModel", kind="dspark", says_anchor=True)
 HEAD_TYPES: tuple[str, ...] = get_args(HeadType)
 SPECULATORS_ARCHITECTURE = "DSparkDraftModel"
+PROJECTOR = "dspark"
 BODY_FIELDS = ("mask_token_id", "target_layer_ids")
 HEAD_FIELDS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
 
@@ -69,6 +70,31 @@ def to_files(algorithm: DSpark, state: Mapping[str, Tensor], layout: str) -> Dra
 def head_fields(geometry: DSparkGeometry) -> dict[str, Any]:
     """What both layouts say of the heads."""
     return {name: getattr(geometry, name) for name in HEAD_FIELDS}
+
+
+def as_published(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A plain config of others with the heads' fields at its top and DeepSpec's name for the draft: SpecForge and
+    TorchSpec write them into `dflash_config`, and call the head that is `vanilla` here `classical`, too. Raises
+    ValueError where both places are filled and differ; any other config is returned as it is."""
+    named = config.get("architectures")
+    special = config.get("dflash_config")
+    inside = special if isinstance(special, Mapping) else {}
+    ours = isinstance(named, list) and not {FORM.architecture, SPECULATORS_ARCHITECTURE}.isdisjoint(named)
+    if is_speculators(config) or not (ours or inside.get("projector_type") == PROJECTOR):
+        return config
+    made = {**config, "architectures": [FORM.architecture]}
+    for name in HEAD_FIELDS:
+        within = inside.get(name)
+        if within is not None and made.get(name) not in (None, within):
+            raise ValueError(f"{name} is {made[name]!r}, and {within!r} in dflash_config")
+        made[name] = made.get(name) if within is None else within
+    if made["markov_head_type"] == "classical":
+        made["markov_head_type"] = HEAD_TYPES[0]
+    made = {name: value for name, value in made.items() if name not in HEAD_FIELDS or value is not None}
+    if inside:
+        dropped = (*HEAD_FIELDS, "projector_type", "confidence_head_alpha")
+        made["dflash_config"] = {name: value for name, value in inside.items() if name not in dropped}
+    return made
 
 
 def as_blocks(config: Mapping[str, Any]) -> Mapping[str, Any]:

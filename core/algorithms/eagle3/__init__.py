@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
@@ -29,16 +30,21 @@ def is_eagle3(config: dict[str, Any]) -> bool:
     """
     if "speculators_model_type" in config:
         return bool(config["speculators_model_type"] == "eagle3")
-    if config.get("ptd_token_id") is not None or config.get("pard_token") is not None:
+    if is_parallel(config):
         return False
     architectures = config.get("architectures")
     names = ("LlamaForCausalLMEagle3", *LATENT_ARCHITECTURES)
     return isinstance(architectures, list) and any(name in architectures for name in names)
 
 
+def is_parallel(config: Mapping[str, Any]) -> bool:
+    """Whether it names a token for what is to be drafted in parallel."""
+    return config.get("ptd_token_id") is not None or config.get("pard_token") is not None
+
+
 def has_norms(config: dict[str, Any]) -> bool:
     """Whether it has any of EAGLE-3.1's norms; a missing field means that it has not."""
-    return bool(config.get("fc_norm") or config.get("norm_output"))
+    return any(config.get(name) for name in ("fc_norm", "norm_before_fc", "norm_output"))
 
 
 def _reads(config: dict[str, Any]) -> bool:
@@ -52,4 +58,18 @@ def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Mo
     return from_files(files, target, Eagle3, Eagle3Options)
 
 
-SPEC = AlgorithmSpec(name="eagle3", options=Eagle3Options, create=_create, reads=_reads, from_files=_from_files)
+def as_published(files: DraftFiles, target: TargetSpec | None) -> DraftFiles:
+    """See `published.published`."""
+    from torchspec.core.algorithms.eagle3.published import published
+
+    return published(files, target)
+
+
+SPEC = AlgorithmSpec(
+    name="eagle3",
+    options=Eagle3Options,
+    create=_create,
+    reads=_reads,
+    from_files=_from_files,
+    published=as_published,
+)

@@ -10,16 +10,16 @@ Numbering of tapped layers, where ours is l: the speculators layout stores l + 1
 the plain layout's explicit list is read by SGLang as l and by vLLM as l + 1, so it is written only where it must be,
 for taps that are not both engines' default, in SGLang's numbering.
 
-EAGLE-3.1 adds the fields `fc_norm` and `norm_output` to the config and the tensors `fc_norm.0.weight`, ... of the taps
-in order. Either engine reads them in its layouts: vLLM since 0.22 in the plain one (its change 42764) and since its
-change 46488 in the speculators one, SGLang since its change 24663; earlier versions skip them without a word.
+EAGLE-3.1 adds the fields `fc_norm`, `norm_before_fc` and `norm_output` to the config and the tensors
+`fc_norm.0.weight`, ... of the taps in order, or `input_norm.weight` of all together. Either engine reads them in its
+layouts: vLLM since 0.22 in the plain one (its change 42764) and since its change 46488 in the speculators one, SGLang
+since its change 24663 (norm_before_fc is seen in SGLang 0.5.23 and vLLM 0.32.0); earlier versions skip them without a
+word.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -160,6 +160,7 @@ def _plain(geometry: Geometry, taps: tuple[int, ...], target: TargetSpec, layer:
         "target_hidden_size": geometry.target_hidden_size,
         "norm_before_residual": geometry.norm_before_residual,
         "fc_norm": geometry.fc_norm,
+        "norm_before_fc": geometry.norm_before_fc,
         "norm_output": geometry.norm_output,
         "eagle_config": {"use_aux_hidden_state": True},
         "torchspec": {"tap_layers": list(taps)},
@@ -180,7 +181,7 @@ def _speculators(
         "draft_vocab_size": geometry.draft_vocab_size,
         "target_hidden_size": geometry.target_hidden_size,
         "norm_before_residual": geometry.norm_before_residual,
-        "norm_before_fc": False,
+        "norm_before_fc": geometry.norm_before_fc,
         "fc_norm": geometry.fc_norm,
         "norm_output": geometry.norm_output,
         "eagle_aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in taps],
@@ -207,9 +208,8 @@ def from_files(
     except ConfigError as error:
         listed = "\n".join(f"  - {problem}" for problem in error.problems)
         raise CheckpointError(f"this draft does not fit the target {target.path}:\n{listed}") from error
-    if isinstance(geometry, LatentGeometry):
-        files = _with_midlayer(files)
     check_names(files, len(taps_used))
+    _check_taps(files.tensors["fc.weight"], geometry)
     vocabulary = read_vocabulary(files.tensors, geometry.draft_vocab_size, geometry.vocab_size)
     draft = Eagle3Draft(geometry, vocabulary)
     state = {name.replace(layer_prefix(files.config), OURS): value for name, value in files.tensors.items()}
@@ -221,10 +221,16 @@ def from_files(
     return algorithm(options=options, target=target, geometry=geometry, taps=taps_used), draft
 
 
-def _with_midlayer(files: DraftFiles) -> DraftFiles:
-    """Of latent attention both engines read the layer by either name, and published drafts have the other one."""
-    tensors = {re.sub(r"^layers\.0\.", OURS, name): tensor for name, tensor in files.tensors.items()}
-    return replace(files, tensors=tensors)
+def _check_taps(weight_HF: Tensor, geometry: Geometry) -> None:
+    """CheckpointError for a map of more or fewer taps than config.json says."""
+    size = geometry.target_hidden_size
+    if weight_HF.shape[-1] == geometry.num_taps * size:
+        return
+    held = weight_HF.shape[-1] / size
+    raise CheckpointError(
+        f"fc reads {held:g} taps of {size} values and config.json says {geometry.num_taps}: name the layers in "
+        "eagle_config.eagle_aux_hidden_state_layer_ids (0-based outputs), and target_hidden_size where it is another"
+    )
 
 
 def _taps(config: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[int, ...] | None:

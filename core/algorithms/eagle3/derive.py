@@ -23,7 +23,9 @@ from torchspec.core.algorithms.eagle3.latent import (
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.export.draft_config import (
+    check_full_attention,
     check_layer,
+    completed,
     copy_field,
     is_speculators,
     layer_config,
@@ -93,13 +95,16 @@ def _geometry(sources: Sources, num_taps: int) -> Geometry:
 
 def _norm_problems(geometry: Geometry, options: Eagle3Options) -> list[Problem]:
     used = [name for name in NORMS if getattr(geometry, name)]
+    if geometry.fc_norm and geometry.norm_before_fc:
+        message = "one of fc_norm, which norms each tap, and norm_before_fc, which norms all together"
+        return [Problem(field="draft.norm_before_fc", value=True, message=message, remedy="draft.fc_norm=false")]
     offered = set(NORMS) <= type(options).model_fields.keys()
     if offered == bool(used):
         return []
     if used:
         message = f"its {' and '.join(used)} {'is' if len(used) == 1 else 'are'} of EAGLE-3.1"
         return [Problem(field="draft.config", value=True, message=message, remedy="algorithm=eagle3.1")]
-    message = "without fc_norm and norm_output this is EAGLE-3"
+    message = "without fc_norm, norm_before_fc and norm_output this is EAGLE-3"
     return [
         Problem(field="algorithm", value="eagle3.1", message=message, remedy="algorithm=eagle3, or use one of them")
     ]
@@ -111,25 +116,31 @@ def geometry_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for a field of the wrong type, another algorithm or a kind of layer that this draft does not have.
     """
     _check_algorithm(config)
+    config = completed(config)
     layer = layer_config(config)
     check_layer(layer, "an EAGLE-3 draft", num_layers=1)
-    if config.get("norm_before_fc"):
-        raise ValueError("norm_before_fc, one norm of all taps together, is not trained here; fc_norm norms each tap")
+    check_full_attention(layer, "an EAGLE-3 draft")
     fields = layer_fields(layer) | _attention_fields(config, layer)
     copy_field(fields, "draft_vocab_size", config, int)
     copy_field(fields, "target_hidden_size", config, int)
+    said = {**config, **{key: value for key, value in object_at(config, "eagle_config").items() if key in NORMS}}
     for name in ("norm_before_residual", *NORMS):
-        copy_field(fields, name, config, bool)
+        copy_field(fields, name, said, bool)
+    if any(name in fields for name in NORMS):  # of a config that speaks of them, what it leaves out is not there
+        fields = dict.fromkeys(NORMS, False) | fields
     if "vocab_size" in fields:
         fields.setdefault("draft_vocab_size", fields["vocab_size"])
     if is_speculators(config):
         # The vLLM numbering: id l + 1 is the output of layer l.
         ids = layers_listed(config, "eagle_aux_hidden_state_layer_ids")
         fields |= {} if ids is None else {"taps": tuple(number - 1 for number in ids)}
-    else:
-        # Engines number the plain layout's ids differently, so only how many there are can be relied on.
-        ids = layers_listed(object_at(config, "eagle_config"), "eagle_aux_hidden_state_layer_ids")
-        fields |= {} if ids is None else {"num_taps": len(ids)}
+        return fields
+    ids = layers_listed(object_at(config, "eagle_config"), "eagle_aux_hidden_state_layer_ids")
+    ours = layers_listed(object_at(config, "torchspec"), "tap_layers")
+    if ours is not None:
+        fields["taps"] = ours
+    elif ids:
+        fields["num_taps"] = len(ids)  # engines number this list differently: how many there are can be relied on
     return fields
 
 

@@ -38,7 +38,8 @@ class DraftWeights:
     """A draft's matrices, laid out for products from the left: [in, out], contiguous.
 
     embedded_NZ      each draft token's share of q, k, v; None where it would be too large
-    unit_tap         of a tap; None where taps are not normed
+    unit_tap         of a tap; None where taps are not normed one by one
+    unit_taps        of all taps side by side; None where they are not normed together
     hidden_scale_H   what turns a unit-normed feature into hidden_norm's output
     output_scale_H   what turns a unit-normed output into the next feature; None where that is the output as it is
     ids_N            target ids of the draft vocabulary
@@ -48,6 +49,7 @@ class DraftWeights:
     heads: Heads
     unit: UnitNorm
     unit_tap: UnitNorm | None
+    unit_taps: UnitNorm | None
     embedding_VH: Tensor
     fc_FH: Tensor
     embed_HZ: Tensor
@@ -68,10 +70,13 @@ class DraftWeights:
         heads = heads_of(layer.self_attn, geometry.rms_norm_eps)
         embed_HZ = folded(heads.input_ZX[:, :size], layer.input_layernorm.weight)
         unit = UnitNorm(size, geometry.rms_norm_eps, draft.fc.weight)
-        unit_tap, fc_FH = None, draft.fc.weight.T.contiguous()
+        unit_tap, unit_taps, fc_FH = None, None, draft.fc.weight.T.contiguous()
         if geometry.fc_norm:
             unit_tap = UnitNorm(geometry.target_hidden_size, geometry.rms_norm_eps, draft.fc.weight)
             fc_FH = torch.cat([folded(part, norm.weight) for norm, part in draft.tap_maps])
+        if geometry.norm_before_fc:
+            unit_taps = UnitNorm(draft.fc.weight.shape[1], geometry.rms_norm_eps, draft.fc.weight)
+            fc_FH = folded(draft.fc.weight, draft.input_norm.weight)
         embedding_VH = draft.embedding(head.embedding_VH)
         ids_N = draft.vocabulary.ids_N
         fits = ids_N.numel() * embed_HZ.shape[1] * dtype.itemsize <= SHARES_BYTES
@@ -80,6 +85,7 @@ class DraftWeights:
             heads=heads,
             unit=unit,
             unit_tap=unit_tap,
+            unit_taps=unit_taps,
             embedding_VH=embedding_VH,
             fc_FH=fc_FH,
             embed_HZ=embed_HZ,
@@ -182,7 +188,10 @@ class Eagle3Session:
             tokens_BM = pad_sequence(list(next_tokens), batch_first=True)
         if weights.unit_tap is not None:
             taps_BMPT = weights.unit_tap(taps_BMPT)
-        feature_BMH = taps_BMPT.flatten(2) @ weights.fc_FH
+        taps_BMF = taps_BMPT.flatten(2)
+        if weights.unit_taps is not None:
+            taps_BMF = weights.unit_taps(taps_BMF)
+        feature_BMH = taps_BMF @ weights.fc_FH
         embedded_BMH = weights.unit(F.embedding(tokens_BM, weights.embedding_VH).to(dtype))
         share_BMZ = embedded_BMH @ weights.embed_HZ
         starts = self._lengths

@@ -12,7 +12,7 @@ from torchspec.core.models.layers import AttentionProjections
 
 DEFAULT_DRAFT_VOCABULARY = 32000
 
-NORMS = ("fc_norm", "norm_output")
+NORMS = ("fc_norm", "norm_before_fc", "norm_output")
 """What EAGLE-3.1 adds, by the names of options, of fields of the geometry, and of fields of published configs."""
 
 
@@ -37,9 +37,10 @@ class Geometry(LayerGeometry):
     """Everything that fixes the draft's parameters and arithmetic, beside the weights. Its attention has grouped
     queries; `latent.LatentGeometry` has the other kind.
 
-    fc_norm        each tap is normed, with its own weight, before fc
-    norm_output    a step's feature is the output of the step before after the final norm
-    With neither it is EAGLE-3 (2503.01840), with either EAGLE-3.1 (2605.09992).
+    fc_norm          each tap is normed, with its own weight, before fc
+    norm_before_fc   instead, all taps side by side are normed together
+    norm_output      a step's feature is the output of the step before after the final norm
+    With none it is EAGLE-3 (2503.01840), with any EAGLE-3.1 (2605.09992).
     """
 
     draft_vocab_size: int
@@ -48,6 +49,7 @@ class Geometry(LayerGeometry):
     num_taps: int
     norm_before_residual: bool
     fc_norm: bool = False
+    norm_before_fc: bool = False
     norm_output: bool = False
     attention: str = "gqa"
 

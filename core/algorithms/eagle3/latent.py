@@ -120,6 +120,9 @@ def latent_problems(geometry: LatentGeometry) -> list[Problem]:
         problems.append(
             Problem(field="draft.norm_before_residual", value=True, message=message, remedy="train without it")
         )
+    if geometry.norm_before_fc:
+        message = "engines have no norm of all taps together with latent attention"
+        problems.append(Problem(field="draft.norm_before_fc", value=True, message=message, remedy="draft.fc_norm=true"))
     if geometry.num_taps < 2:
         message = "SGLang hands a single tap to the layer as it is, past fc"
         problems.append(Problem(field="draft.taps", value=geometry.num_taps, message=message, remedy="tap two layers"))

@@ -105,7 +105,8 @@ class DraftLayer(nn.Module):
 class Eagle3Draft(nn.Module):
     """fc over the taps, one decoder layer, final norm, and a head over the draft vocabulary.
 
-    With `geometry.fc_norm` fc reads [fc_norm[0](tap 0) ; fc_norm[1](tap 1) ; ...].
+    With `geometry.fc_norm` fc reads [fc_norm[0](tap 0) ; fc_norm[1](tap 1) ; ...], with `geometry.norm_before_fc`
+    input_norm([tap 0 ; tap 1 ; ...]).
     """
 
     d2t: Tensor
@@ -119,6 +120,8 @@ class Eagle3Draft(nn.Module):
         if geometry.fc_norm:
             norms = (RMSNorm(geometry.target_hidden_size, geometry.rms_norm_eps) for _ in range(geometry.num_taps))
             self.fc_norm = nn.ModuleList(norms)
+        if geometry.norm_before_fc:
+            self.input_norm = RMSNorm(geometry.num_taps * geometry.target_hidden_size, geometry.rms_norm_eps)
         self.midlayer = DraftLayer(geometry)
         self.norm = RMSNorm(size, geometry.rms_norm_eps)
         self.lm_head = LinearMap(size, vocabulary.size)
@@ -191,6 +194,8 @@ class Eagle3Draft(nn.Module):
         """The first step's feature of every slot, [B, S, H]."""
         weight_HF = self.fc.weight
         taps_BSF = taps_BSF.to(device=weight_HF.device, dtype=weight_HF.dtype)
+        if self.geometry.norm_before_fc:
+            return self.input_norm.then(taps_BSF, (weight_HF,), device.ops)[0]
         if not self.geometry.fc_norm:
             return fused.linear(taps_BSF, weight_HF, device.ops)
         # Tap by tap, since a norm that is followed by a map keeps its input alone.

@@ -3,8 +3,8 @@
 It shares no code with the trained module. Rules followed (seen in vLLM `llama_eagle3.py` and SGLang
 `llama_eagle3.py`): `d2t` holds offsets; `t2d` is ignored; the plain layout names its layer `midlayer`, the
 speculators layout `layers.0`; SGLang never applies `norm_before_residual` and skips names it does not know;
-rotary positions are those of the slot's feature, one more for each drafted token; both read `fc_norm` and `norm_output`
-from the top of the config, and what is missing is False.
+rotary positions are those of the slot's feature, one more for each drafted token; both read `fc_norm`,
+`norm_before_fc` and `norm_output` from the top of the config, and what is missing is False.
 
 Shape letters: T prompt slots, L drafted tokens, H draft hidden size, Z = 2H, N draft vocabulary, V target vocabulary.
 """
@@ -52,6 +52,7 @@ def check_names(files: DraftFiles, num_taps: int) -> None:
     own = (*LAYER_TENSORS, *(f"self_attn.{name}.weight" for name in attention_reader(files.config).tensors))
     needed = {"fc.weight", "norm.weight", "lm_head.weight", *(prefix + name for name in own)}
     needed |= {f"fc_norm.{place}.weight" for place in range(num_taps) if files.config.get("fc_norm")}
+    needed |= {"input_norm.weight"} if files.config.get("norm_before_fc") else set()
     optional = {"d2t", "t2d", "embed_tokens.weight"}
     missing = sorted(needed - files.tensors.keys())
     ignored = sorted(files.tensors.keys() - needed - optional)
@@ -113,6 +114,7 @@ class _Reader:
         default = is_speculators(config)
         self.norm_before_residual = bool(config.get("norm_before_residual", default)) if default else False
         self.fc_norm, self.norm_output = bool(config.get("fc_norm")), bool(config.get("norm_output"))
+        self.norm_before_fc = bool(config.get("norm_before_fc"))
         self.eps, self.vocab_size = float(inner.get("rms_norm_eps", 1e-6)), int(inner["vocab_size"])
         prefix, place = layer_prefix(config), target_embedding_VH.device
         self.weight = {
@@ -132,7 +134,9 @@ class _Reader:
         return F.rms_norm(x, x.shape[-1:], self.weight[name], self.eps)
 
     def feature(self, taps_TNH: Tensor) -> Tensor:
-        """fc of the taps side by side, each of them normed before where the config says so."""
+        """fc of the taps side by side, each of them or all together normed before where the config says so."""
+        if self.norm_before_fc:
+            return self._norm(taps_TNH.flatten(1), "input_norm.weight") @ self.weight["fc.weight"].T
         taps = list(taps_TNH.unbind(1))
         if self.fc_norm:
             taps = [self._norm(tap, f"fc_norm.{place}.weight") for place, tap in enumerate(taps)]

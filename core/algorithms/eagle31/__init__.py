@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchspec.core.algorithms.eagle3 import has_norms, is_eagle3
+from torchspec.core.algorithms.eagle3 import as_published, has_norms, is_eagle3
 from torchspec.core.algorithms.eagle31.options import Eagle31Options
 from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftFiles
 
@@ -35,4 +35,11 @@ def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Mo
     return from_files(files, target, Eagle31, Eagle31Options)
 
 
-SPEC = AlgorithmSpec(name="eagle3.1", options=Eagle31Options, create=_create, reads=_reads, from_files=_from_files)
+SPEC = AlgorithmSpec(
+    name="eagle3.1",
+    options=Eagle31Options,
+    create=_create,
+    reads=_reads,
+    from_files=_from_files,
+    published=as_published,
+)

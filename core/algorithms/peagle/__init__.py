@@ -31,4 +31,17 @@ def _from_files(files: DraftFiles, target: TargetSpec) -> tuple[Algorithm, nn.Mo
     return from_files(files, target)
 
 
-SPEC = AlgorithmSpec(name="peagle", options=PEagleOptions, create=_create, reads=_reads, from_files=_from_files)
+def _published(files: DraftFiles, target: TargetSpec | None) -> DraftFiles:
+    from torchspec.core.algorithms.peagle.plain import published
+
+    return published(files)
+
+
+SPEC = AlgorithmSpec(
+    name="peagle",
+    options=PEagleOptions,
+    create=_create,
+    reads=_reads,
+    from_files=_from_files,
+    published=_published,
+)

@@ -11,7 +11,9 @@ from torchspec.core.algorithms.peagle.options import PEagleOptions
 from torchspec.core.algorithms.peagle.plain import as_speculators
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.export.draft_config import (
+    check_full_attention,
     check_layer,
+    completed,
     copy_field,
     is_speculators,
     layer_config,
@@ -91,10 +93,12 @@ def geometry_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("norm_before_fc", "fc_norm", "norm_output"):
         if config.get(name):
             raise ValueError(f"{name} is {config[name]!r}; a P-EAGLE draft here has False")
+    config = completed(config)
     layer = layer_config(config)
     if layer.get("model_type", "llama") != "llama":
         raise ValueError(f"model_type is {layer['model_type']!r}; a P-EAGLE draft here has 'llama'")
     check_layer(layer, "a P-EAGLE draft")
+    check_full_attention(layer, "a P-EAGLE draft")
     fields = layer_fields(layer)
     copied: dict[str, Any] = {}
     copy_field(copied, "num_hidden_layers", layer, int)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from torchspec.core.algorithms.starting import with_own_config
 from torchspec.core.config.schema import Positive
 from torchspec.core.objectives.terms import ObjectiveOptions
 
 
 class PEagleOptions(ObjectiveOptions):
-    config: Path | None = Field(None, description="a draft config.json to take the geometry from")
-    init_from: Path | None = Field(None, description="exported draft or checkpoint to start from")
+    config: Path | None = Field(
+        None, description="a draft config.json to take the geometry from; default: that of `init_from`"
+    )
+    init_from: Path | None = Field(
+        None, description="draft to start from: published (docs/checkpoints.md), exported, or a checkpoint"
+    )
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="target layers whose outputs feed the draft, 0-based; default [1, n//2 - 1, n - 4]"
     )
@@ -45,6 +50,11 @@ class PEagleOptions(ObjectiveOptions):
     depth_decay: float = Field(
         1.0, gt=0, le=1, description="weight of depth j is depth_decay ** j, beside there being fewer positions of it"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_start(cls, given: Any) -> Any:
+        return with_own_config(given)
 
     @field_validator("config")
     @classmethod

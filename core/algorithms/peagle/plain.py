@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torchspec.core.errors import CheckpointError
 from torchspec.core.export.draft_config import is_speculators, object_at
+from torchspec.core.export.tidy import tidied
 from torchspec.core.interfaces.algorithm import DraftFiles
 
 MASKS = ("ptd_token_id", "pard_token")
@@ -61,3 +63,25 @@ def files_as_speculators(files: DraftFiles) -> DraftFiles:
         own = inner.replace("midlayer.", "layers.0.", 1) if inner.startswith("midlayer.") else inner
         tensors[own] = tensor.reshape(1, 1, -1) if own == "mask_hidden" else tensor
     return replace(files, config=dict(config), tensors=tensors)
+
+
+def published(files: DraftFiles) -> DraftFiles:
+    """See `AlgorithmSpec.published`. What is learned in the taps' place tells a P-EAGLE draft from all others.
+
+    SpecForge (`modeling/draft/peagle.py`) writes no token for masks, Automodel `mask_token_id`; others as above.
+    """
+    if not any(name.removeprefix("model.") == "mask_hidden" for name in files.tensors):
+        return files
+    files = tidied(files)
+    config = files.config
+    if not is_speculators(config) and all(config.get(name) is None for name in MASKS):
+        if config.get("mask_token_id") is None:
+            raise CheckpointError(
+                f"config.json of the draft: {MASKS[0]} is missing: write there the token that stood for those to be "
+                "drafted in training"
+            )
+        config = {**config, MASKS[0]: config["mask_token_id"]}
+    try:
+        return files_as_speculators(replace(files, config=config))
+    except ValueError as error:
+        raise CheckpointError(f"config.json of the draft: {error}") from error

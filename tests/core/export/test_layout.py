@@ -60,6 +60,7 @@ def make(
         {"hidden_size": 32, "num_attention_heads": 2},
         {"fc_norm": True},
         {"fc_norm": True, "norm_output": False},
+        {"fc_norm": False, "norm_before_fc": True, "norm_output": False},
         {"fc_norm": False, "hidden_size": 32, "num_attention_heads": 2},
     ],
 )

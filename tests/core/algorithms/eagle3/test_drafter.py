@@ -109,13 +109,14 @@ def make_texts(world: Any, lengths: Sequence[int], limit: int) -> list[Text]:
         {"norm_before_residual": True, "draft_config": {"hidden_size": 32}},
         {"fc_norm": True, "norm_output": False},
         {"fc_norm": False, "norm_output": True},
+        {"fc_norm": False, "norm_before_fc": True},
         {"fc_norm": True, "norm_before_residual": True, "draft_config": {"hidden_size": 32}},
         {"attention": "mla"},
         {"attention": "mla", "fc_norm": True, "v_head_dim": 16, "draft_config": {"hidden_size": 32}},
     ],
     ids=[
-        "whole_vocabulary", "pruned", "own_embedding", "tap_norms", "output_norm", "both_norms_own_embedding", "latent",
-        "latent_both_norms_own_embedding",
+        "whole_vocabulary", "pruned", "own_embedding", "tap_norms", "output_norm", "norm_of_all_taps",
+        "both_norms_own_embedding", "latent", "latent_both_norms_own_embedding",
     ],
 )  # fmt: skip
 def test_every_round_is_the_training_forwards_prefix(

@@ -141,7 +141,10 @@ class Oracle:
         for n in range(geometry.num_taps):
             tap = self.g[i][n * geometry.target_hidden_size : (n + 1) * geometry.target_hidden_size]
             read.append(rms(tap, w[f"fc_norm.{n}.weight"], geometry.rms_norm_eps) if geometry.fc_norm else tap)
-        return w["fc.weight"] @ torch.cat(read)
+        taps = torch.cat(read)
+        return w["fc.weight"] @ (
+            rms(taps, w["input_norm.weight"], geometry.rms_norm_eps) if "input_norm.weight" in w else taps
+        )
 
     def supervised(self, i: int, k: int) -> bool:
         j = i + 2 + k
@@ -257,6 +260,7 @@ CASES = (
             ("tap_norms", {"norm_output": False}, {}),
             ("output_norm", {"fc_norm": False}, {}),
             ("both_norms", {"fc_norm": True}, {}),
+            ("norm_of_all_taps", {"fc_norm": False, "norm_before_fc": True}, {}),
             ("both_norms_own_embedding", {"fc_norm": True}, {"norm_before_residual": True}),
         )
     ]

@@ -52,6 +52,7 @@ def step(world: Any, supervised: float, memory: StepMemory) -> tuple[Tensor, dic
         {},
         {"norm_before_residual": True, "draft_config": {"hidden_size": 32}},
         {"fc_norm": True},
+        {"fc_norm": False, "norm_before_fc": True},
         {"attention": "mla", "fc_norm": True},
     ],
 )

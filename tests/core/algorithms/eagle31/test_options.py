@@ -80,10 +80,14 @@ def test_a_config_without_the_fields_leaves_them_to_the_options(
         create("eagle3.1", spec, config=draft_config(**PLAIN, fc_norm=True), fc_norm=False)
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle3.1"])
-def test_one_norm_of_all_taps_is_refused(spec: TargetSpec, draft_config: Callable[..., Path], name: str) -> None:
-    with pytest.raises(ConfigError, match="norm_before_fc"):
-        create(name, spec, config=draft_config(**SPECULATORS, norm_before_fc=True))
+def test_one_norm_of_all_taps_takes_the_place_of_one_each(spec: TargetSpec, draft_config: Callable[..., Path]) -> None:
+    config = draft_config(**SPECULATORS, norm_before_fc=True)
+    algorithm: Any = create("eagle3.1", spec, config=config)
+    assert (algorithm.geometry.norm_before_fc, *norms(algorithm)) == (True, False, False)
+    with pytest.raises(ConfigError, match=r"(?s)its norm_before_fc is of EAGLE-3.1.*algorithm=eagle3\.1"):
+        create("eagle3", spec, config=config)
+    with pytest.raises(ConfigError, match=r"(?s)one of fc_norm, .* and norm_before_fc.*draft.fc_norm=false"):
+        create("eagle3.1", spec, norm_before_fc=True)
 
 
 @pytest.mark.parametrize("config", [PLAIN, SPECULATORS], ids=["plain", "speculators"])
@@ -94,6 +98,7 @@ def test_one_norm_of_all_taps_is_refused(spec: TargetSpec, draft_config: Callabl
         ({"fc_norm": False, "norm_output": False}, "eagle3"),
         ({"fc_norm": True}, "eagle3.1"),
         ({"norm_output": True}, "eagle3.1"),
+        ({"norm_before_fc": True}, "eagle3.1"),
     ],
 )
 def test_every_draft_has_one_reader(config: dict[str, Any], stated: dict[str, bool], reader: str) -> None:

@@ -1,0 +1,18 @@
+"""What a draft that goes on from another one takes over beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def with_own_config(given: Any) -> Any:
+    """A `draft` section whose `config`, where none is given, is that of the exported draft in `init_from`.
+
+    So its geometry is the draft's and not the target's, and as a file that an option names it travels with checkpoints.
+    """
+    if not isinstance(given, Mapping) or given.get("config") is not None or not given.get("init_from"):
+        return given
+    own = Path(str(given["init_from"])) / "config.json"
+    return {**given, "config": own} if own.is_file() else given
