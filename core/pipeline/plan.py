@@ -21,6 +21,7 @@ from torchspec.core.pipeline.assembly import initial_path
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.parallel_fit import choose_exchange
 from torchspec.core.pipeline.plan_advice import fit_of
+from torchspec.core.pipeline.plan_engine import EngineFit, engine_fit
 from torchspec.core.pipeline.plan_fit import Fit, aligned
 from torchspec.core.pipeline.plan_load import cached_lengths, draft_of_shapes, lengths_of
 from torchspec.core.pipeline.preflight import Checked, check
@@ -30,7 +31,8 @@ from torchspec.core.training.fp8 import described, emulation, scaling_of
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run comes to. Sections are flat and JSON; `notes` are worth a look and no errors."""
+    """What a run comes to. Sections are flat and JSON; `notes` are worth a look and no errors; what is `absent` the run
+    needs and this machine lacks, so that the plan is one for another machine."""
 
     run: dict[str, Any]
     target: dict[str, Any]
@@ -38,19 +40,29 @@ class Plan:
     data: dict[str, Any]
     steps: dict[str, Any]
     memory: Fit
+    engine: EngineFit | None
     settings: list[dict[str, Any]]
+    absent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "memory": self.memory.to_json()}
+        engine = None if self.engine is None else self.engine.to_json()
+        return {**asdict(self), "memory": self.memory.to_json(), "engine": engine}
 
     def to_text(self) -> str:
         """For people: one block per section."""
         lines: list[str] = []
+        if self.absent:
+            lines += [
+                "planned for another machine: this one cannot run it",
+                *(f"  - {each}" for each in self.absent),
+                "",
+            ]
         for title in ("run", "target", "draft", "data", "steps"):
             section: dict[str, Any] = getattr(self, title)
             lines += [title, *aligned([(key, _shown(value), "") for key, value in section.items()]), ""]
         lines += [*self.memory.lines(), ""]
+        lines += [] if self.engine is None else [*self.engine.lines(), ""]
         values = [(row["path"], _shown(row["value"]), f"from {row['source']}") for row in self.settings]
         lines += ["settings", *aligned(values)]
         lines += ["", "notes", *(f"  - {note}" for note in self.notes)] if self.notes else []
@@ -98,6 +110,8 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | N
         data=data,
         steps=steps,
         memory=fit_of(config, ranks, subject),
+        engine=engine_fit(config, subject, weights),
+        absent=list(checked.absent),
         settings=_settings(config, provenance),
         notes=_notes(checked, data, steps, ranks.all),
     )

@@ -39,7 +39,10 @@ class Fit:
 
     def verdict(self) -> str:
         if self.available is None:
-            return "the device does not say how much memory it has: train.memory_gb=N checks against N GB"
+            return (
+                "nothing says how much memory the device has: train.memory_gb=N checks against N GB, device_gb=N "
+                "against what a rank may take of a device of N GB"
+            )
         return (
             f"{'fits' if self.fits else 'does not fit'}: {size(self.need.bytes)} of {size(self.available)} for a rank"
         )

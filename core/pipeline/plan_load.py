@@ -34,6 +34,8 @@ from torchspec.core.pipeline.topology_fit import trainer_fraction
 from torchspec.core.training.fp8 import fp8_weights
 
 GB = 10**9
+DEVICES_ELSEWHERE = 8
+"""Of a machine that is not here, for advice: what servers with accelerators commonly have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A run whose memory is planned. `total` is the device's memory (of the machine, for a CPU), 0 if it cannot say."""
+    """A run whose memory is planned. `total` is the device's memory (of the machine, for a CPU), 0 if nothing says it:
+    neither the device nor, where it is not on this machine, `device_gb`."""
 
     models: Models
     device: DeviceSpec
@@ -143,8 +146,8 @@ def subject_of(
         backend=backend,
         dtype=dtype,
         loss_bytes=loaded.ops.loss_bytes if loaded is not None else 1 << 30,
-        total=loaded.runtime.memory().total if loaded is not None else 0,
-        devices=loaded.runtime.device_count() if loaded is not None else 1,
+        total=loaded.runtime.memory().total if loaded is not None else int((config.device_gb or 0) * GB),
+        devices=loaded.runtime.device_count() if loaded is not None else DEVICES_ELSEWHERE,
         lengths=lengths,
     )
 
@@ -165,8 +168,12 @@ def _fp8_elements(draft: nn.Module, algorithm: Algorithm, target: TargetSpec) ->
     return sum(matrices[name].numel() for name in inside) + (head.numel() if not own and fits(head) else 0)
 
 
-def cached_lengths(config: RunConfig, reader: RowReader, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor | None:
+def cached_lengths(
+    config: RunConfig, reader: RowReader, tokenizer: PreTrainedTokenizerBase | None
+) -> torch.Tensor | None:
     """Tokens of every sample, if the data have been tokenised with these settings before."""
+    if tokenizer is None:
+        return None
     reading = DatasetSettings.of_training(config)
     entry = cache.entry_path(reading, cache.fingerprint(reader.files, tokenizer, reading, None))
     cached = cache.find(entry, None) if entry.exists() else None

@@ -19,12 +19,13 @@ from torchspec.core.config.schema import RunConfig
 from torchspec.core.data.chat import Renderer
 from torchspec.core.data.messages import RowError
 from torchspec.core.data.rows import ChatRow, RowReader
-from torchspec.core.data.tokenizer import load_tokenizer
+from torchspec.core.data.tokenizer import has_tokenizer, load_tokenizer
 from torchspec.core.errors import CheckpointError, ConfigError, DataError, Problem, TorchspecError
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_outline import only_outlined, outline
 from torchspec.core.models.target_spec import read_target_spec, resolve_target
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.pipeline import run_dir
@@ -51,7 +52,8 @@ Found = TypeVar("Found")
 class Checked:
     """`config` is what will be run: settings left at a default that does not fit the target are fitted to it, and
     `sources` says why, by the setting's path. `reader` has read nothing yet. `quantised`: what the engine makes of a
-    target that is."""
+    target that is. `absent`: what the run needs and this machine lacks, a sentence each: only a plan goes without, and
+    without a tokenizer only then."""
 
     config: RunConfig
     sources: dict[str, str]
@@ -59,9 +61,10 @@ class Checked:
     target: TargetSpec
     weights: TargetWeights
     algorithm: Algorithm
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     reader: RowReader
     quantised: str | None = None
+    absent: tuple[str, ...] = ()
 
     def subject(self, lengths: Lengths | None) -> Subject:
         """For planning the memory of this run and of others like it."""
@@ -86,10 +89,12 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     """Raises ConfigError with every problem found. Reads headers, configuration and the first rows of data.
 
     A run whose plan exceeds a given `train.memory_gb`, or what an engine leaves of a device that they share, is
-    refused; a plan of it (`to_run` false) says so itself.
+    refused; a plan of it (`to_run` false) says so itself. A plan may be made elsewhere than the run: it needs neither
+    device nor engine, and of the target its config.json alone.
     Needs no other rank: asked before any process waits for another.
     """
-    problems = _Problems(environment.problems(config.model_dump()))
+    problems = _Problems(environment.problems(config.model_dump(), planned=not to_run))
+    absent = [] if to_run else [f"{each.field} {each.value} is {each.message}" for each in _absent(config)]
     device = problems.attempt("device", lambda: _device(config))
     if device is not None:
         problems += device_problems(config, device, ranks)
@@ -104,19 +109,30 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
         problems.attempt("data.validation", lambda: RowReader(config.data.validation))
 
     target = weights = algorithm = tokenizer = quantised = None
+    outlined = False
     sources: dict[str, str] = {}
     path = problems.attempt("target.path", lambda: resolve_target(config.target.path))
     if path is not None:
         if config.output.resolve() == path.resolve():
             message, remedy = "is the directory of the target", "name a directory for the run"
             problems.append(Problem(field="output", value=str(config.output), message=message, remedy=remedy))
-        weights = problems.attempt("target.path", lambda: TargetWeights.open(path))
-        tokenizer = problems.attempt("target.path", lambda: _tokenizer(config, path))
+        outlined = not to_run and only_outlined(path)
+        if outlined:
+            absent.append(f"{path} has no weights: what they take is worked out from config.json")
+            weights = problems.attempt(
+                "target.path", lambda: outline(path, trust_remote_code=config.target.trust_remote_code)
+            )
+        else:
+            weights = problems.attempt("target.path", lambda: TargetWeights.open(path))
+        if not to_run and not has_tokenizer(path):
+            absent.append(f"{path} has no tokenizer: the chat template is not checked, no length is known")
+        else:
+            tokenizer = problems.attempt("target.path", lambda: _tokenizer(config, path))
         target = problems.attempt("target.path", lambda: read_target_spec(path, config.target.trust_remote_code))
     if target is not None:
-        if weights is not None:
+        if weights is not None and not outlined:
             problems.attempt("target.path", lambda: _check_head(target))
-        if weights is not None and backend is not None and config.pipeline.topology != "offline":
+        if weights is not None and not outlined and backend is not None and config.pipeline.topology != "offline":
             quantised = problems.attempt("target.path", lambda: examined(backend, target))
         algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
         _check_initial(config, algorithm, target, problems)
@@ -128,13 +144,12 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     if tokenizer is not None:
         own = config.target.chat_template is None
         problems.attempt("target.path" if own else "target.chat_template", lambda: _check_template(config, tokenizer))
-    if refusal is None and target is not None and algorithm is not None and tokenizer is not None:
+    if refusal is None and target is not None and algorithm is not None and tokenizer is not None and not outlined:
         problems.attempt("output", lambda: _check_resumable(config, algorithm, target, tokenizer))
-    if not problems and config.pipeline.topology == "offline":
+    if not problems and config.pipeline.topology == "offline" and tokenizer is not None and not outlined:
         assert device is not None
         assert target is not None
         assert algorithm is not None
-        assert tokenizer is not None
         kind = torch.device(device.device_type)
         problems.attempt("pipeline.features", lambda: check_stored(config, algorithm, target, tokenizer, kind))
 
@@ -144,11 +159,10 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     assert target is not None
     assert weights is not None
     assert algorithm is not None
-    assert tokenizer is not None
     assert reader is not None
     checked = Checked(
         config=config, sources=sources, device=device, target=target, weights=weights, algorithm=algorithm,
-        tokenizer=tokenizer, reader=reader, quantised=quantised,
+        tokenizer=tokenizer, reader=reader, quantised=quantised, absent=tuple(absent),
     )  # fmt: skip
     shared = trainer_fraction(config, device.device_type) < 1
     if to_run and (shared or config.train.memory_gb is not None):
@@ -157,6 +171,12 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
         if too_large:
             raise ConfigError(too_large)
     return checked
+
+
+def _absent(config: RunConfig) -> list[Problem]:
+    """Why the device and the engine cannot be used here; that there is none of such a name is a problem of its own."""
+    tree = config.model_dump()
+    return environment.absent_adapters(tree) if not environment.unknown_adapters(tree) else []
 
 
 def _device(config: RunConfig) -> DeviceSpec:

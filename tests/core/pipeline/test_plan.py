@@ -62,6 +62,8 @@ def test_every_problem_is_reported_at_once(make_config: Any, tmp_path: Path, tin
     damaged = tmp_path / "target"
     damaged.mkdir()
     (damaged / "config.json").write_text((tiny_target / "config.json").read_text())
+    (damaged / "model.safetensors").write_bytes(b"cut off")
+    (damaged / "tokenizer.json").write_text("{")
     (tmp_path / "run").write_text("")
     (tmp_path / "empty.jsonl").write_text("")
     draft = config.draft.model_copy(update={"taps": (1, 99), "init_from": tmp_path / "nowhere"})
@@ -84,6 +86,31 @@ def test_every_problem_is_reported_at_once(make_config: Any, tmp_path: Path, tin
     messages = str(caught.value)
     for part in ("safetensors", "tokenizer", "empty.jsonl", "99"):
         assert part in messages, part
+
+
+def test_a_configuration_is_enough_for_a_plan_and_not_for_a_run(
+    make_config: Any, tmp_path: Path, tiny_target: Path
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    shutil.copy(tiny_target / "config.json", target)
+    whole = make_plan(*make_config(tmp_path / "run"))
+    config, provenance = make_config(tmp_path / "run", f"target.path={target}")
+    plan = make_plan(config, provenance)
+    assert [each.partition(":")[0] for each in plan.absent] == [
+        f"{target} has no weights",
+        f"{target} has no tokenizer",
+    ]
+    assert not whole.absent
+    assert plan.target["parameters"] == whole.target["parameters"]
+    parts = [{part.name: part.bytes for part in each.memory.need.parts} for each in (plan, whole)]
+    del parts[0]["process"], parts[1]["process"]
+    assert parts[0] == parts[1]
+    with pytest.raises(ConfigError) as caught:
+        check(config, Ranks())
+    assert {problem.field for problem in caught.value.problems} == {"target.path"}
+    assert "has no weights" in str(caught.value)
+    assert "tokenizer" in str(caught.value)
 
 
 def test_the_directory_of_the_target_is_no_output(make_config: Any, tiny_target: Path) -> None:
