@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torchspec.cli.commands.quickstart import default_nproc, embedded_answers
 from torchspec.cli.console import ProgressDisplay, announce, write_whole
 from torchspec.cli.options import Parser, add_options, all_flags, collect_options
 from torchspec.cli.schemas import TargetOptions
+from torchspec.core.config.recipes import shipped
 from torchspec.core.config.schema import Positive
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
 
@@ -80,14 +80,8 @@ def run(words: Sequence[str]) -> int:
     return _compare(options)
 
 
-def shipped() -> dict[str, Path]:
-    """The recipes that ship, by name."""
-    folder = resources.files("torchspec") / "assets" / "recipes" / RECIPES
-    return {entry.name.removesuffix(".yaml"): Path(str(entry)) for entry in sorted(folder.iterdir(), key=str)}
-
-
 def _recipes(options: BenchOptions) -> dict[str, Path]:
-    known = shipped()
+    known = shipped(RECIPES)
     if not options.recipes:
         return known
     return {name if name in known else Path(name).stem: known.get(name, Path(name)) for name in options.recipes}
@@ -98,7 +92,9 @@ def _problems(options: BenchOptions) -> list[Problem]:
     for name, path in recipes.items():
         if not path.is_file():
             problems.append(
-                Problem(field="--recipes", value=name, message="no such recipe or file", choices=tuple(shipped()))
+                Problem(
+                    field="--recipes", value=name, message="no such recipe or file", choices=tuple(shipped(RECIPES))
+                )
             )
     if options.reference not in recipes:
         message = "must be among the recipes that are compared"
@@ -153,7 +149,7 @@ def _costs(options: BenchOptions, data: Sequence[Path]) -> dict[str, Cost]:
     import torch
 
     from torchspec.cli.comparison import COUNTED_SAMPLES, Cost, flops_per_sample, steps_of
-    from torchspec.core.data.dataset import DatasetSettings, load_dataset
+    from torchspec.core.data.dataset import DatasetSettings, TokenDataset, load_dataset
     from torchspec.core.data.tokenizer import load_tokenizer
     from torchspec.core.models.target_head import load_target_head
     from torchspec.core.models.target_spec import read_target_spec, resolve_target
@@ -164,12 +160,17 @@ def _costs(options: BenchOptions, data: Sequence[Path]) -> dict[str, Cost]:
         path, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=options.trust_remote_code
     )
     counted: dict[str, tuple[float, int]] = {}
+    datasets: dict[str, TokenDataset] = {}  # recipes mostly read the data alike
     for name, recipe in _recipes(options).items():
         config = _configure(options, recipe, data, {})
-        reading = {name: getattr(config.target, name) for name in ("chat_template", "trust_remote_code", "thinking")}
-        tokenizer = load_tokenizer(path, **reading)
-        with ProgressDisplay() as progress:
-            dataset = load_dataset(config.data.train, tokenizer, DatasetSettings.of_training(config), progress)
+        reading = {key: getattr(config.target, key) for key in ("chat_template", "trust_remote_code", "thinking")}
+        settings = DatasetSettings.of_training(config)
+        alike = repr((reading, settings))
+        if alike not in datasets:
+            with ProgressDisplay() as progress:
+                tokenizer = load_tokenizer(path, **reading)
+                datasets[alike] = load_dataset(config.data.train, tokenizer, settings, progress)
+        dataset = datasets[alike]
         samples = [dataset[place * len(dataset) // COUNTED_SAMPLES] for place in range(COUNTED_SAMPLES)]
         counted[name] = flops_per_sample(config, spec, head, samples)
     steps = steps_of({name: flops for name, (flops, _) in counted.items()}, options.reference, options.steps)
