@@ -1,4 +1,4 @@
-"""Names to devices, engines and algorithms, found through entry points. Built-ins take the same road as plug-ins.
+"""Names to devices, engines, algorithms and trackers, found through entry points. Built-ins take the plug-ins' road.
 
 An explicitly chosen name either works or fails with the cause and the remedy; nothing is ever replaced silently.
 """
@@ -18,10 +18,11 @@ from torchspec.core.errors import ConfigError, Problem, UnavailableError
 from torchspec.core.interfaces.algorithm import AlgorithmSpec
 from torchspec.core.interfaces.device import API_VERSION, Availability, Device, DeviceSpec
 from torchspec.core.interfaces.engine import EngineOptions, EngineProcess, EngineSpec, ServingEngine, TargetEngine
+from torchspec.core.interfaces.tracker import TrackerSpec
 
 log = logging.getLogger(__name__)
 
-Spec = TypeVar("Spec", DeviceSpec, EngineSpec, AlgorithmSpec)
+Spec = TypeVar("Spec", DeviceSpec, EngineSpec, AlgorithmSpec, TrackerSpec)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,12 @@ def algorithms() -> Registry[AlgorithmSpec]:
     return Registry.discover("torchspec.algorithms", "algorithm", AlgorithmSpec)
 
 
-def probe(spec: DeviceSpec | EngineSpec) -> Availability:
+@cache
+def trackers() -> Registry[TrackerSpec]:
+    return Registry.discover("torchspec.trackers", "tracker", TrackerSpec)
+
+
+def probe(spec: DeviceSpec | EngineSpec | TrackerSpec) -> Availability:
     """The spec's own answer; a probe that raises is an answer too."""
     try:
         return spec.probe()

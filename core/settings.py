@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.core.errors import UnavailableError
+
+_LEAST_SECRET = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,22 @@ def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
 def is_set(variable: str) -> bool:
     """Whether the user gave this variable, of somebody else's, a value."""
     return bool(os.environ.get(variable))
+
+
+def plain_output() -> bool:
+    """Whether progress is to be plain lines on a terminal, too: NO_COLOR, CI, or a TERM that moves no cursor."""
+    return is_set("NO_COLOR") or is_set("CI") or os.environ.get("TERM", "dumb") in ("", "dumb")
+
+
+def value_of(variable: str) -> str | None:
+    """The value that the user gave this variable, of somebody else's; None for none."""
+    return os.environ.get(variable) or None
+
+
+def values_named(wanted: Callable[[str], bool]) -> list[str]:
+    """Values of the variables with such names, the longest first; none so short that it would be in any text."""
+    found = {value for name, value in os.environ.items() if wanted(name) and len(value) >= _LEAST_SECRET}
+    return sorted(found, key=len, reverse=True)
 
 
 def handed_on(names: Sequence[str] = ("OMP_NUM_THREADS",)) -> dict[str, str]:

@@ -70,7 +70,8 @@ class HfDecodeSession:
             raise DataError(f"a prompt cannot be answered: {error}") from error
         self.prefill = self._prefill(prompts, shown)
         # An image may take fewer positions than it has tokens: what follows it comes so much earlier.
-        self._shift: Tensor | int = target.base.rope_deltas.view(1, 1) if with_images and _counts_images(target) else 0
+        moved: Any = target.base.rope_deltas if with_images and _counts_images(target) else torch.zeros(1)
+        self._shift_11 = moved.view(1, 1).to(target.device, torch.int64)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], images: Mapping[str, Tensor]) -> Prefill:
         """Right padding under a causal mask needs no mask; the head sees only each prompt's last token."""
@@ -129,7 +130,7 @@ class HfDecodeSession:
         if self._keep_BS is None and not _counts_images(self._target):
             return {}
         start_B = torch.tensor(self._lengths, device=self._target.device)
-        where = {"position_ids": start_B[:, None] + torch.arange(new, device=self._target.device) + self._shift}
+        where = {"position_ids": start_B[:, None] + torch.arange(new, device=self._target.device) + self._shift_11}
         if self._keep_BS is not None:
             self._keep_BS = torch.cat((self._keep_BS, self._keep_BS.new_ones(len(self._lengths), new)), dim=1)
             where["attention_mask"] = self._keep_BS

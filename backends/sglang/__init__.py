@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from torchspec.backends.remote.spec import Engine
+from torchspec.backends.sglang.commands import serving_command
 
 PIECES = {"chunked_prefill_size": 64, "max_running_requests": 8}
-ENGINE = Engine(name="sglang", module="sglang", runner="torchspec.backends.sglang.worker", pieces=PIECES)
+ENGINE = Engine(
+    name="sglang",
+    module="sglang",
+    runner="torchspec.backends.sglang.worker",
+    serving_command=serving_command,
+    pieces=PIECES,
+)
 SPEC = ENGINE.spec()

@@ -26,38 +26,63 @@ def default_device() -> tuple[str, str]:
     return registry.choose_device(None, variables.default_device())
 
 
-def problems(tree: Mapping[str, Any]) -> list[Problem]:
-    """What of the merged, unvalidated settings cannot work here. Values of a wrong type are left to the schema."""
-    found: list[Problem] = []
-    device = tree.get("device") or variables.default_device()
-    if isinstance(device, str):
-        found += adapter_problems("device", device, registry.devices())
+def problems(tree: Mapping[str, Any], *, planned: bool = False) -> list[Problem]:
+    """What of the merged, unvalidated settings cannot work here. Values of a wrong type are left to the schema.
+
+    `planned`: for another machine, maybe, so that adapters have to be known and no more.
+    """
+    found = unknown_adapters(tree) if planned else absent_adapters(tree)
     target = tree.get("target", {}).get("path")
     if isinstance(target, str | Path):
         found += target_problems("target.path", Path(target))
-    backend = tree.get("backend", "hf")
-    if isinstance(backend, str):
-        found += engine_problems("backend", backend, device, tree.get("engine"))
     for field in _INPUT_FILES:
         section, _, key = field.partition(".")
         value = tree.get(section, {}).get(key)
         items = value if isinstance(value, list | tuple) else [value]
         found += file_problems(field, [Path(item) for item in items if isinstance(item, str | Path)])
+    found += tracker_problems(tree.get("train", {}))
     output = tree.get("output")
     if isinstance(output, str | Path):
         found += output_problems("output", Path(output))
     return found
 
 
+def unknown_adapters(tree: Mapping[str, Any]) -> list[Problem]:
+    """Why there is no such device or backend as these settings name, here or elsewhere."""
+    named = (
+        ("device", tree.get("device") or variables.default_device(), registry.devices()),
+        ("backend", tree.get("backend", "hf"), registry.backends()),
+    )
+    return [
+        problem for field, name, known in named if isinstance(name, str) for problem in _unknown(field, name, known)
+    ]
+
+
+def absent_adapters(tree: Mapping[str, Any]) -> list[Problem]:
+    """Why the device and the backend that these settings name cannot be used here."""
+    found: list[Problem] = []
+    device = tree.get("device") or variables.default_device()
+    if isinstance(device, str):
+        found += adapter_problems("device", device, registry.devices())
+    backend = tree.get("backend", "hf")
+    if isinstance(backend, str):
+        found += engine_problems("backend", backend, device, tree.get("engine"))
+    return found
+
+
 def adapter_problems(field: str, name: str, known: Registry[Any]) -> list[Problem]:
-    """Why a device or backend of this name cannot be used here; [] if it can."""
+    """Why a device, backend or tracker of this name cannot be used here; [] if it can."""
+    return _unknown(field, name, known) or _unavailable(field, name, registry.probe(known.spec(name)))
+
+
+def _unknown(field: str, name: str, known: Registry[Any]) -> list[Problem]:
     try:
-        availability = registry.probe(known.spec(name))
+        known.spec(name)
     except ConfigError as error:
         return [replace(problem, field=field) for problem in error.problems]
     except TorchspecError as error:
         return [Problem(field=field, value=name, message=str(error))]
-    return _unavailable(field, name, availability)
+    return []
 
 
 def engine_problems(field: str, name: str, device: object, section: object = None) -> list[Problem]:
@@ -72,13 +97,25 @@ def engine_problems(field: str, name: str, device: object, section: object = Non
         chosen, _ = registry.choose_device(device if isinstance(device, str) else None, variables.default_device())
     except ConfigError:
         chosen = "cpu"  # several accelerators and none named, which is reported for itself
-    try:
-        availability = registry.available(registry.backends().spec(name), chosen, process)
-    except ConfigError as error:
-        return [replace(problem, field=field) for problem in error.problems]
-    except TorchspecError as error:
-        return [Problem(field=field, value=name, message=str(error))]
-    return _unavailable(field, name, availability)
+    known = registry.backends()
+    return _unknown(field, name, known) or _unavailable(
+        field, name, registry.available(known.spec(name), chosen, process)
+    )
+
+
+def tracker_problems(train: Mapping[str, Any]) -> list[Problem]:
+    """Which of `train.trackers` cannot be used here, each with the reason."""
+    names, found = train.get("trackers"), list[Problem]()
+    if train.get("project") and not names:
+        remedy = "name some in train.trackers too, or leave it out"
+        found.append(Problem(field="train.project", message="is for trackers", remedy=remedy))
+    listed = [name for name in names if isinstance(name, str)] if isinstance(names, list | tuple) else []
+    for number, name in enumerate(listed):
+        if name in listed[:number]:
+            found.append(Problem(field="train.trackers", value=name, message="named twice"))
+        else:
+            found += adapter_problems("train.trackers", name, registry.trackers())
+    return found
 
 
 def _unavailable(field: str, name: str, availability: Availability) -> list[Problem]:

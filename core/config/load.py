@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from torchspec.core import registry
-from torchspec.core.config import environment, sources
+from torchspec.core.config import environment, recipes, sources
 from torchspec.core.config.fields import FLAGS, sections, settings
 from torchspec.core.config.schema import RunConfig, Schema, with_draft
 from torchspec.core.config.sources import COMMAND_LINE, Setting
@@ -32,14 +32,16 @@ def load_config(
     values: Mapping[str, Any] | None = None,
     values_source: str = "python",
     probe: bool = True,
+    planned: bool = False,
 ) -> tuple[RunConfig, dict[str, str]]:
     """The run configuration, and the source of every setting by its dotted path.
 
-    file       YAML; its settings replace defaults
+    file       YAML, or the name of a recipe that ships; its settings replace defaults
     values     nested mapping from Python; replaces the file's; provenance calls it `values_source`
     flags      dotted path -> value of the command line's own flags
     overrides  `section.key=value` words of the command line; the last of two wins
     probe      also check that the device and the backend can be used here and that the files named exist
+    planned    what is configured may be for another machine: device and backend need not be usable here
 
     Raises ConfigError holding every problem found.
     """
@@ -48,7 +50,7 @@ def load_config(
     whole = True
     if file is not None:
         try:
-            layers += sources.from_yaml(file)
+            layers += sources.from_yaml(recipes.find(file))
         except ConfigError as error:
             problems += error.problems
             whole = False
@@ -63,7 +65,7 @@ def load_config(
     problems += [fault for fault in faults if whole or fault.message != REQUIRED]
     chosen = _device(tree, problems) if probe else None
     if probe:
-        problems += environment.problems(tree)
+        problems += environment.problems(tree, planned=planned)
     if problems or config is None:
         raise ConfigError(problems)
     provenance = {path: _origin(origin, path) for path in settings(schema)}

@@ -104,7 +104,12 @@ class TrainConfig(Section):
         None, gt=0, description="memory of a rank that the plan has to fit, in 1e9 bytes; default: what the device has"
     )
     log_every: Positive = Field(1, description="steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(False, description="write the metrics for TensorBoard too, into OUTPUT/tensorboard")
+    trackers: list[str] = Field(
+        [], description="who else gets the metrics: tensorboard, wandb, mlflow, trackio or a plug-in's name"
+    )
+    project: str | None = Field(
+        None, description="what trackers file the run under; default: their own variable's value, else torchspec"
+    )
     profile_step: Positive | None = Field(
         None, description="record what host and device do in this step, a trace for each rank in OUTPUT/profile"
     )
@@ -267,6 +272,11 @@ class RunConfig(Section):
 
     output: Path = Field(description="the run directory")
     device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
+    device_gb: float | None = Field(
+        None,
+        gt=0,
+        description="memory of one device, in 1e9 bytes, for plans (--dry-run) where none is on this machine",
+    )
     backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
     algorithm: str = Field("eagle3", description="draft algorithm")
     seed: Seed = Field(0, description="seeds data order and initialisation")

@@ -151,7 +151,8 @@ class Renderer:
         outside = [token for token in (min(row.input_ids), max(row.input_ids)) if not 0 <= token < self.id_limit]
         if outside:
             raise RowError(f"token id {outside[0]} is outside the tokenizer's vocabulary of {self.id_limit}")
-        images, image_end = (), 0
+        images: tuple[ImageReference, ...] = ()
+        image_end = 0
         if row.images:
             try:
                 images = tuple(refer_to_image(source) for source in row.images)

@@ -79,6 +79,7 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
     device = registry.load_device(checked.device.name)
     torch_device = device.runtime.bind(0)
     settings = DatasetSettings.from_config(checked.config.data)
+    assert checked.tokenizer is not None
     data = load_dataset(checked.config.data.train, checked.tokenizer, settings, progress)
     check_images(checked.config, data)
     identity = features_identity(
@@ -99,9 +100,13 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
         wanted = [] if len(kept) == len(data) else groups_of(checked, cut, sequence_ranks(config), data)
         if wanted:
             shutil.rmtree(store.root / ENGINE, ignore_errors=True)
+            if progress is not None:
+                progress("load target", 0, 1)
             engine = registry.load_engine(
                 checked.config.backend, engine_options(checked.config, device, store.root / ENGINE)
             )
+            if progress is not None:
+                progress("load target", 1, 1)
             try:
                 received = session.run(engine, wanted, progress)
             finally:

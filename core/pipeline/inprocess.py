@@ -16,18 +16,21 @@ from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.export.layout import ExportContext, write_draft
 from torchspec.core.export.selfcheck import Probe
 from torchspec.core.interfaces.features import Quarantined
+from torchspec.core.interfaces.tracker import Result
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.mesh import ParallelContext
 from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
+from torchspec.core.pipeline.card import Naming, checkpoint_facts
 from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.launch import follow_launcher
 from torchspec.core.pipeline.on_policy import check_countable, resume_pushed
 from torchspec.core.pipeline.preflight import Checked, check
-from torchspec.core.pipeline.rebuild import rebuild, recorded_probe
+from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
 from torchspec.core.pipeline.topology import patience_of
 from torchspec.core.pipeline.topology_fit import trainer_fraction
+from torchspec.core.pipeline.tracking import tracked
 from torchspec.core.training import checkpoint, checkpoint_files
 from torchspec.core.training.feed import Feed
 from torchspec.core.training.ledger import balance, read_ledger
@@ -35,7 +38,7 @@ from torchspec.core.training.low_bit import check_low_bit
 from torchspec.core.training.metrics import MetricsLog
 from torchspec.core.training.served import ServedCheckError
 from torchspec.core.training.signals import StopRequest
-from torchspec.core.training.trackers import TensorBoard, check_tensorboard
+from torchspec.core.training.tracking import Tracking
 from torchspec.core.training.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
@@ -119,8 +122,6 @@ def _refuse_unled(config: RunConfig) -> None:
 def _train(
     checked: Checked, provenance: Mapping[str, str], context: ParallelContext, progress: ProgressSink | None
 ) -> RunOutcome:
-    if checked.config.train.tensorboard:
-        check_tensorboard()
     if checked.config.train.optimizer == "adamw8bit":
         check_low_bit()
     run = context.main_only(lambda: run_dir.open_run(checked.config))
@@ -141,6 +142,7 @@ def _train_in(
     config, algorithm = checked.config, checked.algorithm
     checkpoints = config.output / run_dir.CHECKPOINTS
     resumed = checkpoint.choose(checkpoints, context)
+    assert checked.tokenizer is not None
     data = assembly.load_data(config, checked.tokenizer, context, progress)
     if config.on_policy.enabled:
         check_countable(algorithm, checked.target, data.train.token_counts_V)
@@ -159,17 +161,20 @@ def _train_in(
             context.main_only(lambda: resume_pushed(config, trainer.counters.step))
         probe = context.agree(lambda: _probe(trainer.feed, data, context))
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start, probe))
-        try:
-            outcome = _run(run, config, trainer, progress)
-        finally:
-            feed.close()
-            if setup.served is not None:
-                setup.served.close()
-        if outcome.signal:
-            logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
-            return _outcome(config, outcome, finished=False)
-        context.main_only(lambda: _balance(run, data, outcome, trainer))
-        context.main_only(lambda: _finish(config, target, progress))
+        with tracked(run, config, _environment(context), trainer.counters.step) as tracking:
+            try:
+                outcome = _run(run, trainer, progress, tracking)
+            finally:
+                feed.close()
+                if setup.served is not None:
+                    setup.served.close()
+            if outcome.signal:
+                logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
+                return _outcome(config, outcome, finished=False)
+            context.main_only(lambda: _balance(run, data, outcome, trainer))
+            context.main_only(lambda: _finish(config, target, progress))
+            if tracking is not None:
+                tracking.results(_results(config, trainer))
     if setup.served is not None and setup.served.failures:
         listed = "\n  - ".join(setup.served.failures)
         raise ServedCheckError(f"trained, and the draft is in {config.output / run_dir.DRAFT}, but:\n  - {listed}")
@@ -211,12 +216,23 @@ def _record(
     """Everything the run directory says about this session; rank 0 only."""
     assert run is not None
     context = trainer.context
-    environment = run_dir.describe_environment(context.device.name, context.torch_device, context.world_size)
-    run_dir.record_session(run, config, provenance, environment, trainer.counters.step)
+    run_dir.record_session(run, config, provenance, _environment(context), trainer.counters.step)
     facts = assembly.data_facts(data.train, config.data.train, start.vocabulary)
     checkpoint_files.write_json(run.path / run_dir.DATA, facts)
     if probe is not None:
         probe.save(run.path / run_dir.PROBE)
+
+
+def _environment(context: ParallelContext) -> dict[str, Any]:
+    return run_dir.describe_environment(context.device.name, context.torch_device, context.world_size)
+
+
+def _results(config: RunConfig, trainer: Trainer) -> dict[str, Result]:
+    """What the run came to, for trackers."""
+    counters = trainer.counters
+    counts = {name: getattr(counters, name) for name in ("step", "samples", "quarantined", "tokens")}
+    best = checkpoint.best_score(config.output / run_dir.CHECKPOINTS)
+    return counts if best is None else {**counts, "acceptance_length": best, "draft_length": config.eval.draft_length}
 
 
 def _probe(feed: Feed, data: Data, context: ParallelContext) -> Probe | None:
@@ -228,15 +244,15 @@ def _probe(feed: Feed, data: Data, context: ParallelContext) -> Probe | None:
     return None if isinstance(features, Quarantined) else Probe.record(features)
 
 
-def _run(run: RunDirectory | None, config: RunConfig, trainer: Trainer, progress: ProgressSink | None) -> Outcome:
+def _run(
+    run: RunDirectory | None, trainer: Trainer, progress: ProgressSink | None, tracking: Tracking | None
+) -> Outcome:
     counters = trainer.counters
-    tracked = run is not None and config.train.tensorboard
-    tracker = TensorBoard(config.output / "tensorboard", after_step=counters.step) if tracked else None
     log = MetricsLog(
         None if run is None else run.metrics,
         after_step=counters.step,
         validated=counters.validated_step == counters.step,
-        tracker=tracker,
+        tracker=tracking,
     )
     ledger = MetricsLog(None if run is None else run.ledger, after_step=counters.step)
     with log, ledger, StopRequest() as stop:
@@ -266,11 +282,13 @@ def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) ->
         progress("export", 0, 1)
     trusted = config.target.trust_remote_code
     best = checkpoint_files.whole_best(config.output / run_dir.CHECKPOINTS)
-    rebuilt = rebuild(best or config.output, target=target.spec.path, trust_remote_code=trusted)
+    chosen = find_checkpoint(best or config.output)
+    rebuilt = rebuild(chosen, target=target.spec.path, trust_remote_code=trusted)
     export = ExportContext(
         head=rebuilt.head,
         device=registry.load_device("cpu"),  # the rebuilt draft and head are there, and the check is small
         probe=recorded_probe(config.output),
+        card=checkpoint_facts(chosen, rebuilt.algorithm, rebuilt.target, Naming()),
     )
     layout = rebuilt.algorithm.layouts[0]
     write_draft(rebuilt.algorithm, rebuilt.draft, layout, config.output / run_dir.DRAFT, export)

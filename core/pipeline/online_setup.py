@@ -39,7 +39,10 @@ from torchspec.core.training.sharding import COMPUTE, shard_draft
 
 logger = logging.getLogger(__name__)
 
-LOOP = ("epochs", "memory_gb", "log_every", "tensorboard", "profile_step", "checkpoint_every", "keep_last", "resume")
+LOOP = (
+    "epochs", "memory_gb", "log_every", "trackers", "project", "profile_step", "checkpoint_every", "keep_last",
+    "resume",
+)  # fmt: skip
 """Settings of `train` that belong to who owns the loop."""
 
 Found = TypeVar("Found")

@@ -12,6 +12,7 @@ RUN/
     probe.safetensors  a recorded piece of target features, for the export's self-check
     checkpoints/       see core/training/checkpoint_files.py
     .checkpointed      there has been a checkpoint
+    trackers.json      the run's own id, by which trackers go on with it, and which they are
     draft/             the exported draft of the best (else the last) checkpoint
     report.html
 """
@@ -21,7 +22,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ import torch
 from torchspec.core import settings
 from torchspec.core.config.dump import to_yaml
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.config.secrets import HIDDEN, is_secret
 from torchspec.core.errors import CheckpointError, TorchspecError
 from torchspec.core.training.checkpoint_files import DAMAGED, lost, read_json, write_json
 
@@ -45,8 +46,6 @@ LEDGER, BALANCE = "ledger.jsonl", "ledger.json"
 METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
 WRITTEN = (CONFIG, PROVENANCE, DATA, PROBE, DRAFT)
 DISTRIBUTIONS = ("torchspec", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-# "token", not "tokens": eval.max_new_tokens is no secret.
-_SECRET = re.compile(r"(?i)(token(?!s)|secret|password|passwd|api[_-]?key|credential)[\w.-]*$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +199,11 @@ def command_line(words: Sequence[str]) -> list[str]:
     hide_next = False
     for word in words:
         name, equals, _ = word.partition("=")
-        secret = _SECRET.search(name) is not None
+        secret = is_secret(name)
         if hide_next:
-            shown.append("***")
+            shown.append(HIDDEN)
         elif equals and secret:
-            shown.append(f"{name}=***")
+            shown.append(f"{name}={HIDDEN}")
         else:
             shown.append(word)
         hide_next = secret and not equals and word.startswith("-")

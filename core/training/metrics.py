@@ -22,10 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes the same rows; see core/training/trackers.py."""
+    """Takes the same rows; see core/training/tracking.py."""
 
     def write(self, row: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 class MetricsLog:
@@ -37,7 +36,7 @@ class MetricsLog:
         """Continue `path` behind `after_step`; later rows, and a line that was cut short, are removed.
 
         `validated` says whether the validation of `after_step` belongs to what the run continues from; if not, it
-        will run (again) and its row goes too. `tracker` gets every row as well, and is closed with the log.
+        will run (again) and its row goes too. `tracker` gets every row as well.
         """
         self._file: RawIOBase | None = None
         self._path = path
@@ -72,9 +71,6 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._tracker is not None:
-            self._tracker.close()
-            self._tracker = None
 
     def __enter__(self) -> MetricsLog:
         return self

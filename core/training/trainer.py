@@ -154,6 +154,8 @@ class Trainer:
         config, counters = self.setup.config, self.counters
         received = 0
         self.feed.start(self.plan, self.samples, counters.step, self.total_steps)
+        if progress is not None:  # the first step may have something to compile
+            progress("train", counters.step, self.total_steps)
         if self._validation_due():  # the run ended between this step's checkpoint and its validation
             received = self._validate(log, stop)
         while counters.step < self.total_steps and not received:

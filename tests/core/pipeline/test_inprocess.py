@@ -190,9 +190,13 @@ def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> N
         with pytest.raises(ConfigError) as caught:
             train(config, provenance=provenance)
         said = str(caught.value)
-        assert "draft.taps: the draft in draft.init_from reads [1, 3, 4] (got [0, 3, 5])" in said
-        assert "its norm_before_residual is False, this draft's True" in said
-        assert "its draft_vocab_size is 100, this draft's 99" in said
+        if source == "draft":
+            assert "draft.norm_before_residual: the draft in draft.init_from says False (got True)" in said
+            assert "draft.vocab_size: the draft in draft.init_from says 100 (got 99)" in said
+        else:
+            assert "draft.taps: the draft in draft.init_from reads [1, 3, 4] (got [0, 3, 5])" in said
+            assert "its norm_before_residual is False, this draft's True" in said
+            assert "its draft_vocab_size is 100, this draft's 99" in said
         assert not (tmp_path / "refused").exists()
 
     turned = tmp_path / "turned"
@@ -200,13 +204,13 @@ def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> N
     stated = json.loads((turned / "config.json").read_text())
     rope = {**stated["rope_parameters"], "rope_theta": 12345.0}
     (turned / "config.json").write_text(json.dumps({**stated, "rope_parameters": rope}))
-    config, provenance = make_config(tmp_path / "refused", f"draft.init_from={turned}")
+    words = (f"draft.init_from={turned}", f"draft.config={tmp_path / 'first' / 'draft'}")
+    config, provenance = make_config(tmp_path / "refused", *words)
     with pytest.raises(ConfigError, match=r"(?s)its rope_parameters is \{.*12345.0.*draft.config=FILE"):
         train(config, provenance=provenance)
-    config, provenance = make_config(
-        tmp_path / "follows", f"draft.init_from={turned}", f"draft.config={turned}", "train.max_steps=1"
-    )
+    config, provenance = make_config(tmp_path / "follows", f"draft.init_from={turned}", "train.max_steps=1")
     train(config, provenance=provenance)
+    assert rebuild(tmp_path / "follows").algorithm.geometry.rope_parameters["rope_theta"] == 12345.0
 
 
 def test_a_target_that_cannot_be_decoded_as_asked_is_refused_before_training(

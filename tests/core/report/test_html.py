@@ -54,3 +54,12 @@ def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) 
         signal.signal(signal.SIGXFSZ, before)
     assert (tmp_path / "report.html").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
+
+
+def test_the_page_says_how_the_run_was_made(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    sessions = [{"command": ["/x/__main__.py", "train", "--output", "a b"]}, {"command": []}, {}, "damaged"]
+    (tmp_path / "environment.json").write_text(json.dumps({"sessions": sessions}))
+    text = write_report(tmp_path).read_text()
+    assert "<pre>torchspec train --output &#39;a b&#39;</pre>" in text
+    assert "How to serve it" not in text, "there is no draft"

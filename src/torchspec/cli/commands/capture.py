@@ -47,11 +47,13 @@ class CaptureDisplay(ProgressDisplay):
         super().__call__(stage, done, total)
 
     def _current(self, stage: str) -> str:
-        if self._first is None:
+        from torchspec.core.pipeline.capture import STAGE
+
+        if self._first is None or stage != STAGE:
             return ""
         since, before = self._first
         seconds = time.monotonic() - since
-        return f"tokens, {(self._done - before) / seconds:.0f} tokens/s" if self._done > before else "tokens"
+        return f"{(self._done - before) / seconds:.0f} tokens/s" if self._done > before else ""
 
 
 def parser() -> Parser:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchspec.core.registry import Registry
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
-OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow")
+OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow", "trackio")
 
 _EVERYWHERE = ("json_output", "conformance", "conformance_backend")
 _NO_CHECKS = ("chat_template", "thinking")

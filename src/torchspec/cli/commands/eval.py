@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -30,6 +31,7 @@ class EvalOptions(DecodingConfig, JsonOption, PromptOptions, EngineFlags):
     prompt_lookup: bool = Field(False, description="also measure n-gram drafting, for comparison")
     seed: Seed = Field(0, description="of sampling, at temperature > 0")
     output: Path | None = Field(None, description="write the figures here as JSON (eval.json)")
+    track: bool = Field(False, description="give the figures to the trackers of the run that the draft is in, too")
 
 
 def parser() -> Parser:
@@ -49,6 +51,11 @@ def parser() -> Parser:
 def run(words: Sequence[str]) -> int:
     options = read_options(parser(), EvalOptions, words)
     _refuse_what_does_not_apply(options)
+    if options.track:
+        from torchspec.core.pipeline.tracking import evaluation_problems
+
+        if problems := evaluation_problems("--track", options.draft):
+            raise ConfigError(problems)
     announce("torchspec eval: loading")
     from torchspec.core.pipeline.launch import follow_launcher
 
@@ -71,10 +78,13 @@ def run(words: Sequence[str]) -> int:
         seed=options.seed,
     )
     with ProgressDisplay() as progress:
-        target = load_target(options)
+        with progress.phase("load target"):
+            target = load_target(options)
         try:
             data = DatasetSettings(max_length=options.max_length)
-            prompts = load_prompts(options.data, target.tokenizer, data, progress, count=options.samples)
+            prompts = load_prompts(
+                options.data, target.tokenizer, data, progress, count=options.samples, images=target.images
+            )
             evaluation = evaluate_draft(
                 target,
                 options.draft,
@@ -92,7 +102,15 @@ def run(words: Sequence[str]) -> int:
         show(evaluation)
     if options.output is not None:  # last: a full disk must not cost the figures
         evaluation.write(options.output)
+    _track(options, evaluation.to_json())
     return 0
+
+
+def _track(options: EvalOptions, figures: dict[str, Any]) -> None:
+    from torchspec.core.pipeline.tracking import followed_run, track_evaluation
+
+    if options.track and (run := followed_run(options.draft)) is not None:
+        track_evaluation(run, figures)
 
 
 def _refuse_what_does_not_apply(options: EvalOptions) -> None:
@@ -134,5 +152,6 @@ def _in_engine(options: EvalOptions) -> int:
         show(result)
     if options.output is not None:
         write_whole(options.output, json.dumps(result.to_json(), indent=2) + "\n")
+    _track(options, result.to_json())
     check_agreement(result, options.tolerance)  # last: what was measured is shown and kept
     return 0

@@ -51,7 +51,8 @@ def run(words: Sequence[str]) -> int:
         batch_size=options.batch_size,
     )
     with ProgressDisplay() as progress:
-        target = load_target(options)
+        with progress.phase("load target"):
+            target = load_target(options)
         try:
             report = regenerate(
                 target.engine,
@@ -60,6 +61,7 @@ def run(words: Sequence[str]) -> int:
                 options.output,
                 settings,
                 dtype=target.dtype,
+                images=target.images,
                 progress=progress,
             )
         finally:

@@ -87,11 +87,17 @@ def run(words: Sequence[str]) -> int:
     code = _train(options, data, train_files, overrides, nproc)
     if code:
         return code
+    from torchspec.core.pipeline.card import put_result
+    from torchspec.core.pipeline.tracking import track_evaluation
+
     announce("4/5 decoding held-out conversations with the draft and without it")
     evaluation = _evaluate(options, config, data)
     _show(options, evaluation)  # first: a full disk must not cost the figures
     announce("5/5 report")
     evaluation.write(options.output / "eval.json")
+    put_result(options.output / "draft", "held-out questions", evaluation.to_json())
+    if config.train.trackers:
+        track_evaluation(options.output, evaluation.to_json())
     page = _report(options.output)
     announce(f"report  {page}\ndraft   {options.output / 'draft'}\nfigures {options.output / 'eval.json'}")
     return 0

@@ -1,4 +1,4 @@
-"""`torchspec report`: the HTML page of a run."""
+"""`torchspec report`: the HTML page of a run, or one that compares several."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from torchspec.core.errors import ConfigError
 
 
 def parser() -> Parser:
-    made = Parser("report", "Write report.html into a run directory and print its path.")
-    made.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the --output of a `torchspec train`")
+    made = Parser(
+        "report",
+        "Write report.html into a run directory and print its path. Of several runs, write comparison.html into the\n"
+        "first one's: curves over each other, figures with their differences to the first run, settings that differ.",
+    )
+    help_text = "the --output of a `torchspec train`; several are compared"
+    made.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help=help_text)
     return made
 
 
@@ -21,7 +26,13 @@ def run(words: Sequence[str]) -> int:
     problems += made.surplus(loose)
     if problems:
         raise ConfigError(problems)
-    from torchspec.core.report.html import write_report
+    run_dirs = [Path(word) for word in options["run_dirs"]]
+    if len(run_dirs) > 1:
+        from torchspec.core.report.compare import write_comparison
 
-    print(write_report(options["run_dir"]))
+        print(write_comparison(run_dirs))
+    else:
+        from torchspec.core.report.html import write_report
+
+        print(write_report(run_dirs[0]))
     return 0

@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from torchspec.cli.console import announce
 from torchspec.cli.options import Parser, add_options
-from torchspec.cli.training import train
+from torchspec.cli.training import TrainingDisplay, train
 from torchspec.core.config.fields import FLAGS, default_text, settings, type_text
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.config.sources import parse_value
@@ -50,7 +50,12 @@ def bare_parser() -> Parser:
         help="terms of the loss, each with a weight (1 if none is given), in the place of the default: lk_lambda, or "
         "kl=0.5,tv=0.5 (the terms: draft.objective)",
     )
-    made.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    made.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file of settings, or a recipe that ships (`torchspec recipes`)",
+    )
     made.add_argument("--nproc", metavar="N", default="1", help="start N ranks on this machine [default: 1]")
     made.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
     made.add_argument("--json", action="store_true", help="with --dry-run: print the plan as one JSON object")
@@ -101,7 +106,7 @@ def run(words: Sequence[str]) -> int:
     from torchspec.core.config.load import load_config
 
     try:
-        config, provenance = load_config(file=file, flags=values, overrides=overrides)
+        config, provenance = load_config(file=file, flags=values, overrides=overrides, planned=dry_run)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if nproc > 1 and here.world_size > 1:
@@ -142,7 +147,9 @@ def run(words: Sequence[str]) -> int:
         from torchspec.core.pipeline import cluster
         from torchspec.core.pipeline.preflight import check
 
-        return cluster.run(check(config, ranks).config, words, announce)
+        checked_config = check(config, ranks).config
+        with TrainingDisplay(checked_config) as progress:
+            return cluster.run(checked_config, words, progress.say)
     return train(config, provenance, silent=not first)
 
 

@@ -1,0 +1,1 @@
+"""Trackers that ship with torchspec: one file each, its package imported when a run opens it."""
