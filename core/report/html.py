@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,6 +15,8 @@ import yaml
 from jinja2 import Environment, select_autoescape
 
 from torchspec.core.errors import TorchspecError
+from torchspec.core.export.card import CardFacts, serving
+from torchspec.core.models.target_spec import resolve_target
 from torchspec.core.report import charts, pipeline
 
 logger = logging.getLogger(__name__)
@@ -49,21 +52,35 @@ def write_report(run_dir: Path) -> Path:
     Raises TorchspecError when the directory is no run: neither metrics.jsonl nor eval.json is in it.
     """
     record = read_run(run_dir)
-    page = _environment().from_string(
-        resources.files("torchspec.core.report").joinpath("template.html").read_text(encoding="utf-8")
-    )
-    path = run_dir / "report.html"
-    text = page.render(
+    text = render(
+        "template.html",
         run=record,
         name=run_dir.resolve().name,
         tiles=_tiles(record),
         charts=_charts(record),
+        serving=_serving(record),
+        commands=_commands(record),
         config=yaml.safe_dump(record.config, sort_keys=False) if record.config else "",
     )
+    return write_page(run_dir / "report.html", text)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this file, with the style that all pages share."""
+    style = _asset("style.html")
+    return _environment().from_string(_asset(template)).render(style=style, **values)
+
+
+def _asset(name: str) -> str:
+    return resources.files("torchspec.core.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Whole or not at all; TorchspecError when it cannot be written."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         aside.write_text(text, encoding="utf-8")
-        aside.replace(path)  # whole or not at all
+        aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise TorchspecError(f"cannot write {path}: {error.strerror}") from error
@@ -94,11 +111,12 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def _environment() -> Environment:
     environment = Environment(autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
+    environment.filters["number"] = number
     return environment
 
 
-def _number(value: object) -> str:
+def number(value: object) -> str:
+    """A value as people read it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -149,22 +167,23 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     if result.get("speedup"):
         tiles.append(("speed-up", f"{result['speedup']:.2f}x"))
     if result.get("tokens_per_second"):
-        tiles.append(("tokens/s with draft", _number(float(result["tokens_per_second"]))))
+        tiles.append(("tokens/s with draft", number(float(result["tokens_per_second"]))))
     if result.get("tokens_per_second_draftless"):
-        tiles.append(("tokens/s without", _number(float(result["tokens_per_second_draftless"]))))
+        tiles.append(("tokens/s without", number(float(result["tokens_per_second_draftless"]))))
     if result.get("lossless") is not None:
         tiles.append(("lossless", "yes" if result["lossless"] else "no"))
     if record.train:
         last = record.train[-1]
-        tiles.append(("steps", _number(int(last["step"]))))
-        tiles.append(("tokens trained", _number(int(last.get("tokens", 0)))))
+        tiles.append(("steps", number(int(last["step"]))))
+        tiles.append(("tokens trained", number(int(last.get("tokens", 0)))))
         lost = sum(len(row.get("quarantined", {})) for row in record.train)
         if lost:
-            tiles.append(("samples quarantined", _number(lost)))
+            tiles.append(("samples quarantined", number(lost)))
     return tiles
 
 
-def _series(rows: list[Row], key: str) -> list[tuple[float, float]]:
+def series(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have it."""
     return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
 
 
@@ -198,7 +217,7 @@ def _charts(record: RunRecord) -> list[Chart]:
     add(
         "Loss",
         "Cross-entropy against the target's distribution; KL is what it is above that distribution's own entropy.",
-        {"loss": _series(record.train, "loss"), "KL": _series(record.train, "kl")},
+        {"loss": series(record.train, "loss"), "KL": series(record.train, "kl")},
         "nats",
     )
     add(
@@ -207,15 +226,15 @@ def _charts(record: RunRecord) -> list[Chart]:
         "mean over positions is above it, since decoding lingers where drafting is hard. Decoded: real speculative "
         "decoding of validation prompts, by torchspec itself or in a serving engine.",
         {
-            "simulated": _series(record.train, "simulated_acceptance_length"),
-            "mean over trained positions": _series(record.train, "joint_prefix_length"),
-            "decoded": _series(record.validation, "acceptance_length"),
-            "decoded while the text was written": _series(
+            "simulated": series(record.train, "simulated_acceptance_length"),
+            "mean over trained positions": series(record.train, "joint_prefix_length"),
+            "decoded": series(record.validation, "acceptance_length"),
+            "decoded while the text was written": series(
                 [{"step": row["step"], **row["on_policy"]} for row in record.train if row.get("on_policy")],
                 "acceptance_length",
             ),
             **{
-                f"in {name}" if name else "decoded beside the training": _series(rows, "acceptance_length")
+                f"in {name}" if name else "decoded beside the training": series(rows, "acceptance_length")
                 for name, rows in _by_engine(record.served).items()
             },
         },
@@ -227,20 +246,59 @@ def _charts(record: RunRecord) -> list[Chart]:
         _positions(record.train, "accuracy_per_position"),
         "",
     )
-    add("Learning rate", "", {"lr": _series(record.train, "lr")}, "", smooth=False)
-    add("Gradient norm", "Before clipping.", {"norm": _series(record.train, "grad_norm")}, "")
-    add("Throughput", "", {"tokens/s": _series(record.train, "tokens_per_second")}, "tokens/s")
+    add("Learning rate", "", {"lr": series(record.train, "lr")}, "", smooth=False)
+    add("Gradient norm", "Before clipping.", {"norm": series(record.train, "grad_norm")}, "")
+    add("Throughput", "", {"tokens/s": series(record.train, "tokens_per_second")}, "tokens/s")
     add(
         "Pipeline",
         pipeline.verdict(record.train),
         {"trainer waits": pipeline.waiting(record.train), "engines work": pipeline.working(record.train)},
         "share of the time",
     )
+    memory = [{"step": row["step"], **row["memory"]} for row in record.train if isinstance(row.get("memory"), dict)]
+    add(
+        "Memory",
+        "The highest so far, of the rank that needs most.",
+        {"peak": [(step, value / 2**20) for step, value in series(memory, "peak")]},
+        "MiB",
+        smooth=False,
+    )
     where = _time_shares(record.train)
     if where:
         svg = charts.bars(where, x="", y="share of step time", top=1.0)
         drawn.append(Chart(title="Where the time went", note="Mean over all steps.", svg=svg))
     return drawn
+
+
+def _serving(record: RunRecord) -> dict[str, str]:
+    """engine -> the command that serves the target with the run's draft; {} where there is none yet."""
+    draft = record.directory / "draft"
+    target = record.config.get("target")
+    if not (draft / "config.json").is_file() or not isinstance(target, dict) or not target.get("path"):
+        return {}
+    length = record.evaluation.get("best_draft_length") or record.evaluation.get("draft_length")
+    try:
+        facts = CardFacts(
+            algorithm=str(record.config.get("algorithm", "")),
+            target_name=str(target["path"]),
+            target_shape="",
+            torchspec="",
+            base_model=str(resolve_target(Path(str(target["path"])))),
+            repository=str(draft.resolve()),
+            draft_length=length if isinstance(length, int) else 5,
+        )
+        return serving(facts, draft)[0]
+    except (TorchspecError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("how to serve %s is left out of the report: %s", draft, error)
+        return {}
+
+
+def _commands(record: RunRecord) -> list[str]:
+    """The command of each session."""
+    sessions = record.environment.get("sessions")
+    found = [each.get("command") for each in sessions if isinstance(each, dict)] if isinstance(sessions, list) else []
+    told = [[str(word) for word in words] for words in found if isinstance(words, list) and words]
+    return [shlex.join(["torchspec" if Path(first).name == "__main__.py" else first, *rest]) for first, *rest in told]
 
 
 def _by_engine(rows: list[Row]) -> dict[str, list[Row]]:
