@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import yaml
-from jinja2 import Environment, StrictUndefined, Template
+from typing import TYPE_CHECKING, Any
 
 from torchspec.core import registry
 from torchspec.core.errors import ConfigError, UnavailableError
 from torchspec.core.interfaces.algorithm import DraftFiles
+
+# yaml and jinja2 are imported where a card is made: engines' workers read drafts without them.
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 CARD = "README.md"
 TARGET, DRAFT = "TARGET", "DRAFT"
@@ -115,7 +116,7 @@ def make_card(facts: CardFacts, files: DraftFiles, directory: Path) -> str:
         without=without,
         notes=[without_paths(note) for note in files.notes],
         results=results_text(facts.results),
-        recipe=yaml.safe_dump(dict(facts.recipe), sort_keys=False, default_flow_style=None) if facts.recipe else "",
+        recipe=_yaml(dict(facts.recipe), default_flow_style=None) if facts.recipe else "",
     )  # fmt: skip
     return _front_matter(facts, list(commands)) + _marked(body)
 
@@ -172,7 +173,7 @@ def _front_matter(facts: CardFacts, engines: Sequence[str]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["speculative-decoding", "draft-model", facts.algorithm, *engines],
     }
-    return "\n".join(lines) + "\n" + yaml.safe_dump(known, sort_keys=False) + "---\n\n"
+    return "\n".join(lines) + "\n" + _yaml(known) + "---\n\n"
 
 
 def serving(facts: CardFacts, directory: Path) -> tuple[dict[str, str], list[str]]:
@@ -202,6 +203,8 @@ def hub_id(path: Path) -> tuple[str, str] | None:
 
 def stated_license(directory: Path) -> str | None:
     """What a model's own card gives as its license."""
+    import yaml
+
     try:
         front = _FRONT.search((directory / CARD).read_text(encoding="utf-8"))
         values = yaml.safe_load(front[1]) if front is not None else None
@@ -216,7 +219,16 @@ def without_paths(text: str) -> str:
     return re.sub(r"(?<![\w.:/])/(?:[^\s/,;:'\"`)]+/)*([^\s/,;:'\"`)]+)", r"\1", text)
 
 
+def _yaml(values: Mapping[str, Any], **style: Any) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, **style)
+    return text
+
+
 def _template(name: str) -> Template:
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["count"] = lambda value: f"{value:,}" if isinstance(value, int) else str(value)
     text = resources.files("torchspec.core.export").joinpath(name).read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, LlamaConfig
 
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.geometry import SIZES, LayerGeometry
 from torchspec.core.models.layers import llama_rope
@@ -77,15 +78,6 @@ def speculators_fields(kind: str, target: TargetSpec, layer: Mapping[str, Any], 
     }
 
 
-def verified_by(config: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """A config in which the target that verifies has this name, where it names one at all."""
-    described = config.get("speculators_config")
-    if not isinstance(described, Mapping) or "verifier" not in described:
-        return dict(config)
-    verifier = {**described["verifier"], "name_or_path": target}
-    return {**config, "speculators_config": {**described, "verifier": verifier}}
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """A draft's config.json. Raises ValueError saying what is wrong with the file."""
     try:
@@ -97,10 +89,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError("is not a JSON object")
     return config
-
-
-def is_speculators(config: Mapping[str, Any]) -> bool:
-    return "speculators_model_type" in config
 
 
 def layer_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchspec.core import registry
 from torchspec.core.errors import CheckpointError, UnavailableError
 from torchspec.core.export.card import CARD, CardFacts, make_card, unchanged
-from torchspec.core.export.draft_config import is_speculators, verified_by
 from torchspec.core.export.seeming import what_it_seems
 from torchspec.core.export.selfcheck import Probe, SelfCheck, check_files
+from torchspec.core.export.speculators import is_speculators, verified_by
 from torchspec.core.export.weights import WEIGHTS, read_tensors
 from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftFiles
 from torchspec.core.interfaces.device import Device

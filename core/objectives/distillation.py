@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.objectives.chunks import Chunk, SharedChunk
@@ -150,8 +149,10 @@ class _Distillation(torch.autograd.Function):
         return run.loss, *values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # `once_differentiable` takes the gradients for constants where `dloss` has no graph, as the loss's own has not.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the distillation loss is differentiable once: leave create_graph out")
         # Out of place: the graph may be asked again.
         grads = iter([grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors])
         dnorm_H = next(grads)

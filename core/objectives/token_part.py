@@ -21,6 +21,10 @@ from torchspec.core.parallel.vocabulary import gather_vectors
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked for; `temporary_bytes` is how large a temporary should be."""
@@ -33,16 +37,16 @@ class Request:
 
     def problems(self, rows: Tensor, name: str, tokens_N: Tensor, columns: int) -> Iterator[str]:
         """What is wrong with the rows that the tokens belong to, and with a part of so many columns."""
-        if rows.dim() != 2 or not rows.is_floating_point():
-            yield f"{name} are a floating-point matrix with a row for each token, not {told(rows)}"
+        if rows.dim() != 2 or not rows.is_floating_point() or rows.dtype.itemsize < 2:
+            yield f"{name} are a matrix of floats, of 16 bits or more, with a row for each token, not {told(rows)}"
         if tokens_N.shape != rows.shape[:1] or tokens_N.dtype not in _INTEGERS or tokens_N.device != rows.device:
             yield f"tokens are one integer for each row of {name} ({told(rows)}), not {told(tokens_N)}"
         if self.shards is not None:
             start, stop = self.shards.bounds(self.shards.rank)
             if columns != stop - start:
                 yield f"rank {self.shards.rank} has {columns} tokens of the vocabulary, the shards say {stop - start}"
-        if not 0 < self.temperature < math.inf:
-            yield f"a temperature is positive and finite, not {self.temperature}"
+        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+            yield f"a temperature is one number, positive and finite, not {self.temperature!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

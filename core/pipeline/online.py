@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.errors import ConfigError, Problem, TargetError
 from torchspec.core.export.selfcheck import Probe, SelfCheck
 from torchspec.core.interfaces.algorithm import Algorithm, Moment
 from torchspec.core.interfaces.features import NormState
@@ -256,9 +256,20 @@ class OnlineDraftTrainer:
 
         The draft is taught by `last` through the head as it is when the step is taken, so call it between the steps of
         the samples before and after the change. Every rank must be given the same. Raises TargetError, and changes
-        nothing, where a tensor has another shape or is not finite.
+        nothing, where a tensor has another shape or is not finite, and where both a target and tensors are given, or
+        neither.
         """
+        parts = {"embedding": embedding, "head": head, "norm": norm}
+        given = [name for name, part in parts.items() if part is not None]
+        if (target is None) == (not given):
+            found = f"a target and {', '.join(given)}" if given else "nothing"
+            raise TargetError(f"the target was not updated: given {found}, expected a target or some of its tensors")
         if target is not None:
+            if not isinstance(target, PreTrainedModel | TargetTensors):
+                raise TargetError(
+                    f"the target was not updated: given a {type(target).__name__}, expected a model of transformers or "
+                    "torchspec.TargetTensors"
+                )
             whole = TargetTensors.of(target) if isinstance(target, PreTrainedModel) else target
             embedding, head, norm = whole.embedding_VH, whole.head_VH, whole.norm
         state = {"weight": norm} if isinstance(norm, Tensor) else norm

@@ -18,7 +18,7 @@ from torchspec.core.config.environment import adapter_problems, default_device
 from torchspec.core.config.load import check_values
 from torchspec.core.config.schema import Positive, PrecisionConfig, RunConfig, Section, Seed, TrainConfig
 from torchspec.core.data.vocabulary import build_vocabulary
-from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.errors import ConfigError, Problem, TargetError, TorchspecError
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import Device
 from torchspec.core.interfaces.engine import TargetSpec
@@ -158,6 +158,10 @@ def _spec(target: OnlineTarget, *, trust_remote_code: bool) -> TargetSpec:
     if isinstance(target, str | Path):
         return read_target_spec(resolve_target(target), trust_remote_code)
     tensors = TargetTensors.of(target) if isinstance(target, PreTrainedModel) else target
+    if not isinstance(tensors, TargetTensors):
+        raise TargetError(
+            f"is a {type(target).__name__}, expected a directory, a model of transformers or torchspec.TargetTensors"
+        )
     return target_spec(tensors.config, tensors.path or Path("target"))
 
 
@@ -206,6 +210,9 @@ def _device(config: OnlineConfig, problems: list[Problem]) -> tuple[Device, torc
     device = registry.load_device(name)
     kind = device.runtime.device_type
     if kind == "cpu":
+        if number:
+            message, remedy = "CPUs have no numbers", "give cpu"
+            problems.append(Problem(field="device", value=config.device, message=message, remedy=remedy))
         return device, torch.device(kind)
     index = int(number) if number else int(torch.get_device_module(kind).current_device())
     if index >= device.runtime.device_count():
@@ -226,6 +233,9 @@ def _vocabulary(
     size = algorithm.vocabulary_size
     if size == target.vocab_size:
         return VocabularyMap.identity(size)
+    if token_counts_V is not None and token_counts_V.shape != (target.vocab_size,):
+        message = f"has shape {list(token_counts_V.shape)}, expected [{target.vocab_size}], one count for each id"
+        raise ConfigError([Problem(field="token_counts", message=message)])
     if token_counts_V is not None and bool(token_counts_V.any()):
         return build_vocabulary(token_counts_V.detach().cpu().long(), size, target.vocab_size)
     problem = Problem(

@@ -24,6 +24,7 @@ from torchspec.core.training.sharding import local
 from torchspec.core.training.update import Updater
 
 FORMAT = 1
+_PARTS = {"identity", "tensors", "codes", "progress", "random", "counts", "held", "probe"}
 _TARGET_FACTS = ("architecture", "num_layers", "hidden_size", "vocab_size")
 
 
@@ -80,8 +81,12 @@ def saved(
 
 def check(state: Mapping[str, Any], identity: dict[str, Any], updater: Updater) -> None:
     """CheckpointError with every difference."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"the state is a {type(state).__name__}, expected what state_dict() returned")
     if state.get("format") != FORMAT:
         raise CheckpointError(f"the state is of format {state.get('format')!r}, this torchspec reads {FORMAT}")
+    if missing := sorted(_PARTS - state.keys()):
+        raise CheckpointError(f"the state is not whole: {', '.join(missing)} are missing")
     found = list(differences(state["identity"], identity, names=("the state", "this trainer")))
     ours, theirs = updater.tensors(), state["tensors"]
     found += [f"{name} is only on one side" for name in sorted(ours.keys() ^ theirs.keys())]

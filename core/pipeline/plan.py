@@ -28,6 +28,8 @@ from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.training.checkpoint_files import steps_on_disk
 from torchspec.core.training.fp8 import described, emulation, scaling_of
 
+SHOWN_BAD_ROWS = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -132,11 +134,16 @@ def _data(checked: Checked, lengths: torch.Tensor | None) -> dict[str, Any]:
             "counted": "exactly, from the cache",
         }
     usable = bad = 0
+    first: list[BadRow] = []
     for row in reader:
-        bad += isinstance(row, BadRow)
-        usable += not isinstance(row, BadRow)
+        if isinstance(row, BadRow):
+            bad += 1
+            first += [row] if len(first) < SHOWN_BAD_ROWS else []
+        else:
+            usable += 1
     if not usable:
-        raise ConfigError([Problem(field="data.train", message=f"none of the {bad} rows can be used")])
+        shown = "".join(f"\n{row}" for row in first)
+        raise ConfigError([Problem(field="data.train", message=f"none of the {bad} rows can be used{shown}")])
     return {**facts, "samples": usable, "bad rows": bad, "counted": "rows, before tokenising and filtering"}
 
 

@@ -97,9 +97,12 @@ def _refuse(name: str, wrong: Sequence[str]) -> None:
         raise SampleError(f"sample {name!r} is not taken:\n" + "\n".join(f"  - {each}" for each in wrong))
 
 
-def _by_layer(required: Required, given: Mapping[int, Tensor] | Tensor) -> dict[object, Tensor] | list[str]:
+def _by_layer(required: Required, given: object) -> dict[object, Tensor] | list[str]:
     """The required taps, in their order; or what is wrong."""
     layers = required.tap_layers
+    if not isinstance(given, Tensor | Mapping):
+        return [f"hidden_states is a {type(given).__name__}, expected tensors by layer, or one [T, {len(layers)}, "
+                f"{required.hidden_size}]"]  # fmt: skip
     if isinstance(given, Tensor):
         if given.ndim != 3 or given.shape[1] != len(layers):
             return [f"hidden_states has shape {list(given.shape)}, expected [T, {len(layers)}, "
@@ -128,13 +131,17 @@ def _wrong_tokens(required: Required, ids_T: Tensor, mask_T: Tensor) -> list[str
     return wrong
 
 
-def _wrong_shapes(required: Required, length: int, given: Mapping[object, Tensor]) -> list[str]:
+def _wrong_shapes(required: Required, length: int, given: Mapping[object, object]) -> list[str]:
     """Of the taps, by layer, and `last`."""
     expected = (length, required.hidden_size)
     wrong = []
     for key, tensor in given.items():
         what = "last" if key == "last" else f"hidden states of layer {key}"
-        if tuple(tensor.shape) != expected:
+        if not isinstance(tensor, Tensor):
+            wrong.append(f"{what}: {type(tensor).__name__}, expected a tensor")
+        elif tensor.is_meta:
+            wrong.append(f"{what}: on the meta device, which holds no numbers")
+        elif tuple(tensor.shape) != expected:
             wrong.append(f"{what}: shape {list(tensor.shape)}, expected [{length}, {required.hidden_size}] (T, H)")
         elif not tensor.is_floating_point():
             wrong.append(f"{what}: {_named(tensor.dtype)}, expected floats")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -30,6 +31,8 @@ STATE = "worker.json"
 POLL_SECONDS = 0.1
 FIRST_WORD, BETWEEN_WORDS = 10.0, 30.0
 LOG_LINES = 15
+MOST_CAUSES = 3
+_ERROR = re.compile(r"^.*?\b([A-Z]\w*(?:Error|Exception): \S.*)$", re.MULTILINE)
 STOP_SECONDS = 20.0
 MOST_RESTARTS = 50
 MOST_KILLED = 3
@@ -166,7 +169,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
         facts: dict[str, object] = json.loads(path.read_text())
         if "error" in facts:
-            raise TargetError(f"{name} cannot start: {facts['error']}\n    its log is {self.log_file}")
+            raise TargetError(f"{name} cannot start: {facts['error']}\n    its log is {self.log_file}{self._causes()}")
         return facts
 
     def _watch(self) -> None:
@@ -221,6 +224,16 @@ class Supervisor:
             return ""
         shown = "".join(f"\n    | {line}" for line in text[-lines:])
         return f"; its log {self.log_file} ends with{shown}" if shown else ""
+
+    def _causes(self) -> str:
+        """The errors in the log, the first ones first. An engine's processes write theirs there and then die, and who
+        waits for them knows the death alone."""
+        try:
+            found = _ERROR.findall(self.log_file.read_text(errors="replace"))
+        except OSError:
+            return ""
+        shown = "".join(f"\n    | {line}" for line in list(dict.fromkeys(found))[:MOST_CAUSES])
+        return f", with the errors{shown}" if shown else ""
 
 
 def read_state(directory: Path) -> State | None:

@@ -23,7 +23,6 @@ from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.draft_config import (
     check_layer,
     copy_field,
-    is_speculators,
     layer_config,
     layer_fields,
     layers_listed,
@@ -33,6 +32,7 @@ from torchspec.core.export.draft_config import (
     speculators_fields,
 )
 from torchspec.core.export.draft_tensors import check_embedding, load_stored, read_vocabulary
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.models.target_head import load_target_head
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from torchspec.core.algorithms.blocks.geometry import spread_taps
 from torchspec.core.errors import CheckpointError
-from torchspec.core.export.draft_config import is_speculators, object_at
+from torchspec.core.export.draft_config import object_at
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.export.tidy import tidied
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.engine import TargetSpec

@@ -22,7 +22,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from torchspec.core.errors import CheckpointError
-from torchspec.core.export.draft_config import is_speculators, layer_config
+from torchspec.core.export.draft_config import layer_config
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.target import TargetHead
 

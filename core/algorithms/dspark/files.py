@@ -19,7 +19,8 @@ from torchspec.core.algorithms.blocks.files import Format
 from torchspec.core.algorithms.dspark.geometry import DSparkGeometry
 from torchspec.core.algorithms.dspark.options import HeadType
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
-from torchspec.core.export.draft_config import copy_field, is_speculators
+from torchspec.core.export.draft_config import copy_field
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
 
 if TYPE_CHECKING:

@@ -32,14 +32,9 @@ from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
 from torchspec.core.algorithms.eagle3.serving import VOCABULARY_TENSORS, check_names, layer_prefix
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
-from torchspec.core.export.draft_config import (
-    is_speculators,
-    layers_listed,
-    llama_fields,
-    object_at,
-    speculators_fields,
-)
+from torchspec.core.export.draft_config import layers_listed, llama_fields, object_at, speculators_fields
 from torchspec.core.export.draft_tensors import check_embedding, load_stored, read_vocabulary
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.engine import TargetSpec
 

@@ -27,7 +27,6 @@ from torchspec.core.export.draft_config import (
     check_layer,
     completed,
     copy_field,
-    is_speculators,
     layer_config,
     layer_fields,
     layers_listed,
@@ -35,6 +34,7 @@ from torchspec.core.export.draft_config import (
     object_at,
     read_config,
 )
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.geometry import Sources, layer_problems
 

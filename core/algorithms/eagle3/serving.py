@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from torchspec.core.algorithms.eagle3.serving_attention import GroupedServed, LatentServed, ServedAttention
 from torchspec.core.errors import CheckpointError
-from torchspec.core.export.draft_config import is_speculators
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.algorithm import DraftFiles
 from torchspec.core.interfaces.target import TargetHead
 

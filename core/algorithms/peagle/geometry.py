@@ -15,12 +15,12 @@ from torchspec.core.export.draft_config import (
     check_layer,
     completed,
     copy_field,
-    is_speculators,
     layer_config,
     layer_fields,
     layers_listed,
     read_config,
 )
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.models.geometry import Sources, layer_problems
 

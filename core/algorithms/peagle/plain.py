@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from torchspec.core.errors import CheckpointError
-from torchspec.core.export.draft_config import is_speculators, object_at
+from torchspec.core.export.draft_config import object_at
+from torchspec.core.export.speculators import is_speculators
 from torchspec.core.export.tidy import tidied
 from torchspec.core.interfaces.algorithm import DraftFiles
 

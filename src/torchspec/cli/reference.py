@@ -111,6 +111,10 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def main() -> int:
     """Write the pages, the commands' to the file named, or print them."""
     if len(sys.argv) > 1:
+        if sys.argv[1].startswith("-"):
+            wanted = sys.argv[1] in ("-h", "--help")
+            print("usage: python -m torchspec.cli.reference [FILE]", file=sys.stdout if wanted else sys.stderr)
+            return 0 if wanted else 2
         Path(sys.argv[1]).write_text(render(), encoding="utf-8")
         Path(sys.argv[1]).with_name(SETTINGS).write_text(render_settings(), encoding="utf-8")
     else:

@@ -202,6 +202,14 @@ def test_tiles_of_the_target_vocabulary(
     cases.exactly(given.run(4, survey=survey), given.reference())
 
 
+def test_a_second_derivative_is_refused(case: Any) -> None:
+    """Not taken for zero: the gradient that comes in, of the loss itself, has no graph."""
+    leaves, ops = case.leaves(), FusedOps()
+    loss = distil(leaves.outputs, leaves.head(), case.supervision(4, ops), ops)[0]
+    with pytest.raises(RuntimeError, match="differentiable once: leave create_graph out"):
+        torch.autograd.grad(loss, leaves.trained(), create_graph=True)
+
+
 def test_a_head_may_be_asked_for_its_gradient_twice(case: Any) -> None:
     given = case.with_extras()
     leaves, ops = given.leaves(), FusedOps()

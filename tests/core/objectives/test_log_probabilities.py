@@ -287,6 +287,13 @@ def test_everything_wrong_with_the_arguments_is_said_at_once() -> None:
         ValueError, match=r"logits are a .* not \[4\] torch.int64 on cpu.*tokens are.*temperature.* not 0"
     ):
         token_log_probabilities(torch.zeros(4).long(), torch.zeros(3), FusedOps(), temperature=0)
+    with pytest.raises(ValueError, match=r"floats, of 16 bits or more.*float8.*a temperature is one number.*tensor"):
+        token_log_probabilities(
+            torch.zeros(2, 5).to(torch.float8_e4m3fn),
+            torch.zeros(2).long(),
+            FusedOps(),
+            temperature=torch.ones(2),  # type: ignore[arg-type]
+        )
     with pytest.raises(ValueError, match=r"tokens are one.*temperature.*inf; weight is .*; bias has"):
         hidden_log_probabilities(
             torch.zeros(4, 2), torch.zeros(5, 3), torch.zeros(4), FusedOps(),

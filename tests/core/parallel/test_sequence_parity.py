@@ -62,7 +62,7 @@ PROBLEMS = {
     "bfloat16": problem(dtype="bfloat16", supervision="sparse"),
     "remembering": problem(supervision="sparse", options={"objective": OBJECTIVE, "coverage": "weight"}, windows=2),
     "eagle3.1": problem(supervision="sparse", algorithm="eagle3.1"),
-    "blocks": problem(algorithm="dflash", steps=BLOCKS, options={"num_anchors": 7}),
+    "blocks": problem(algorithm="dflash", steps=BLOCKS | {"layer_types": ["sliding"] * 2}, options={"num_anchors": 7}),
     "blocks-paced": problem(
         supervision="sparse",
         algorithm="dflash",

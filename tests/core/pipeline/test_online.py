@@ -72,6 +72,11 @@ def test_everything_wrong_with_the_settings_is_said_at_once(kept_policy: PreTrai
         online.make(kept_policy, "domino", draft={"num_layers": 1})
     with pytest.raises(ConfigError, match="no device of this name"):
         online.make(kept_policy, device="abacus")
+    with pytest.raises(ConfigError) as caught:
+        online.make(kept_policy, draft={"vocab_size": 100}, token_counts=torch.ones(299), device="cpu:1")
+    assert {problem.field for problem in caught.value.problems} == {"token_counts", "device"}
+    with pytest.raises(ConfigError, match="target: is a Linear, expected a directory"):
+        online.make(torch.nn.Linear(2, 2))
 
 
 def test_everything_wrong_with_a_sample_is_said_at_once_and_nothing_is_kept(
@@ -103,6 +108,11 @@ def test_everything_wrong_with_a_sample_is_said_at_once_and_nothing_is_kept(
     assert "tokens are from 0 to 300" in said(tokens=[0, 300, *([3] * (length - 2))])
     assert "whole numbers [T]" in said(tokens=good["tokens"][None])
     assert "other values than 0 and 1" in said(loss_mask=[2] * length)
+    listed = {**good["hidden_states"], layers[1]: good["last"].tolist()}
+    assert f"hidden states of layer {layers[1]}: list, expected a tensor" in said(hidden_states=listed)
+    assert "last: NoneType, expected a tensor" in said(last=None)
+    assert "last: on the meta device" in said(last=good["last"].to("meta"))
+    assert "hidden_states is a list, expected tensors by layer" in said(hidden_states=[good["last"]] * len(layers))
     assert trainer.pending.samples == 0
     assert trainer.counts.received == 0
     trainer.add(**{**good, "hidden_states": stacked, "loss_mask": good["loss_mask"].int()})
@@ -300,6 +310,10 @@ def test_a_state_of_another_training_is_refused(kept_policy: PreTrainedModel, on
         trainer.load_state_dict(other.state_dict())
     said = ("draft.unroll: the state has 2, this trainer 3", "seed: the state has 6, this trainer 5", "mlp")
     assert all(each in str(caught.value) for each in said)
+    with pytest.raises(CheckpointError, match="not whole: counts, probe are missing"):
+        trainer.load_state_dict({k: v for k, v in trainer.state_dict().items() if k not in ("counts", "probe")})
+    with pytest.raises(CheckpointError, match="the state is a list"):
+        trainer.load_state_dict([])
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.draft_weights())
 
 
@@ -379,6 +393,12 @@ def test_an_update_that_does_not_fit_changes_nothing(
         trainer.update_target(embedding=torch.zeros(300, 64), head=nan, norm={"bias": torch.zeros(64)})
     with pytest.raises(TargetError, match=r"norm weight has shape \[63\], expected \[64\]"):
         trainer.update_target(embedding=torch.zeros(300, 64), norm=torch.ones(63))
+    with pytest.raises(TargetError, match="given a target and head, expected a target or some of its tensors"):
+        trainer.update_target(policy, head=torch.zeros(300, 64))
+    with pytest.raises(TargetError, match="given nothing"):
+        trainer.update_target()
+    with pytest.raises(TargetError, match="given a str"):
+        trainer.update_target("elsewhere")
     assert trainer.evaluate(probe) == before
     tied = online.make(kept_policy)
     with pytest.raises(TargetError, match="are one tensor"):

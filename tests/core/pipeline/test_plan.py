@@ -159,6 +159,15 @@ def test_a_target_that_cannot_train_is_refused_before_it_is_loaded(
         make_plan(config, provenance)
 
 
+def test_data_without_a_usable_row_say_why(make_config: Any, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text('{"prompt": "a"}\n' * 9)
+    config, provenance = make_config(tmp_path / "run", f"data.train=[{tmp_path / 'none.jsonl'}]")
+    with pytest.raises(ConfigError, match=r"none of the 9 rows can be used\n.*none.jsonl:1: no conversation") as caught:
+        make_plan(config, provenance, Ranks(all=1, here=1))
+    assert "none.jsonl:3" in str(caught.value)
+    assert "none.jsonl:4" not in str(caught.value)
+
+
 def test_texts_need_no_chat_template(make_config: Any, tmp_path: Path, tiny_target: Path) -> None:
     target = shutil.copytree(tiny_target, tmp_path / "target")
     (target / "chat_template.jinja").unlink()

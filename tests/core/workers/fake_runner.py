@@ -37,6 +37,8 @@ class FakeRunner:
     landing: Landing | None = None
 
     def __init__(self, settings: WorkerSettings) -> None:
+        if "says" in settings.options:
+            print(settings.options["says"], flush=True)
         if "fails" in settings.options:
             raise TargetError(settings.options["fails"])
         if "once" in settings.options:

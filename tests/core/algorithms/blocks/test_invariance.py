@@ -17,10 +17,12 @@ LENGTHS = (23, 9, 14, 2)
 DRAWS = (7, 8, 9, 10)
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"num_anchors": 5},
+    "sliding": {"num_anchors": 5, "layer_types": ("full", "sliding"), "sliding_window": 6},
     "sliding, pruned": {
         "num_anchors": 5,
         "layer_types": ("full", "sliding"),
         "sliding_window": 6,
+        "sliding_window_non_causal": True,
         "ids_N": torch.arange(0, 300, 2),
         "coverage": "weight",
         "objective": {"kl": 1.0, "ground_truth": 0.3},

@@ -21,6 +21,7 @@ OPTIONS: dict[str, Any] = {
     "ids_N": torch.arange(0, 300, 2),
     "layer_types": ("full", "sliding"),
     "sliding_window": 8,
+    "sliding_window_non_causal": True,
     "num_anchors": 30,
     "objective": {"ground_truth": 1.0, "kl": 0.5},
 }

@@ -176,7 +176,7 @@ CASES = {
         "num_layers": 2,
         "coverage": "renormalise",
         "norm_before_residual": True,
-        "draft_config": CONFIG | {"hidden_size": 20},
+        "draft_config": CONFIG | {"hidden_size": 24},
     },
     "everything": {"num_layers": 2, "depth_ratio": 1.0, "mask_token": 17},
 }
