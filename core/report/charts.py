@@ -1,4 +1,4 @@
-"""Curves as inline SVG, or as PNG for files; one function per kind of chart."""
+"""Curves as inline SVG, or as PNG for files; one function per kind of chart. What stands along x is counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 6.4, 2.9
 COLOURS = ("#2f6feb", "#d1592b", "#2da36c", "#8a5bd6", "#b8860b", "#c2397f", "#4a90a4", "#7a7a7a")
@@ -32,6 +33,7 @@ def _lines(series: Mapping[str, Points], *, x: str, y: str, smooth: bool) -> Fig
             ys = _running_mean(ys, max(5, len(ys) // 40))
         marker = "o" if len(xs) <= 12 else None
         axes.plot(xs, ys, color=colour, linewidth=1.6, label=name, marker=marker, markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=min(4, len(series)))
     drawn: Figure = figure

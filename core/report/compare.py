@@ -11,7 +11,17 @@ from torchspec.core.config.sources import from_mapping
 from torchspec.core.report import charts
 from torchspec.core.report.html import Chart, Row, RunRecord, number, read_run, render, series, write_page
 
-CONDITIONS = ("prompts", "max_new_tokens", "temperature", "draft_length", "batch_size", "seed", "dtype", "engine")
+CONDITIONS = (
+    "prompts",
+    "prompts_digest",
+    "max_new_tokens",
+    "temperature",
+    "draft_length",
+    "batch_size",
+    "seed",
+    "dtype",
+    "engine",
+)
 """Of an evaluation: figures under different ones do not compare."""
 
 

@@ -58,6 +58,7 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         tiles=_tiles(record),
         charts=_charts(record),
+        samples=_samples(record),
         serving=_serving(record),
         commands=_commands(record),
         config=yaml.safe_dump(record.config, sort_keys=False) if record.config else "",
@@ -210,7 +211,11 @@ def _charts(record: RunRecord) -> list[Chart]:
         svg = charts.bars(rates, x="drafted position", y="accepted", top=1.0)
         drawn.append(Chart(title="Acceptance per position", note=note, svg=svg))
     if result.get("sweep"):
-        speed = [(float(row["draft_length"]), float(row["speedup"])) for row in result["sweep"]]
+        speed = [
+            (float(row["draft_length"]), float(row["speedup"]))
+            for row in result["sweep"]
+            if row.get("speedup") is not None
+        ]
         length = [(float(row["draft_length"]), float(row["acceptance_length"])) for row in result["sweep"]]
         svg = charts.lines({"speed-up": speed, "acceptance length": length}, x="draft length", y="")
         drawn.append(Chart(title="Which draft length pays", note="Decoded with each chain length.", svg=svg))
@@ -268,6 +273,21 @@ def _charts(record: RunRecord) -> list[Chart]:
         svg = charts.bars(where, x="", y="share of step time", top=1.0)
         drawn.append(Chart(title="Where the time went", note="Mean over all steps.", svg=svg))
     return drawn
+
+
+def _samples(record: RunRecord) -> list[Row]:
+    """Decoded texts of the evaluation, as `core.decoding.samples` writes them; those that are not so are left out."""
+    given = record.evaluation.get("samples")
+    return [each for each in given if _is_sample(each)] if isinstance(given, list) else []
+
+
+def _is_sample(given: object) -> bool:
+    if not isinstance(given, dict) or not isinstance(given.get("pieces"), list):
+        return False
+    return all(
+        isinstance(piece, list) and len(piece) == 2 and isinstance(piece[0], str) and isinstance(piece[1], int)
+        for piece in given["pieces"]
+    )
 
 
 def _serving(record: RunRecord) -> dict[str, str]:

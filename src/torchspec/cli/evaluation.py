@@ -15,6 +15,7 @@ from torchspec.cli.target import Target
 from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, Variant, best_length, compare
 from torchspec.core.decoding.measure import PromptLike
 from torchspec.core.decoding.prompt_lookup import PromptLookupDrafter
+from torchspec.core.decoding.samples import prompts_digest, samples
 from torchspec.core.errors import CheckpointError
 from torchspec.core.export.layout import CONFIG, read_draft
 from torchspec.core.interfaces.algorithm import Algorithm
@@ -35,6 +36,7 @@ class Evaluation:
     result: EvalResult
     sweep: dict[int, EvalResult]
     prompt_lookup: EvalResult | None
+    samples: Sequence[dict[str, Any]] = ()
 
     @property
     def best_draft_length(self) -> int:
@@ -42,10 +44,13 @@ class Evaluation:
         return best_length(self.sweep)
 
     def to_json(self) -> dict[str, Any]:
-        """eval.json: the result's own keys, `sweep`, `best_draft_length` and, if measured, `prompt_lookup`."""
+        """eval.json: the result's own keys, `sweep`, `best_draft_length`, `prompts_digest`, `samples` of decoded texts
+        (`core.decoding.samples`) and, if measured, `prompt_lookup`."""
         values = self.result.to_json()
         values["sweep"] = [_figures(result) for _, result in sorted(self.sweep.items())]
         values["best_draft_length"] = self.best_draft_length
+        values["prompts_digest"] = prompts_digest(self.result.records)
+        values["samples"] = list(self.samples)
         if self.prompt_lookup is not None:
             values["prompt_lookup"] = _figures(self.prompt_lookup)
         return values
@@ -84,7 +89,9 @@ def evaluate_draft(
         variants["lookup"] = Variant(drafter=PromptLookupDrafter(), draft_length=settings.draft_length)
     results = compare(target.engine, variants, prompts, settings, progress=progress)
     sweep = {length: results[f"draft {length}"] for length in wanted}
-    return Evaluation(result=sweep[settings.draft_length], sweep=sweep, prompt_lookup=results.get("lookup"))
+    result = sweep[settings.draft_length]
+    texts = samples(result.records, lambda ids: str(target.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+    return Evaluation(result=result, sweep=sweep, prompt_lookup=results.get("lookup"), samples=texts)
 
 
 def _draft(given: Path, target: TargetSpec) -> tuple[Algorithm, nn.Module]:

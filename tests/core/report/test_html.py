@@ -63,3 +63,22 @@ def test_the_page_says_how_the_run_was_made(tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
     assert "<pre>torchspec train --output &#39;a b&#39;</pre>" in text
     assert "How to serve it" not in text, "there is no draft"
+
+
+def test_decoded_texts_show_what_the_draft_had_right(tmp_path: Path) -> None:
+    """Each piece once and escaped; what is no sample is left out, and so is a speed that was not measured."""
+    pieces = [["def ", 0], ["<b>", 1], [" &", 2], ["late", 9]]
+    sample = {"id": "<i>", "prompt": "</pre><script>", "pieces": pieces}
+    broken = [{"id": "x", "pieces": [["y"]]}, "z", {"id": "x", "pieces": [[1, 2]]}]
+    sweep = [{"draft_length": 2, "speedup": None, "acceptance_length": 1.5}]
+    (tmp_path / "eval.json").write_text(json.dumps({"samples": [sample, *broken], "sweep": sweep}))
+    page = write_report(tmp_path).read_text()
+    assert page.count("<details") == 1
+    assert '<pre class="text">def <span class="drafted d1" title="drafted, 1 of its round">&lt;b&gt;</span>' in page
+    assert '<span class="drafted d2" title="drafted, 2 of its round"> &amp;</span>' in page
+    assert '<span class="drafted d5" title="drafted, 9 of its round">late</span></pre>' in page
+    assert "<script>" not in page
+    assert "<i>" not in page
+    for wrong in ("none", {"a": 1}, 5):
+        (tmp_path / "eval.json").write_text(json.dumps({"samples": wrong, "acceptance_length": 1.5}))
+        assert "Decoded texts" not in write_report(tmp_path).read_text()
