@@ -90,7 +90,9 @@ def evaluate_draft(
     results = compare(target.engine, variants, prompts, settings, progress=progress)
     sweep = {length: results[f"draft {length}"] for length in wanted}
     result = sweep[settings.draft_length]
-    texts = samples(result.records, lambda ids: str(target.tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+    texts = samples(
+        result.records, lambda ids: str(target.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+    )
     return Evaluation(result=result, sweep=sweep, prompt_lookup=results.get("lookup"), samples=texts)
 
 
