@@ -6,10 +6,10 @@ Shape letters: M supervised pairs, grouped by step; K steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from torchspec.core.config.schema import Section
@@ -31,6 +31,12 @@ class Ramp(Section):
     start: float = Field(ge=0, description="weight at the first step")
     end: float = Field(ge=0, description="weight from `until` on")
     until: float = Field(1.0, gt=0, le=1, description="share of all steps after which it stays at `end`")
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> Self:
+        if self.start == self.end == 0:
+            raise ValueError("start and end are both 0: the term would never count, leave it out")
+        return self
 
     def at(self, progress: float) -> float:
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)

@@ -32,7 +32,9 @@ def test_characters_of_several_tokens_come_whole() -> None:
     assert [piece for piece, _ in found["pieces"]] == ["a", "", "é", "", "", "\N{SNOWMAN}", "<", "b", ">"]
     assert [place for _, place in found["pieces"]] == [0, 1, 2, 0, 1, 0, 1, 2, 3]
     # A text that ends within one shows what there is.
-    assert "".join(piece for piece, _ in sample(record(tokens=tokens[:2], accepted=[1]), as_bytes)["pieces"]) == "a\ufffd"
+    assert (
+        "".join(piece for piece, _ in sample(record(tokens=tokens[:2], accepted=[1]), as_bytes)["pieces"]) == "a\ufffd"
+    )
 
 
 def test_a_few_at_even_distances_none_too_long() -> None:

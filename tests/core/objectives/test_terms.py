@@ -112,7 +112,7 @@ def test_only_lk_lambda_remembers_and_only_logs_are_kept_that_are_read() -> None
     "given",
     [{}, {"lk": 1.0}, {"kl": 0}, {"kl": -1.0}, {"kl": {"start": -1, "end": 1}}, {"kl": {"start": 1}},
      {"kl": {"start": 0, "end": 1, "until": 0}}, {"kl": {"start": 0, "end": 1, "until": 1.5}},
-     {"kl": {"start": 0, "end": 1, "from": 1}}],
+     {"kl": {"start": 0, "end": 1, "from": 1}}, {"kl": {"start": 0, "end": 0}}],
 )  # fmt: skip
 def test_objectives_that_mean_nothing_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
