@@ -233,7 +233,8 @@ def _vocabulary(
     size = algorithm.vocabulary_size
     if size == target.vocab_size:
         return VocabularyMap.identity(size)
-    if token_counts_V is not None and token_counts_V.shape != (target.vocab_size,):
+    # A tokenizer may know fewer ids than the target has: those have no counts.
+    if token_counts_V is not None and (token_counts_V.ndim != 1 or token_counts_V.numel() > target.vocab_size):
         message = f"has shape {list(token_counts_V.shape)}, expected [{target.vocab_size}], one count for each id"
         raise ConfigError([Problem(field="token_counts", message=message)])
     if token_counts_V is not None and bool(token_counts_V.any()):

@@ -73,7 +73,7 @@ def test_everything_wrong_with_the_settings_is_said_at_once(kept_policy: PreTrai
     with pytest.raises(ConfigError, match="no device of this name"):
         online.make(kept_policy, device="abacus")
     with pytest.raises(ConfigError) as caught:
-        online.make(kept_policy, draft={"vocab_size": 100}, token_counts=torch.ones(299), device="cpu:1")
+        online.make(kept_policy, draft={"vocab_size": 100}, token_counts=torch.ones(301), device="cpu:1")
     assert {problem.field for problem in caught.value.problems} == {"token_counts", "device"}
     with pytest.raises(ConfigError, match="target: is a Linear, expected a directory"):
         online.make(torch.nn.Linear(2, 2))
