@@ -89,6 +89,19 @@ install_low_bit() {
     fi
 }
 
+# What checks the manifests, images and scripts of examples/launch.
+install_checks() {
+    local stamp
+    stamp=$(cksum <ci/requirements/launch.txt)
+    if [ "$(cat "$VENV/.installed-checks" 2>/dev/null)" = "$stamp" ]; then return 0; fi
+    say "installing ci/requirements/launch.txt"
+    if pip_install -r ci/requirements/launch.txt; then
+        printf '%s' "$stamp" >"$VENV/.installed-checks"
+    else
+        say "it could not be installed: some tests of examples/launch are skipped"
+    fi
+}
+
 # What Mooncake's client is linked to, where we may install it; elsewhere its tests say that they were skipped.
 install_libraries() {
     local missing=()
