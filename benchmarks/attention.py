@@ -43,16 +43,19 @@ class Case:
     device: str
 
     def masks(self) -> dict[str, MaskSpec]:
-        """`packed`: documents of random lengths."""
+        """`packed`: documents of random lengths; `blocks`: drafted blocks of 16 slots, each with what stands before it."""
         generator = torch.Generator().manual_seed(0)
         cuts_D = torch.randperm(self.tokens - 1, generator=generator)[: self.documents - 1].sort().values + 1
         starts_D = torch.cat([cuts_D.new_zeros(1), cuts_D])
         row_T = torch.arange(self.tokens)
         start_T = starts_D[torch.searchsorted(starts_D, row_T, right=True) - 1]
+        anchor_T = torch.randperm(self.tokens, generator=generator)[: -(-self.tokens // 16)].sort().values
+        anchor_T = anchor_T.repeat_interleave(16)[: self.tokens]
         return {
             "causal": MaskSpec.causal(),
             "packed": MaskSpec.limits(start_T[None], row_T[None] + 1),
             "window": MaskSpec.sliding(self.window),
+            "blocks": MaskSpec.limits(torch.zeros_like(anchor_T)[None], anchor_T[None]),
         }
 
     def pairs(self, mask: MaskSpec) -> int:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchspec.core.ops.lse import merge
 from torchspec.devices._tiles import EVERY_ROW, Tile, TileKinds, tiles
 from torchspec.devices.api import MaskSpec
 
@@ -57,12 +58,15 @@ class TiledAttention:
             part, part_lse = kernel.forward(*_operands(tile, q, k, v), tile, scale)
             if tile.may_have_empty_rows:
                 part, part_lse = _clear_empty_rows(part, part_lse, tile)
-            if tile.batch == EVERY_ROW and tile.rows == slice(0, queries):
+            if tile.batch == EVERY_ROW and tile.rows == slice(0, queries) and not tile.shares_rows:
                 return part, part_lse
             if out is None or lse is None:
                 out, lse = _without_keys(q)
-            out[tile.batch, tile.rows] = part
-            lse[tile.batch, :, tile.rows] = part_lse
+            rows = (tile.batch, tile.rows)
+            lse_rows = (tile.batch, slice(None), tile.rows)
+            if tile.shares_rows:
+                part, part_lse = merge(out[rows], lse[lse_rows], part, part_lse)
+            out[rows], lse[lse_rows] = part, part_lse
         return _without_keys(q) if out is None or lse is None else (out, lse)
 
     def backward(
@@ -93,7 +97,7 @@ class TiledAttention:
                 return dq_tile, dk_tile, dv_tile
             if dq is None or dk is None or dv is None:
                 dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-            dq[rows] = dq_tile
+            dq[rows] += dq_tile
             dk[tile.batch, tile.keys] += dk_tile
             dv[tile.batch, tile.keys] += dv_tile
         if dq is None or dk is None or dv is None:

@@ -3,6 +3,7 @@
 Every kernel knows three shapes: every row sees every key; causal; and a small block with a boolean mask. Every
 `MaskSpec` is a list of these. What is regular in a mask (a packed document, a padded tail, a prefix) becomes one long
 tile without a mask; only irregular rows are taken in blocks of `BLOCK_ROWS`, each against the keys its rows can see.
+Of those keys, a long stretch that all of a block's rows see is a tile of its own, without a mask.
 Kernels that say so (`TileKinds`) are also given sliding windows, and many packed documents as one tile.
 
 Shape letters: B batch, Q query rows, S key rows. Rows and keys are half-open intervals.
@@ -24,6 +25,10 @@ BLOCK_ROWS = 256
 
 MIN_RUN = 32
 """Shorter regular runs share a masked block with their neighbours: one call costs more than a few masked rows."""
+
+MIN_SHARED = 512
+"""Fewer keys that all rows of a block see stay under its mask. On a CPU a tile of its own gains from some 1,000 on (8 %
+of forward and backward, `benchmarks/attention.py`); where masked tiles go to a slower kernel, earlier."""
 
 EVERY_ROW = slice(None)
 _CONSTANT, _RAMP, _BREAK, _JOIN = 0, 1, 2, 3
@@ -50,6 +55,7 @@ class Tile(NamedTuple):
     keep_BQS   which keys each row sees, bool [1 or batch rows, rows, keys]; None if all, or if causal
     may_have_empty_rows   only with keep_BQS: a row may see no key
     window     only with causal: of the keys that it lets a row see, the row sees the last `window` (1 or more) alone
+    shares_rows   other tiles have the same rows, with other keys; their results are merged
     row_cuts, key_cuts    documents, without keep_BQS and window: rows row_cuts[d]:row_cuts[d + 1] of the tile see, of
                its keys, none but key_cuts[d]:key_cuts[d + 1]; `causal` then holds within each document. Each has a row
                at least and a key, or as many keys as rows if causal. Cuts begin with 0 and end with the tile's count
@@ -61,6 +67,7 @@ class Tile(NamedTuple):
     causal: bool = False
     keep_BQS: Tensor | None = None
     may_have_empty_rows: bool = False
+    shares_rows: bool = False
     window: int | None = None
     row_cuts: tuple[int, ...] | None = None
     key_cuts: tuple[int, ...] | None = None
@@ -74,7 +81,7 @@ class Tile(NamedTuple):
 
 
 def tiles(mask: MaskSpec, queries: int, keys: int, device: torch.device, takes: TileKinds) -> Iterator[Tile]:
-    """Tiles covering every (row, key) pair that `mask` keeps: each row is in one, or in none if it sees nothing."""
+    """Tiles covering every (row, key) pair that `mask` keeps, once each."""
     if queries == 0 or keys == 0:
         return
     if mask.kind == "full":
@@ -253,16 +260,26 @@ def _blocks(start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice, device:
 
 
 def _block(start_BQ: Tensor, end_BQ: Tensor, rows: slice, batch: slice, device: torch.device) -> Iterator[Tile]:
-    """One tile over the keys that any of these rows sees; a mask only where the rows differ."""
+    """Tiles over the keys that any of these rows sees; a mask only over those that some row does not see."""
     summary = (*start_BQ.aminmax(), *end_BQ.aminmax(), (end_BQ - start_BQ).amin())
     low, last_start, first_end, high, shortest = torch.stack(summary).tolist()
     if low >= high:
         return
-    keys = slice(low, high)
     if low == last_start and high == first_end:
-        yield Tile(rows=rows, keys=keys, batch=batch)
+        yield Tile(rows=rows, keys=slice(low, high), batch=batch)
         return
-    key = torch.arange(low, high, device=device)
     start_BQ, end_BQ = (to_device(bound_BQ, device) for bound_BQ in (start_BQ, end_BQ))
+    if rows.stop - rows.start < MIN_RUN or first_end - last_start < MIN_SHARED:
+        yield _masked(start_BQ, end_BQ, rows, slice(low, high), batch)._replace(may_have_empty_rows=shortest <= 0)
+        return
+    yield Tile(rows=rows, keys=slice(last_start, first_end), batch=batch, shares_rows=True)
+    for keys in (slice(low, last_start), slice(first_end, high)):
+        if keys.start < keys.stop:
+            edge = _masked(start_BQ, end_BQ, rows, keys, batch)
+            yield edge._replace(may_have_empty_rows=True, shares_rows=True)
+
+
+def _masked(start_BQ: Tensor, end_BQ: Tensor, rows: slice, keys: slice, batch: slice) -> Tile:
+    key = torch.arange(keys.start, keys.stop, device=start_BQ.device)
     keep_BQS = (key >= start_BQ[..., None]) & (key < end_BQ[..., None])
-    yield Tile(rows=rows, keys=keys, batch=batch, keep_BQS=keep_BQS, may_have_empty_rows=shortest <= 0)
+    return Tile(rows=rows, keys=keys, batch=batch, keep_BQS=keep_BQS)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from torchspec.core.attention.lse import merge
 from torchspec.core.interfaces.device import Attention
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.lse import merge
+from torchspec.core.ops.once import once_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class _BlockAttention(torch.autograd.Function):
         return out_BQHD
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("block attention")
     def backward(ctx: Any, dout_BQHD: Tensor) -> tuple[Tensor | None, ...]:
         form: BlockForm = ctx.form
         q_BQHD, out_BQHD, lse_BHQ, context_key, context_value, own_key, own_value = ctx.saved_tensors

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchspec.core.attention.lse import merge
 from torchspec.core.interfaces.device import Attention
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.lse import merge
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout, Piece
 

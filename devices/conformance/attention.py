@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchspec.core.attention.lse import merge
 from torchspec.core.conformance.checks import Check
+from torchspec.core.ops.lse import merge
 from torchspec.devices.api import MaskSpec
 from torchspec.devices.conformance.oracle import BATCH, Case, Exact, attention, masked, solved
 from torchspec.devices.conformance.subject import TOLERANCE, Subject, Worst
@@ -102,7 +102,7 @@ def rows_without_keys(subject: Subject) -> str:
 
 def long_sequences(subject: Subject) -> str:
     """More rows than any tile of the planner or block of a kernel."""
-    names = ("causal:upper_left", "window:70,upper_left", "limits:packed")
+    names = ("causal:upper_left", "window:70,upper_left", "limits:packed", "limits:blocks")
     return run(subject, (Case(mask=name, queries=700, keys=700, size=32) for name in names))
 
 

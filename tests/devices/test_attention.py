@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchspec.core.attention.lse import merge
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.lse import merge
 
 BATCH = 2
 SCALE = 0.37
@@ -91,6 +91,10 @@ class Problem:
             last = [min(keys, c) for c in ends[:-1]] + [keys]
             of = [next(d for d, c in enumerate(ends) if i < c) for i in range(queries)]
             start, end = [[0 if d == 0 else last[d - 1] for d in of]], [[last[d] for d in of]]
+        elif option == "blocks":  # 16 rows see the same keys; a long stretch of them is seen by many of these
+            block = [i // 16 for i in range(queries)]
+            start = [[3 * a for a in block], [0] * queries]
+            end = [[min(keys, 600 + 7 * a) for a in block]]
         else:  # a ramp whose interval opens only after some rows, then a constant stretch
             start = [[min(3, keys)] * queries]
             end = [[max(0, min(i - min(40, queries // 2), keys - 1)) for i in range(queries)]]
@@ -220,6 +224,12 @@ def test_lower_precisions(subject, dtype: torch.dtype, mask: str, heads: tuple[i
 )
 def test_lower_precisions_beyond_one_block_of_rows(subject, dtype: torch.dtype, mask: str) -> None:
     problem = Problem(mask=mask, queries=270, keys=330, heads=(2, 1), dtype=dtype, size=8)
+    check(subject, problem.spec()[0], problem.tensors(), solve(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_a_block_of_rows_shares(subject, dtype: torch.dtype) -> None:
+    problem = Problem(mask="limits:blocks", queries=300, keys=800, heads=(2, 1), dtype=dtype, size=8)
     check(subject, problem.spec()[0], problem.tensors(), solve(problem))
 
 

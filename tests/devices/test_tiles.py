@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchspec.core.interfaces.mask import MaskSpec
-from torchspec.devices._tiles import BLOCK_ROWS, Tile, TileKinds, tiles
+from torchspec.devices import _tiles
+from torchspec.devices._tiles import BLOCK_ROWS, MIN_SHARED, Tile, TileKinds, tiles
 
 
 def coverage(mask: MaskSpec, batch: int, queries: int, keys: int, takes: TileKinds) -> Tensor:
     """How often each (row, key) is in a tile, int [batch, queries, keys]."""
     count = torch.zeros(batch, queries, keys, dtype=torch.int64)
+    whole = torch.zeros(batch, queries, dtype=torch.bool)  # rows of which one tile says all
     for tile in tiles(mask, queries, keys, torch.device("cpu"), takes):
         check_promises(tile, takes)
         rows, cols = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
@@ -32,7 +35,10 @@ def coverage(mask: MaskSpec, batch: int, queries: int, keys: int, takes: TileKin
                     first = max(key_cuts[d], last - (tile.window or keys))
                     assert first < last, "a row without keys in a tile without a mask"
                     seen[row, first:last] = True
+        assert tile.shares_rows or not bool(count[tile.batch, tile.rows].any())
         count[tile.batch, tile.rows, tile.keys] += seen.long()
+        assert not bool(whole[tile.batch, tile.rows].any())
+        whole[tile.batch, tile.rows] |= not tile.shares_rows
     return count
 
 
@@ -104,6 +110,7 @@ def walk(stretches: list[tuple[str, int, int]], rows: int) -> tuple[list[int], l
     keys=st.integers(1, 320),
     takes=KINDS,
     batch=st.sampled_from([1, 2]),
+    shared=st.sampled_from([1, 30, MIN_SHARED]),
 )
 def test_any_intervals(
     first: list[tuple[str, int, int]],
@@ -112,11 +119,13 @@ def test_any_intervals(
     keys: int,
     takes: TileKinds,
     batch: int,
+    shared: int,
 ) -> None:
     walks = [walk(stretches, rows) for stretches in (first, second)[:batch]]
     start, end = [w[0] for w in walks], [[min(e, keys) for e in w[1]] for w in walks]
     mask = MaskSpec.limits(torch.tensor(start), torch.tensor(end))
-    assert_exact(mask, start, end, keys, takes)
+    with patch.object(_tiles, "MIN_SHARED", shared):
+        assert_exact(mask, start, end, keys, takes)
 
 
 @settings(max_examples=60, deadline=None)
@@ -220,6 +229,22 @@ def test_a_window_past_the_last_key() -> None:
     start, end = [max(0, i - 4) for i in range(60)], [min(20, i + 1) for i in range(60)]
     start = [min(s, 20) for s in start]
     assert_exact(MaskSpec.sliding(5), [start], [end], 20, TileKinds(windows=True))
+
+
+def test_what_all_rows_of_a_block_see_needs_no_mask() -> None:
+    """The context of drafted blocks: 16 slots each, whose anchors are 8 tokens apart."""
+    ends = 1000 + 8 * torch.arange(32).repeat_interleave(16)
+    starts = (ends - 900).clamp_min(200)
+    mask = MaskSpec.limits(starts[None], ends[None])
+    got = [
+        (t.rows, t.keys, t.keep_BQS is not None)
+        for t in tiles(mask, 512, 2000, torch.device("cpu"), TileKinds(ramp_rows=256))
+    ]
+    first, second = slice(0, 256), slice(256, 512)
+    assert got == [
+        (first, slice(220, 1000), False), (first, slice(200, 220), True), (first, slice(1000, 1120), True),
+        (second, slice(348, 1128), False), (second, slice(228, 348), True), (second, slice(1128, 1248), True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0)])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchspec.core.attention.lse import merge
+from torchspec.core.ops.lse import merge
 
 Part = tuple[Tensor, Tensor]
 
