@@ -179,15 +179,28 @@ def script(block: Block) -> str:
 
 def is_plain(line: str) -> bool:
     """Whether a line is one command with its words: no pipe, no redirection, nothing that later lines depend on."""
+    words = _shell_words(line)
+    simple = not any(_OPERATOR.match(word) for word in words) and "$(" not in line and "`" not in line
+    return simple and stands_alone(line)
+
+
+def stands_alone(line: str) -> bool:
+    """Whether a shell of its own may run the line: it is whole, and changes nothing that the shell remembers."""
+    words = _shell_words(line)
+    if "<<" in line or not words or _OPERATOR.match(words[-1]):
+        return False
+    return words[0] not in _STATE and "=" not in words[0]
+
+
+def _shell_words(line: str) -> list[str]:
+    """With operators as words, without comments; none of a line whose quotation goes on."""
     reader = shlex.shlex(line, posix=True, punctuation_chars=True)
     reader.commenters = "#"
     reader.whitespace_split = True
     try:
-        words = list(reader)
+        return list(reader)
     except ValueError:
-        return False
-    simple = not any(_OPERATOR.match(word) for word in words) and "$(" not in line and "`" not in line
-    return simple and bool(words) and words[0] not in _STATE and "=" not in words[0]
+        return []
 
 
 def wrong(page: Path) -> list[str]:

@@ -48,6 +48,22 @@ class StoreLostError(FeatureStoreError):
     """What keeps the records does not answer, or has forgotten them: they must be captured again."""
 
 
+class SampleError(TorchspecError):
+    """A sample that somebody brings cannot be trained on; the message says everything that is wrong with it."""
+
+
+class NonFiniteError(TorchspecError):
+    """A loss or gradient that is not a number. Raised before the update: parameters and schedule stay as they were."""
+
+
+class PeerError(TorchspecError):
+    """Another rank failed; the message is that rank's."""
+
+
+class ClosedError(TorchspecError):
+    """Something was asked of what has been closed."""
+
+
 class UnavailableError(TorchspecError):
     """A device or engine was named explicitly and is not available here; says why and what to install."""
 
@@ -67,7 +83,8 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.field}: " + self.message.replace("\n", "\n    ")
         if self.value is not None:
-            text += f" (got {self.value!r})"
+            shown = list(self.value) if isinstance(self.value, tuple) else self.value
+            text += f" (got {shown!r})"
         if self.choices:
             text += f"\n    choices: {', '.join(self.choices)}"
         if self.remedy:

@@ -87,7 +87,7 @@ class Registry(Generic[Spec]):
             value=name,
             message=f"no {self.kind} of this name is registered",
             choices=self.names(),
-            remedy=f"did you mean {near[0]!r}?" if near else f"`torchspec doctor` lists every {self.kind}",
+            remedy=f"did you mean {near[0]}?" if near else f"`torchspec doctor` lists every {self.kind}",
         )
 
 

@@ -22,8 +22,8 @@ def test_figures(name: str, least: float) -> None:
     assert figures["acceptance_length"] == pytest.approx(1 + sum(figures["acceptance_per_position"]))
     assert fastest["speedup"] > 1
     assert f"**{figures['acceptance_length']:.2f}** tokens per round" in text
-    assert f"on {figures['prompts']} held-out questions" in text
-    assert f"**{fastest['speedup']:.2f} times** faster with a chain of {fastest['draft_length']}" in text
+    assert f"on {figures['prompts']} held-out prompts" in text
+    assert f"**{fastest['speedup']:.2f} times** faster with draft length {fastest['draft_length']}" in text
     assert f"prompt lookup accepts {lookup:.2f}" in text
     assert f"benchmarks/results/{name}.json" in text
 

@@ -28,7 +28,7 @@ QUOTED = (
     "data order and weights continue exactly, random states are drawn anew",
     "another process is training in",
     "no checkpoint in ",
-    "Ray cannot be had at",
+    "reached at ",
     "no Mooncake master answers at",
     "Mooncake is not available",
     "no such setting (",

@@ -132,14 +132,16 @@ def split_plan(spec: TargetSpec) -> SplitPlan:
     """TargetError names what stands in the way of splitting this target, whatever the number of ranks."""
     whole = load_target_config(spec.path, trust_remote_code=spec.trust_remote_code)
     config = whole.get_text_config(decoder=True)
+    if config is not whole:
+        raise _refusal(spec, "it is a language model inside a multimodal one")
+    if getattr(config, "is_heterogeneous", False):
+        raise _refusal(spec, "its layers differ in their sizes")
     styles: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     experts = tuple(pattern for pattern, style in styles.items() if style == _EXPERTS)
     # How a rank's model lays out the parameters of its experts is its own affair.
     styles = {pattern: style for pattern, style in styles.items() if not pattern.startswith(experts)}
     foreign = sorted(set(styles.values()) - {*_CUT, *_WHOLE})
     odd = [field for field in _NARROWED if not isinstance(getattr(config, field, None), int)]
-    if config is not whole:
-        raise _refusal(spec, "it is a language model inside a multimodal one")
     if not set(_CUT) <= set(styles.values()):
         raise _refusal(spec, "transformers has no tensor-parallel plan for its layers")
     if foreign:

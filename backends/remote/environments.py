@@ -111,7 +111,12 @@ def install(engine: str, device: str, *, base_python: Path, say: Callable[[str],
             "name the Python that it is in: engine.python=/path/to/python"
         )
     path = place(engine, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TorchspecError(
+            f"no environment can be made in {path.parent} (TORCHSPEC_ENGINES): {error.strerror}"
+        ) from error
     with _lock(path, say) as lock:
         there = find(engine, device)
         if there is not None and there.current:

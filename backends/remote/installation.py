@@ -28,7 +28,7 @@ _PIP = ("-I", "-m", "pip", "install", "--no-compile", "--disable-pip-version-che
 
 _REMEDIES = {
     ("No space left on device", "Disk quota exceeded"): (
-        "the disk is full. Free some space, or set TORCHSPEC_ENGINES to a folder on a larger disk"
+        "the disk is full. Free some space, or set TORCHSPEC_ENGINES to a directory on a larger disk"
     ),
     ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError", "Connection refused"): (
         "no package index can be reached from here. Check the network and the proxy (HTTPS_PROXY), or name a mirror: "
@@ -47,7 +47,8 @@ def check_python(python: Path, pins: Pins) -> str:
     try:
         done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise UnavailableError(f"{wanted}, and {python} cannot be run ({error})\n    remedy: {remedy}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UnavailableError(f"{wanted}, and {python} cannot be run ({why})\n    remedy: {remedy}") from error
     version = done.stdout.strip()
     major, minor = version.split(".")
     if not pins.pythons[0] <= (int(major), int(minor)) <= pins.pythons[1]:

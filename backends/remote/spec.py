@@ -54,7 +54,7 @@ class Engine:
             name=self.name,
             probe=self.probe,
             load=self.load,
-            capabilities=frozenset({"capture", "generate", "serve"}),
+            capabilities=frozenset({"capture", "generate", "images", "serve"}),
             available=self.available,
             command=self.attach_command,
             serve=self.serve,
@@ -187,7 +187,9 @@ class Engine:
                 [str(python), "-P", "-c", code], capture_output=True, timeout=PROBE_SECONDS, check=False
             )
         except (OSError, subprocess.SubprocessError) as error:
-            return Availability(ok=False, reason=f"{python} cannot be run: {error}", hint="name a Python interpreter")
+            why = error.strerror if isinstance(error, OSError) else error
+            hint = "give engine.python the interpreter of the engine's environment"
+            return Availability(ok=False, reason=f"{python} cannot be run: {why}", hint=hint)
         if done.returncode:
             reason = f"{python} has no module {self.module}"
             return Availability(ok=False, reason=reason, hint=f"install it there, or {self._hint('cpu')}")

@@ -16,4 +16,4 @@ def serving_command(target: str, files: Path, draft: str, length: int) -> str:
         raise ConfigError(problems)
     arguments = {**draft_arguments(Path(target), files, length), "speculative_draft_model_path": draft}
     words = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return f"python -m sglang.launch_server --model-path {target} {shlex.join(words)}"
+    return f"python -m sglang.launch_server --model-path {shlex.quote(target)} {shlex.join(words)}"

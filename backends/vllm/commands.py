@@ -12,4 +12,4 @@ def serving_command(target: str, files: Path, draft: str, length: int) -> str:
     from torchspec.backends.vllm.worker.drafts import speculative_config
 
     chosen = {**speculative_config(Path(target), files, length), "model": draft}
-    return f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(chosen))}"
+    return f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(json.dumps(chosen))}"

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchspec.core.interfaces.device import Attention
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.once import once_differentiable
 
 
 def ttt_attention(
@@ -60,7 +60,7 @@ class _TTTAttention(torch.autograd.Function):
         return out_BTHD
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("attention")
     def backward(ctx: Any, dout_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         q_BTHD, out_BTHD, lse_BHT, *keys_values = ctx.saved_tensors
         steps = len(keys_values) // 2

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchspec.core.interfaces.device import Attention
 from torchspec.core.interfaces.mask import MaskSpec
+from torchspec.core.ops.once import once_differentiable
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
 
@@ -105,7 +105,7 @@ class _SpreadHeads(torch.autograd.Function):
         return spread.view(*both.shape[:2], *spread.shape[1:])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("the exchange of heads")
     def backward(ctx: Any, dspread: Tensor) -> tuple[Tensor, None, None]:
         group, wide = ctx.sequence.ulysses, torch.promote_types(dspread.dtype, torch.float32)
         parts = ctx.layout.split(dspread.flatten(0, 1), ctx.sequence.ring.rank())

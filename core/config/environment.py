@@ -50,7 +50,7 @@ def problems(tree: Mapping[str, Any], *, planned: bool = False) -> list[Problem]
 def unknown_adapters(tree: Mapping[str, Any]) -> list[Problem]:
     """Why there is no such device or backend as these settings name, here or elsewhere."""
     named = (
-        ("device", tree.get("device") or variables.default_device(), registry.devices()),
+        (_device_field(tree), tree.get("device") or variables.default_device(), registry.devices()),
         ("backend", tree.get("backend", "hf"), registry.backends()),
     )
     return [
@@ -63,11 +63,16 @@ def absent_adapters(tree: Mapping[str, Any]) -> list[Problem]:
     found: list[Problem] = []
     device = tree.get("device") or variables.default_device()
     if isinstance(device, str):
-        found += adapter_problems("device", device, registry.devices())
+        found += adapter_problems(_device_field(tree), device, registry.devices())
     backend = tree.get("backend", "hf")
     if isinstance(backend, str):
         found += engine_problems("backend", backend, device, tree.get("engine"))
     return found
+
+
+def _device_field(tree: Mapping[str, Any]) -> str:
+    """What names the device: the setting, or the variable that stands for it."""
+    return "device" if tree.get("device") else "device (TORCHSPEC_DEVICE)"
 
 
 def adapter_problems(field: str, name: str, known: Registry[Any]) -> list[Problem]:
@@ -129,8 +134,16 @@ def target_problems(field: str, path: Path) -> list[Problem]:
     """What shows at a glance that no target is at `path`; its contents are checked where they are read."""
     if str(path) == EMBEDDED or (path.expanduser() / "config.json").is_file():
         return []
-    message = "no config.json in this directory" if path.expanduser().is_dir() else "no such directory"
-    remedy = f"name a directory with config.json, safetensors and tokenizer, or `{EMBEDDED}`; nothing is downloaded"
+    message = "no such directory"
+    remedy = f"name a directory with config.json, safetensors and tokenizer, or `{EMBEDDED}`"
+    if path.expanduser().is_dir():
+        message = "no config.json in this directory"
+    elif path.expanduser().is_file():
+        message = "is a file"
+    elif len(path.parts) == 2 and not path.is_absolute():  # OWNER/NAME
+        remedy += f". Nothing is downloaded; if it is on the Hugging Face hub: `hf download {path} --local-dir DIR`"
+    else:
+        remedy += "; nothing is downloaded"
     return [Problem(field=field, value=str(path), message=message, remedy=remedy)]
 
 

@@ -18,7 +18,7 @@ FLAGS = {
     "backend": "--backend",
     "pipeline.topology": "--topology",
     "pipeline.engines": "--engines",
-    "engine.tensor_parallel": "--engine-tp",
+    "engine.tensor_parallel": "--engine-tensor-parallel",
     "pipeline.trainers": "--trainers",
     "on_policy.enabled": "--on-policy",
     "engine.python": "--engine-python",
@@ -68,6 +68,11 @@ def settings(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
         else:
             found[prefix + name] = info
     return found
+
+
+def entry_text(info: FieldInfo) -> str:
+    """What each value of a setting that is a mapping must be."""
+    return _describe(get_args(info.annotation)[1], (), many=False)
 
 
 def choices(info: FieldInfo) -> tuple[str, ...]:
@@ -129,7 +134,7 @@ def _describe(annotation: Any, metadata: tuple[object, ...], *, many: bool) -> s
         if keys is str:
             return f"{_describe(values, (), many=True)} by name"
         allowed = ", ".join(str(key) for key in _literal_values(keys)) or _describe(keys, (), many=True)
-        return f"{_describe(values, (), many=True)} by name (at least {least} of {allowed})"
+        return f"a mapping of at least {least} of {allowed} to {_describe(values, (), many=True)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         parts = (f"{name}: {type_text(info)}" for name, info in annotation.model_fields.items())
         return "{" + ", ".join(parts) + "}"
@@ -154,9 +159,15 @@ def _constraints(extra: list[object]) -> tuple[object, ...]:
 
 
 def _bounds(metadata: tuple[object, ...]) -> str:
-    low = next((f">= {m.ge}" for m in metadata if isinstance(m, Ge)), "")
-    low = next((f"> {m.gt}" for m in metadata if isinstance(m, Gt)), low)
-    high = next((f"<= {m.le}" for m in metadata if isinstance(m, Le)), "")
-    high = next((f"< {m.lt}" for m in metadata if isinstance(m, Lt)), high)
+    low = next((f">= {_bound(m.ge)}" for m in metadata if isinstance(m, Ge)), "")
+    low = next((f"> {_bound(m.gt)}" for m in metadata if isinstance(m, Gt)), low)
+    high = next((f"<= {_bound(m.le)}" for m in metadata if isinstance(m, Le)), "")
+    high = next((f"< {_bound(m.lt)}" for m in metadata if isinstance(m, Lt)), high)
     both = " and ".join(part for part in (low, high) if part)
     return f" {both}" if both else ""
+
+
+def _bound(value: Any) -> str:
+    """2**63 says more than its 19 digits."""
+    power = isinstance(value, int) and value > 2**32 and value.bit_count() == 1
+    return f"2**{value.bit_length() - 1}" if power else str(value)

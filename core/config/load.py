@@ -57,12 +57,14 @@ def load_config(
     layers += sources.from_mapping(values or {}, values_source)
     given = [Setting(path=path, value=value, source=COMMAND_LINE) for path, value in (flags or {}).items()]
     words, faults = sources.from_overrides(overrides)
-    problems += faults + _contradictions(given, words)
+    twice = _contradictions(given, words)
+    problems += faults + twice
     layers += given + words
 
     schema = _schema(layers, problems, RunConfig)
     config, tree, origin, faults = _checked(layers, schema, problems, label=lambda path: FLAGS.get(path, path))
-    problems += [fault for fault in faults if whole or fault.message != REQUIRED]
+    said = {problem.field for problem in twice}
+    problems += [fault for fault in faults if fault.field not in said and (whole or fault.message != REQUIRED)]
     chosen = _device(tree, problems) if probe else None
     if probe:
         problems += environment.problems(tree, planned=planned)

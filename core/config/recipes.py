@@ -1,4 +1,4 @@
-"""The recipes that ship: run files that `--config` takes by their names."""
+"""The recipes that ship: files of settings that `--config` takes by their names."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
+from torchspec.core.config.accelerators import accelerators
+
 if TYPE_CHECKING:
     from torchspec.core.interfaces.engine import EngineProcess
 
@@ -23,6 +25,14 @@ def _temperature(value: float) -> float:
     if 0 < value < LEAST_TEMPERATURE:
         raise ValueError(f"must be 0 (greedy) or a number >= {LEAST_TEMPERATURE:g}")
     return value
+
+
+def _known_accelerator(name: str) -> str:
+    if name not in accelerators():
+        raise ValueError(
+            f"no figures are known of it, but of {', '.join(accelerators())}; device_tflops gives your own"
+        )
+    return name
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -53,7 +63,7 @@ class TargetReading(Section):
 
 
 class TargetConfig(TargetReading):
-    path: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
+    path: Path = Field(description="directory of the target, or `embedded` for the one that ships")
     tensor_parallel: Positive = Field(1, description="ranks that hold the target together, each a part of its weights")
     shard_logits: Literal["auto", "off", "tokens", "vocabulary"] = Field(
         "auto", description="spread the target's head over ranks; auto: where they hold the target together"
@@ -82,20 +92,23 @@ class TrainConfig(Section):
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit: its moments in 8 bits a value (torchao), 6 bytes less for a parameter"
+        "adamw", description="adamw8bit: its moments in 8 bits a value (torchao), 6 bytes less per parameter"
     )
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay rates of AdamW's two moments")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="linear warm-up, in optimizer steps")
+    warmup_ratio: Fraction = Field(0.04, description="linear warm-up, as a part of the run's optimizer steps")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="linear warm-up in optimizer steps, in the place of warmup_ratio"
+    )
     decay_fraction: Fraction = Field(0.2, description="wsd: the last part of the run, in which the rate decays")
     min_lr_ratio: Fraction = Field(0.05, description="final learning rate over the peak")
-    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm is clipped to this; null: not")
+    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm is clipped to this; null: not clipped")
     recompute: bool = Field(
         False, description="make the draft's activations again in the backward pass: less memory, more time"
     )
     loss_memory_mb: Positive | None = Field(
-        None, description="what the loss may hold at a time beside its gradients; default: the device's preference"
+        None, description="what the loss may hold beside its gradients, in 1e6 bytes; default: the device's preference"
     )
     offload: Literal["none", "activations", "states", "all"] = Field(
         "none", description="what waits in the host's memory: activations; parameters and optimizer state; both"
@@ -116,7 +129,7 @@ class TrainConfig(Section):
     checkpoint_every: Positive = Field(200, description="steps between checkpoints")
     keep_last: Positive = Field(2, description="this many newest checkpoints stay; the best one always does")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue the run in the output directory; never: refuse a used directory"
+        "auto", description="auto: continue the run in the run directory; never: refuse a used directory"
     )
 
 
@@ -132,10 +145,13 @@ class ParallelConfig(Section):
 
 class PrecisionConfig(Section):
     compute: Literal["float32", "bfloat16", "fp8"] = Field(
-        "float32", description="matrix products of the draft; parameters and optimizer state stay float32"
+        "float32", description="precision of the draft's matrix products; parameters and optimizer state stay float32"
     )
     fp8_scaling: Literal["row", "tensor"] | None = Field(
         None, description="fp8: a scale for each row of an operand, or one for all of it; default: row"
+    )
+    fp8_all_gather: Literal["auto", "on", "off"] = Field(
+        "auto", description="fp8: ranks gather weights in FP8, not in bf16; auto: where there are several ranks"
     )
 
 
@@ -145,18 +161,20 @@ class EngineConfig(Section):
     python: Path | None = Field(
         None, description="interpreter of an environment with the engine; default: what `torchspec engine install` made"
     )
-    url: str | None = Field(None, description="address of a worker that is running already (docs/engines.md)")
+    url: str | None = Field(None, description="address of an engine's worker that is running already (docs/engines.md)")
     tensor_parallel: Positive = Field(1, description="devices over which the engine splits the target")
     memory_fraction: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="of each device's memory, for the engine; default: its own, or 0.5 (colocated)",
+        description="share of each device's memory for the engine; default: its own, or 0.5 (colocated)",
     )
     store_mb: Positive | None = Field(
         None, description="features that may wait to be taken, in 1e6 bytes; default: 2000, or what shared memory has"
     )
-    start_timeout: float = Field(600, gt=0, description="seconds to start, and to come back after the engine died")
+    start_timeout: float = Field(
+        600, gt=0, description="seconds the engine may take to start, and to come back after it died"
+    )
     call_timeout: float = Field(600, gt=0, description="seconds one call to the engine may take")
     options: dict[str, Any] = Field({}, description="arguments of the engine's own constructor, as {name: value}")
 
@@ -208,24 +226,24 @@ class OnPolicyConfig(Section):
         False, description="learn from what the target writes now; the data bring the prompts (docs/on-policy.md)"
     )
     max_new_tokens: Positive = Field(512, description="tokens of an answer, as far as data.max_length has room")
-    temperature: Temperature = Field(0.0, description="0: greedy")
+    temperature: Temperature = Field(0.0, description="sampling temperature; 0: greedy")
     draft_length: Annotated[int, Field(ge=0)] = Field(
-        0, description="tokens that the draft of the training drafts per round (chain); 0: the target writes alone"
+        0, description="tokens that the draft in training drafts per round; 0: the target writes alone"
     )
-    push_every: Positive = Field(50, description="steps between handing the draft to those that write with it")
+    push_every: Positive = Field(50, description="steps between handing the draft to the engines that write with it")
 
 
 class RayConfig(Section):
     """The cluster on which a disaggregated run places its processes."""
 
     address: str | None = Field(
-        None, description="of a running cluster, or `auto`; default: one of this machine alone, for this run"
+        None, description="address of a running cluster, or `auto` to find it; default: one started on this machine"
     )
     resource: str | None = Field(
-        None, description="what the cluster calls one accelerator of this kind; default: the device's own name for it"
+        None, description="what the cluster calls one device of this kind; default: the device's own name for it"
     )
-    cpus_per_engine: float = Field(1, ge=0, description="processor cores that an engine reserves, per device")
-    cpus_per_trainer: float = Field(1, ge=0, description="processor cores that a rank reserves")
+    cpus_per_engine: float = Field(1, ge=0, description="CPU cores that an engine reserves, per device")
+    cpus_per_trainer: float = Field(1, ge=0, description="CPU cores that a rank reserves")
     start_timeout: float = Field(300, gt=0, description="seconds the cluster may take to have room for the run")
     restarts: Annotated[int, Field(ge=0)] = Field(
         3, description="how often ranks are started again after one of them died, without a checkpoint in between"
@@ -236,7 +254,7 @@ class MooncakeConfig(Section):
     """The Mooncake store of a disaggregated run."""
 
     master: str | None = Field(None, description="HOST:PORT of a running master; default: one is started for the run")
-    protocol: Literal["tcp", "rdma"] = Field("tcp", description="how its data travel")
+    protocol: Literal["tcp", "rdma"] = Field("tcp", description="how features travel between machines")
     rdma_devices: str = Field("", description="comma-separated names of RDMA devices; empty: those it finds")
 
 
@@ -245,8 +263,8 @@ class DecodingConfig(Section):
 
     samples: Positive = Field(16, description="prompts decoded, at even distances over the files")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
-    draft_length: Positive = Field(5, description="tokens drafted per round (chain)")
-    temperature: Temperature = Field(0.0, description="0: greedy")
+    draft_length: Positive = Field(5, description="tokens drafted per round")
+    temperature: Temperature = Field(0.0, description="sampling temperature; 0: greedy")
     batch_size: Positive = Field(1, description="prompts decoded together")
 
 
@@ -256,7 +274,7 @@ class EvalConfig(DecodingConfig):
         None, description="validate in this serving engine, beside the training; default: our own decoder if it can"
     )
     devices: list[Annotated[int, Field(ge=0)]] = Field(
-        [], description="accelerators that the serving engine sees; empty: those of the training"
+        [], description="numbers of the devices that the serving engine sees; empty: those of the training"
     )
     timeout: float = Field(3600, gt=0, description="seconds one validation in a serving engine may take")
     tolerance: Fraction = Field(
@@ -275,7 +293,19 @@ class RunConfig(Section):
     device_gb: float | None = Field(
         None,
         gt=0,
-        description="memory of one device, in 1e9 bytes, for plans (--dry-run) where none is on this machine",
+        description="memory of one device, in 1e9 bytes, for plans (--dry-run) where none is on this machine; default: "
+        "what `device_name` has",
+    )
+    device_name: Annotated[str, AfterValidator(_known_accelerator)] | None = Field(
+        None,
+        description="an accelerator that the plan knows the vendor's figures of (a100, h100, h200, b200, mi300x, ...: "
+        "docs/sizing.md), for its time where no device is on this machine",
+    )
+    device_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="for the plan's time: what matrix products of the run's precision reach on one device, in 1e12 "
+        "operations a second; default: measured, or of `device_name`",
     )
     backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
     algorithm: str = Field("eagle3", description="draft algorithm")

@@ -104,11 +104,13 @@ def _walk(loader: _Loader, node: yaml.Node, prefix: str, name: str, above: tuple
         raise ConfigError([Problem(field=source, message="an alias that contains itself")])
     if not isinstance(node, yaml.MappingNode):
         if not prefix:
-            raise ConfigError([Problem(field=source, message="a run file is a mapping of sections and settings")])
+            raise ConfigError(
+                [Problem(field=source, message="a file of settings is a mapping of sections and settings")]
+            )
         yield Setting(path=prefix, value=loader.construct_object(node, deep=True), source=source)
         return
     if node.tag != loader.DEFAULT_MAPPING_TAG:
-        raise ConfigError([Problem(field=source, value=node.tag, message="a tag that run files don't use")])
+        raise ConfigError([Problem(field=source, value=node.tag, message="a tag that files of settings don't use")])
     _refuse_repeated_keys(node, name)
     loader.flatten_mapping(node)
     if not node.value and prefix:
@@ -161,7 +163,14 @@ def from_overrides(overrides: Sequence[str]) -> tuple[list[Setting], list[Proble
         try:
             value = parse_value(text)
         except yaml.YAMLError:
-            problems.append(Problem(field=path, value=text, message="not a YAML value", remedy="quote it: 'k=\"v\"'"))
+            problems.append(
+                Problem(
+                    field=path,
+                    value=text,
+                    message="not a YAML value",
+                    remedy="close its brackets and quotes, or quote it whole: 'key=\"value\"'",
+                )
+            )
             continue
         found.extend(from_mapping({path: value}, COMMAND_LINE))
     return found, problems

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from torchspec.core.config.fields import choices, entries, sections, settings, type_text
+from torchspec.core.config.fields import choices, entries, entry_text, sections, settings, type_text
 from torchspec.core.errors import Problem
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,9 +35,23 @@ def validate(
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             problem = _problem(detail, schema, tree, label, origin or {})
-            if problem not in found:  # each wrong item of one list, each way of being one entry
+            # Each wrong item of one list, each way of being one entry: of these one whose own rule is broken says most.
+            said = [place for place, other in enumerate(found) if _same(other, problem)]
+            if not said:
                 found.append(problem)
+            elif _rule(detail) is not None:
+                found[said[0]] = problem
         return None, found
+
+
+def _same(one: Problem, other: Problem) -> bool:
+    return (one.field, one.value) == (other.field, other.value)
+
+
+def _rule(detail: ErrorDetails) -> ValueError | None:
+    """A rule that the schema states in words of its own."""
+    cause = detail.get("ctx", {}).get("error")
+    return cause if isinstance(cause, ValueError) else None
 
 
 def _empty_paths(schema: type[BaseModel], tree: Mapping[str, Any]) -> list[Problem]:
@@ -65,10 +79,10 @@ def _problem(
     info = leaves.get(path)
     given = _value(tree, path)
     if info is not None and inside and isinstance(given, Mapping):
-        return _wrong_entry(path, info, str(inside[0]), given, origin)
+        return _wrong_entry(path, info, str(inside[0]), given, origin, _rule(detail))
     source = f" ({origin[path]})" if path in origin else ""
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, ValueError) or info is None:  # a rule the schema states in words of its own
+    cause = _rule(detail)
+    if cause is not None or info is None:
         value = None if info is None else detail["input"]
         return Problem(field=path, message=f"{cause or 'not valid'}{source}", value=value)
     allowed = choices(info)
@@ -82,7 +96,14 @@ def _problem(
     )
 
 
-def _wrong_entry(path: str, info: FieldInfo, name: str, given: Mapping[str, Any], origin: Mapping[str, str]) -> Problem:
+def _wrong_entry(
+    path: str,
+    info: FieldInfo,
+    name: str,
+    given: Mapping[str, Any],
+    origin: Mapping[str, str],
+    rule: ValueError | None,
+) -> Problem:
     """Of a setting that is a mapping, whose entries may have come one by one, or parts of them."""
     sources = [origin[at] for at in origin if at == path or f"{at}.".startswith(f"{path}.{name}.")]
     source = f" ({', '.join(dict.fromkeys(sources))})" if sources else ""
@@ -91,7 +112,8 @@ def _wrong_entry(path: str, info: FieldInfo, name: str, given: Mapping[str, Any]
         near = difflib.get_close_matches(name, names, n=1)
         remedy = f"did you mean {near[0]}?" if near else ""
         return Problem(field=path, message=f"no such entry{source}", value=name, choices=names, remedy=remedy)
-    return Problem(field=path, message=f"must be {type_text(info)}{source}", value={name: given.get(name)})
+    message = f"must be {entry_text(info)}" if rule is None else str(rule)
+    return Problem(field=f"{path}.{name}", message=f"{message}{source}", value=given.get(name))
 
 
 def _value(tree: Mapping[str, Any], path: str) -> Any:

@@ -182,8 +182,13 @@ def _fill(
         lengths.append(sample.input_ids.size)
     report = tally.report()
     if not sample_ids:
-        few = f"have fewer than {settings.min_supervised_tokens} supervised tokens in the first {settings.max_length}"
-        raise nothing_left(report, f"leave no room for an answer in {settings.max_length} tokens" if prompts else few)
+        least, most = settings.min_supervised_tokens, settings.max_length
+        few = (
+            f"with fewer than {least} supervised tokens, those of an assistant turn, among the first {most} "
+            "(data.min_supervised_tokens, data.max_length)"
+        )
+        room = f"without room for an answer in {most} tokens (data.max_length)"
+        raise nothing_left(report, reader.files, room if prompts else few)
     if prompts:
         _count_answers(counts_V, RowReader(reader.files), renderer, settings, usable)
     columns["offsets"].append(np.cumsum([0, *lengths]))

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def text_prompt(renderer: Renderer, row: Row) -> RenderedText | Rendered:
     """`Renderer.prompt` for whoever answers text alone: RowError for a row with images."""
     if not isinstance(row, TextRow) and row.images:
-        raise RowError("it has images, which what answers here does not take: backends with the capability `images` do")
+        raise RowError("it has images, and what answers here takes text alone: see docs/targets.md#images for what answers them")
     return renderer.prompt(row)
 
 
@@ -74,7 +74,7 @@ def load_prompts(
             )
     report = tally.report()
     if not prompts:
-        raise nothing_left(report, f"are prompts of more than {settings.max_length} tokens")
+        raise nothing_left(report, reader.files, f"prompts of more than {settings.max_length} tokens (max_length)")
     if report.bad_count or report.filtered:
         logger.warning("prompts: %s", report.describe())
     if count is None or count >= len(prompts):

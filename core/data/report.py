@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torchspec.core.errors import DataError
 ProgressSink = Callable[[str, int, int], None]  # stage, done, total
 
 BAD_ROWS_KEPT = 100
+FILES_NAMED = 3
 _INTERVAL_S = 0.2
 
 
@@ -161,9 +162,11 @@ class Tally:
         )
 
 
-def nothing_left(report: DataReport, filtered: str) -> DataError:
-    """The error when no row is left; `filtered` says of the filtered ones why they are."""
-    reasons = [f"{report.bad_count} are bad"] if report.bad_count else []
+def nothing_left(report: DataReport, files: Sequence[Path], filtered: str) -> DataError:
+    """The error when no row of the files is left; `filtered` says of the filtered ones why they are."""
+    named = ", ".join(map(str, files[:FILES_NAMED]))
+    named += f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+    reasons = [f"{report.bad_count} bad"] if report.bad_count else []
     reasons += [f"{report.filtered} {filtered}"] if report.filtered else []
     shown = "".join(f"\n  {row}" for row in report.bad[:5])
-    return DataError(f"none of the {report.read} rows can be used: {' and '.join(reasons)}{shown}")
+    return DataError(f"no row of {named} can be used, of {report.read} read: {', '.join(reasons)}{shown}")

@@ -113,7 +113,7 @@ def iter_files(split: Split, *, stdlib: Path | None = None) -> Iterator[SourceFi
     check_split(split)
     root = stdlib_folder() if stdlib is None else stdlib
     if not root.is_dir():
-        raise ValueError(f"stdlib is {str(root)!r}, which is not a folder")
+        raise ValueError(f"stdlib is {str(root)!r}, which is not a directory")
     paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
     wanted = [path for path in paths if _is_wanted(path.parts)]
     known = frozenset(top_level_name(_module_name(path)) for path in wanted if path.parts[0] != "test")

@@ -78,7 +78,8 @@ def _with_thinking(template: str | dict[str, str] | None, target: Path, *, on: b
     if not names or template is None:
         raise TargetError(
             f"the chat template of {target} has no thinking mode (neither {' nor '.join(_THINKING)} occurs in it)\n"
-            "    remedy: leave target.thinking at auto, or give a template that has one (target.chat_template)"
+            "    remedy: leave target.thinking (--thinking) at auto, or give a template that has one "
+            "(target.chat_template, --chat-template)"
         )
     switch = "".join(f"{{%- set {name} = {str(on).lower()} -%}}" for name in names)
     return {name: switch + text for name, text in template.items()} if isinstance(template, dict) else switch + template
@@ -89,7 +90,8 @@ def read_chat_template(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(f"the chat template {path} cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise TargetError(f"the chat template {path} cannot be read: {why}") from error
     if not text.strip():
         raise TargetError(f"the chat template {path} is empty")
     try:

@@ -118,6 +118,7 @@ def _summarise(
         rounds=acceptance.rounds,
         proposed=acceptance.proposed,
         accepted=acceptance.accepted,
+        longest_draft=max((r.proposed for g in run.generations for r in g.rounds), default=0),
         tokens=run.tokens,
         tokens_per_round=emitted / acceptance.rounds if acceptance.rounds else 1.0,
         prompts=len(prompts),

@@ -77,6 +77,7 @@ class EvalResult:
     lossless            every text equals draftless greedy decoding token for token
     tie_mismatches      texts that first differ where the two tokens' logits are equal within rounding
     other_mismatches    texts that first differ elsewhere
+    longest_draft       most tokens that a round drafted: fewer than draft_length where the draft has no more to give
     skipped             prompts left out because they fill the target's context
     seconds             see `Seconds`, added over batches
     """
@@ -95,6 +96,7 @@ class EvalResult:
     rounds: int
     proposed: int
     accepted: int
+    longest_draft: int
     tokens: int
     tokens_per_round: float
     prompts: int

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torchspec.core.decoding.generation import DecodeSettings, Generation
 from torchspec.core.decoding.pushed import PushedDraft
 from torchspec.core.decoding.speculative import decode
-from torchspec.core.interfaces.engine import DraftSource, ServedText, TargetEngine
+from torchspec.core.interfaces.engine import DraftSource, Images, ServedText, TargetEngine
 
 Follow = Callable[[DraftSource], PushedDraft]
 
@@ -28,18 +28,27 @@ class TextWriter:
         temperature: float = 0.0,
         seed: int = 0,
         source: DraftSource | None = None,
+        images: Sequence[Images] = (),
     ) -> list[ServedText]:
-        """See `Author`.
+        """See `Author`; `images` as of `TextGenerator.generate`. ValueError for images with a `source`.
 
         With a draft, what is drawn at temperature > 0 depends on the draft and on all the prompts as well.
         """
         drafter = None
         if source is not None:
+            if any(images):
+                raise ValueError("prompts with images are written without drafts")
             if source not in self._followed:
                 self._followed[source] = self._follow(source)
             drafter = self._followed[source].drafter()
         if source is None or drafter is None:
-            texts = self._engine.generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+            texts = self._engine.generate(
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                **({"images": images} if any(images) else {}),
+            )
             return [ServedText(tokens=tuple(tokens)) for tokens in texts]
         settings = DecodeSettings(max_new_tokens=max_new_tokens, draft_length=source.length, temperature=temperature)
         decoded = decode(self._engine, drafter, prompts, settings, seed=_mixed(seed, prompts))

@@ -76,6 +76,7 @@ class CardFacts:
     base_model    the target's id on the hub, if that is known; `revision`: the one that was trained on
     license       of the draft; `license_from`: why it is that
     repository    where the draft will be on the hub
+    origin        how the draft came about, in sentences, where that is not a run of torchspec
     counts        data and training, by words; `recipe`: settings that make this draft again; `machine`: where
     """
 
@@ -91,6 +92,7 @@ class CardFacts:
     draft_length: int = 5
     taps: Sequence[int] = ()
     longest: int | None = None
+    origin: str = ""
     counts: Mapping[str, object] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, object] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, LlamaConfig
 
 from torchspec.core.export.speculators import is_speculators
@@ -116,7 +117,10 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     known = CONFIG_MAPPING[layer["model_type"]] if layer.get("model_type") in CONFIG_MAPPING else LlamaConfig
     # What is of the wrong type is named where it is read.
-    made = known(**{name: layer[name] for name in _SIZING if type(layer.get(name)) in (int, bool)})
+    try:
+        made = known(**{name: layer[name] for name in _SIZING if type(layer.get(name)) in (int, bool)})
+    except StrictDataclassError as error:  # sizes that do not go together, which is no ValueError there
+        raise ValueError(str(error.__cause__ or error)) from error
     for name in (*SIZES, "rms_norm_eps", "max_position_embeddings"):
         value = getattr(made, name, None)
         if layer.get(name) is None and value is not None:

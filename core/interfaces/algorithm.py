@@ -284,6 +284,8 @@ class AlgorithmSpec:
     `published(files, target)` puts a directory of this algorithm that others wrote into the form that those two know
     and says in its notes what it changed; any other one it returns as it is. What only the target can tell (None: it is
     not known yet) stays open. Raises CheckpointError for a draft that cannot be put so. None: others write none.
+    `unserved(algorithm)` says why no engine is known to serve a draft of these options, and what to train for one that
+    is served (None: one is known): a run says it before it trains. None: all are served.
     """
 
     name: str
@@ -292,5 +294,6 @@ class AlgorithmSpec:
     reads: Callable[[dict[str, Any]], bool]
     from_files: Callable[[DraftFiles, TargetSpec], tuple[Algorithm, nn.Module]]
     published: Callable[[DraftFiles, TargetSpec | None], DraftFiles] | None = None
+    unserved: Callable[[Any], str | None] | None = None
     capabilities: frozenset[str] = frozenset()
     api_version: int = API_VERSION

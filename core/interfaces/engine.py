@@ -202,6 +202,8 @@ class EngineOptions:
     `process`: only for engines of that kind. The ranks of a machine share one process: rank `local_rank` 0 starts it,
     and the others find it through files in `directory`, where its log is too (None: this rank is alone).
     `streamed`: several threads will capture, ahead of time, and what they get stays in the host's memory.
+    `images`: some of what it will be asked has images; an engine that finds that it takes none of this target's says
+    so when it starts.
     """
 
     target: Path
@@ -214,6 +216,7 @@ class EngineOptions:
     process: EngineProcess = EngineProcess()
     directory: Path | None = None
     streamed: bool = False
+    images: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from torchspec.core.interfaces.device import FusedOps
+from torchspec.core.ops.once import once_differentiable
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, ops: FusedOps) -> Tensor:
@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("RMS norm")
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_H, kept = ctx.saved_tensors
         return *ctx.ops.rms_norm_backward(dnormed, x, weight_H, kept), None, None
@@ -77,7 +77,7 @@ class _Rotary(torch.autograd.Function):
         return ops.rotary(x_BSHD, cos_PD[angle_BS], sin_PD[angle_BS])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rotary embedding")
     def backward(ctx: Any, dout_BSHD: Tensor) -> tuple[Tensor | None, ...]:
         angle_BS, cos_PD, sin_PD = ctx.saved_tensors
         return ctx.ops.rotary(dout_BSHD, cos_PD[angle_BS], -sin_PD[angle_BS]), None, None, None, None
@@ -97,7 +97,7 @@ class _NormedLinear(torch.autograd.Function):
         return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("normed linear map")
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_H, *weights_ZH = ctx.saved_tensors
         normed, kept = ctx.ops.rms_norm(x, norm_H, ctx.eps)
@@ -121,7 +121,7 @@ class _GatedLinear(torch.autograd.Function):
         return out.view_as(residual)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("gated linear map")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight_HI = ctx.saved_tensors
         gradients = ctx.ops.maps.gradients([dout.reshape(-1, dout.shape[-1])])
@@ -141,7 +141,7 @@ class _Linear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear map")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ZH = ctx.saved_tensors
         wants_x, wants_weight, wants_residual, _ = ctx.needs_input_grad

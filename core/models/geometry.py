@@ -70,7 +70,7 @@ class Sources:
     @property
     def _whose(self) -> str:
         config, start = (getattr(self.options, name, None) for name in ("config", "init_from"))
-        own = start is not None and config == start / "config.json"
+        own = start is not None and config in (start / "config.json", start / "draft" / "config.json")
         return "the draft in draft.init_from" if own else "the draft config"
 
     def layer(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Sources:
         target, stated = self.target, self.stated
         return {name: self.pick(name, getattr(target, name)) for name in SIZES} | {
             "rms_norm_eps": stated.get("rms_norm_eps", target.rms_norm_eps),
-            "rope_parameters": stated.get("rope_parameters", llama_rope(target.rope_parameters)),
+            "rope_parameters": stated.get("rope_parameters", _drafts_rope(target.rope_parameters)),
             "max_position_embeddings": stated.get("max_position_embeddings", target.max_position_embeddings),
         }
 
@@ -106,7 +106,11 @@ class Sources:
         outside = [tap for tap in taps if not 0 <= tap < layers]
         if outside:
             self.problems.append(
-                Problem(field=source, value=taps, message=f"the target has layers 0..{layers - 1}: no {outside}")
+                Problem(
+                    field=source,
+                    value=taps,
+                    message=f"the target has the layers 0 to {layers - 1}, and not {', '.join(map(str, outside))}",
+                )
             )
         if not taps:
             self.problems.append(Problem(field=source, value=taps, message="at least one tap is needed"))
@@ -121,6 +125,14 @@ class Sources:
                 )
             )
         return taps
+
+
+def _drafts_rope(of_target: Mapping[str, object]) -> dict[str, object]:
+    """As `llama_rope`, but a draft turns whole heads where the target is `proportional` (Gemma-4), at the same base."""
+    rope = llama_rope(of_target)
+    return (
+        {"rope_type": "default", "rope_theta": rope["rope_theta"]} if rope.get("rope_type") == "proportional" else rope
+    )
 
 
 def layer_problems(geometry: LayerGeometry) -> list[Problem]:

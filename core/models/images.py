@@ -7,7 +7,7 @@ import binascii
 import hashlib
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, unquote_to_bytes
 
 from torchspec.core.errors import TargetError
@@ -47,24 +47,48 @@ def refer_to_image(source: str) -> ImageReference:
 
 def open_image(reference: ImageReference) -> Image:
     """The image as RGB. ImageError when it is not there, no image, or another one than was referred to."""
+    pillow, content = _pillow(), _checked(reference)
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise TargetError(f"images need Pillow: pip install 'torchspec[images]' ({error})") from error
-
-    content = _read(reference.source)
-    if hashlib.sha256(content).hexdigest() != reference.digest:
-        raise ImageError(f"the image {shown(reference.source)} is another one than when it was tokenised")
-    try:
-        with Image.open(BytesIO(content)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with pillow.open(BytesIO(content)) as image:
+            opened: Image = image.convert("RGB")
+            return opened
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise ImageError(f"{shown(reference.source)} cannot be read as an image: {error}") from error
+
+
+def embedded(reference: ImageReference) -> ImageReference:
+    """The same image as a `data:` URI of its bytes: whoever is sent it opens no file. ImageError as of `open_image`."""
+    if reference.source.startswith("data:"):
+        return reference
+    content = base64.b64encode(_checked(reference)).decode()
+    return ImageReference(source=f"data:;base64,{content}", digest=reference.digest)
+
+
+def plain_image(colour: tuple[int, int, int]) -> ImageReference:
+    """One of a single colour (RGB), to try an engine with."""
+    content = BytesIO()
+    _pillow().new("RGB", (64, 48), colour).save(content, "PNG")
+    return refer_to_image(f"data:;base64,{base64.b64encode(content.getvalue()).decode()}")
 
 
 def shown(source: str) -> str:
     """A source in a message for people: the beginning of a `data:` URI is enough."""
     return source if len(source) <= _SHOWN or not source.startswith("data:") else f"{source[:_SHOWN]}..."
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise TargetError(f"images need Pillow: pip install 'torchspec[images]' ({error})") from error
+    return Image
+
+
+def _checked(reference: ImageReference) -> bytes:
+    content = _read(reference.source)
+    if hashlib.sha256(content).hexdigest() != reference.digest:
+        raise ImageError(f"the image {shown(reference.source)} is another one than when it was tokenised")
+    return content
 
 
 def _read(source: str) -> bytes:

@@ -61,10 +61,14 @@ class RMSNorm(nn.Module):
 
 
 class LinearMap(nn.Linear):
-    """A weight [outputs, inputs] for a device's `LinearMaps`, by way of `core.models.fused`."""
+    """A weight [outputs, inputs] for a device's `LinearMaps`, by way of `core.models.fused`.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    `called`: the module is called as well, which multiplies in the weight's own precision in any case.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, called: bool = False) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.called = called
 
 
 class GatedMLP(nn.Module):

@@ -22,6 +22,9 @@ from torchspec.core.interfaces.engine import ImageReference
 from torchspec.core.models.images import ImageError, open_image
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
+NO_PROCESSOR = f"it has none of {', '.join(_FILES)}"
+"""Why a target takes no images."""
+
 _TEXT = ("input_ids", "attention_mask")
 _IMAGE = 1
 """A token's kind where an image stands, as transformers numbers kinds (0 is text)."""
@@ -49,7 +52,7 @@ class TargetProcessor:
         Raises TargetError when there is none that takes images, or a library that it needs is missing.
         """
         if not takes_images(path):
-            raise TargetError(f"the target {path} takes no images: it has none of {', '.join(_FILES)}")
+            raise TargetError(f"the target {path} takes no images: {NO_PROCESSOR}")
         from transformers import AutoProcessor  # seconds, which processes without images do without
 
         try:
@@ -110,6 +113,12 @@ class TargetProcessor:
             for name, value in found.items()
             if name not in _TEXT and isinstance(value, Tensor)
         }
+
+    def ids_of(self, image: ImageReference) -> list[int]:
+        """A prompt of this image alone. Raises ImageError as `inputs` does."""
+        made = self._run([self._processor.image_token], [image], return_tensors="pt")
+        ids: list[int] = made["input_ids"][0].tolist()
+        return ids
 
     def image_end(self, input_ids: Sequence[int], images: Sequence[ImageReference]) -> int:
         """How many tokens of the sequence reach up to the end of its last image. Raises as `inputs` does."""

@@ -65,7 +65,8 @@ def load_target_config(path: Path, *, trust_remote_code: bool = False) -> PreTra
                 "\nThe directory brings its own code: read it, then set target.trust_remote_code=true "
                 "(eval, export, generate: --trust-remote-code)"
             )
-        raise TargetError(f"{file} (model_type {content['model_type']!r}) is refused: {error}{remedy}") from error
+        said = str(error).split("\n\n")[0]  # what follows in transformers' own words is how to install it
+        raise TargetError(f"{file} (model_type {content['model_type']!r}) is refused: {said}{remedy}") from error
 
 
 def read_target_spec(path: Path, trust_remote_code: bool = False) -> TargetSpec:
@@ -84,6 +85,8 @@ def target_spec(config: PreTrainedConfig, path: Path, trust_remote_code: bool = 
     """As `read_target_spec`, of a configuration that is here; nothing is read at `path`, nor are
     `eos_token_ids` and `quantisation`."""
     text = config.get_text_config(decoder=True)
+    # Layers may differ in their heads (Gemma-4: fewer and wider ones where attention is full); most are as the first.
+    layer = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
     required = {
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -106,8 +109,8 @@ def target_spec(config: PreTrainedConfig, path: Path, trust_remote_code: bool = 
         hidden_size=hidden_size,
         intermediate_size=_first(text, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden_size,
         num_attention_heads=num_heads,
-        num_key_value_heads=_first(text, "num_key_value_heads") or num_heads,
-        head_dim=_first(text, "head_dim") or hidden_size // num_heads,
+        num_key_value_heads=_first(layer, "num_key_value_heads") or num_heads,
+        head_dim=_first(layer, "head_dim") or hidden_size // num_heads,
         vocab_size=cast(int, facts["vocab_size"]),
         max_position_embeddings=_first(text, "max_position_embeddings", "max_seq_len", "seq_length") or 2048,
         rms_norm_eps=_first(text, "rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon") or 1e-6,

@@ -23,6 +23,7 @@ from torchspec.core.models.target_head import (
     skeleton_of,
     softcap_of,
 )
+from torchspec.core.ops.given import no_floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -113,13 +114,13 @@ def copied_ends(ends: SafetensorsTargetHead, *, dtype: torch.dtype, device: torc
 
 
 def misfits(wanted: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> list[str]:
-    """In words, which of these named tensors have another shape than they must, are no floats or not finite."""
+    """In words, which of these named tensors have another shape than they must, are no floats here or not finite."""
     found = []
     for name, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != tuple(shape):
+        if (fault := no_floats(tensor)) is not None:
+            found.append(f"{name}: {fault}")
+        elif tuple(tensor.shape) != tuple(shape):
             found.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            found.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected floats of 16 bits or more")
         elif not bool(torch.isfinite(tensor).all()):
             found.append(f"{name} is not finite")
     return found
@@ -130,12 +131,14 @@ def update_ends(
     *,
     embedding_VH: Tensor | None = None,
     head_VH: Tensor | None = None,
-    norm: Mapping[str, Tensor] | None = None,
+    norm: Mapping[str, Tensor] | Tensor | None = None,
 ) -> None:
     """Write newer values into a head's own tensors; all of them or, with a TargetError, none.
 
-    Of a tied pair either is enough; given both, they must be equal.
+    Of a tied pair either is enough; given both, they must be equal. A norm that is one tensor is its weight.
     """
+    if norm is not None and not isinstance(norm, Mapping):
+        norm = {"weight": norm}
     wanted: dict[str, tuple[Tensor, Tensor]] = {}
     if embedding_VH is not None:
         wanted["embedding"] = (embedding_VH, ends.embedding_VH)

@@ -150,7 +150,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # `once_differentiable` takes the gradients for constants where `dloss` has no graph, as the loss's own has not.
+        # The gradients were made in the forward pass: nothing that is saved has a graph to refuse later (`ops.once`).
         if torch.is_grad_enabled():
             raise RuntimeError("the distillation loss is differentiable once: leave create_graph out")
         # Out of place: the graph may be asked again.

@@ -30,6 +30,7 @@ from torchspec.core.objectives.chunks import FEWEST_ROWS, token_spans
 from torchspec.core.objectives.token_part import Request, TokenPart, told, wide
 from torchspec.core.objectives.token_statistics import Whole, write_gradient
 from torchspec.core.ops.maps import add_product
+from torchspec.core.ops.once import Gradients, once_differentiable
 from torchspec.core.parallel.vocabulary import summed
 
 IGNORED = -100
@@ -61,14 +62,16 @@ def token_log_probabilities(
     ignore_index  a token of this value gets zeros, and its logits, whatever they are, a gradient of zeros
 
     Differentiable once with respect to the logits; their gradient has their dtype. To look at the tokens, the host
-    waits for the device. Raises ValueError with all that is wrong with the arguments, before any collective.
+    waits for the device. Raises, before any collective, TypeError with every argument that is no tensor with numbers in
+    it or else of another kind than it must be, and ValueError with all that is wrong with their values.
     """
-    request = Request(
+    request = Request.of(
+        {"logits": logits_NV, "tokens": tokens_N},
+        ops,
         shards=shards,
         entropy=entropy,
         temperature=temperature,
         ignore_index=ignore_index,
-        temporary_bytes=ops.temporary_bytes,
     )
     columns = logits_NV.shape[-1] if logits_NV.dim() else 0
     _refuse(request.problems(logits_NV, "logits", tokens_N, columns))
@@ -100,15 +103,20 @@ def hidden_log_probabilities(
     summed in fp32 and have their tensor's dtype. What wants no gradient, which is to be the same on every rank, and
     tokens that do not count cost nothing. Differentiable once; waits and raises as the form above.
     """
-    request = Request(
+    request = Request.of(
+        {"hidden": hidden_NH, "weight": weight_VH, "tokens": tokens_N, **({} if bias_V is None else {"bias": bias_V})},
+        ops,
         shards=shards,
         entropy=entropy,
         temperature=temperature,
         ignore_index=ignore_index,
-        temporary_bytes=ops.temporary_bytes,
+        budget=budget,
     )
     columns = len(weight_VH) if weight_VH.dim() else 0
-    _refuse((*request.problems(hidden_NH, "hidden", tokens_N, columns), *_misfits(hidden_NH, weight_VH, bias_V)))
+    wrong = [*request.problems(hidden_NH, "hidden", tokens_N, columns), *_misfits(hidden_NH, weight_VH, bias_V)]
+    if budget is not None and budget < 1:
+        wrong.append(f"a budget is 1 byte or more, not {budget}")
+    _refuse(wrong)
     part = TokenPart.of(tokens_N, columns, request)
     hidden_KH = hidden_NH if part.rows_K is None else hidden_NH.index_select(0, part.rows_K)
     spans = _spans(hidden_KH, columns, ops.loss_bytes if budget is None else budget)
@@ -147,30 +155,11 @@ def _spans(hidden_KH: Tensor, columns: int, budget: int) -> list[slice]:
     return token_spans(tokens, max(FEWEST_ROWS, budget // max(1, each)))
 
 
-class _Final(torch.autograd.Function):
-    """A gradient that has none itself, though it depends on what is given with it."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("log-probabilities and entropies are differentiable once: their gradient has no gradient")
-
-
-def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Refuses second derivatives. torch's `once_differentiable` does so only where the gradients of the outputs have a
-    graph, and takes the gradient for a constant where the inputs alone have one."""
-
+def _without_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     @wraps(backward)
-    def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad(), _as_given(ctx.part.place_K):
-            found = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return found
-        given = [x for x in (*ctx.saved_tensors, *upstream) if x is not None]
-        return tuple(None if x is None else _Final.apply(x, *given) for x in found)  # type: ignore[no-untyped-call]
+    def run(ctx: Any, *upstream: Tensor | None) -> Gradients:
+        with _as_given(ctx.part.place_K):
+            return backward(ctx, *upstream)
 
     return run
 
@@ -187,8 +176,9 @@ class _OfLogits(torch.autograd.Function):
         return _keep(ctx, part.whole(found, logits_NV.dtype), logits_NV)
 
     @staticmethod
-    @_once
-    def backward(ctx: Any, dlog_K: Tensor | None, dentropy_K: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable("log-probabilities and entropies")
+    @_without_autocast
+    def backward(ctx: Any, dlog_K: Tensor | None, dentropy_K: Tensor | None) -> Gradients:
         part: TokenPart = ctx.part
         logits_NV, *kept = ctx.saved_tensors
         slopes = part.slopes(kept, dlog_K, dentropy_K)
@@ -226,8 +216,9 @@ class _OfHidden(torch.autograd.Function):
         return _keep(ctx, part.whole(found, hidden_KH.dtype), *given)
 
     @staticmethod
-    @_once
-    def backward(ctx: Any, dlog_K: Tensor | None, dentropy_K: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once_differentiable("log-probabilities and entropies")
+    @_without_autocast
+    def backward(ctx: Any, dlog_K: Tensor | None, dentropy_K: Tensor | None) -> Gradients:
         part: TokenPart = ctx.part
         ops: FusedOps = ctx.ops
         hidden_KH, weight_VH, *kept = ctx.saved_tensors

@@ -5,7 +5,7 @@ Shape letters: M supervised pairs, grouped by step; K steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from torchspec.core.config.schema import Section
+from torchspec.core.errors import Problem
 from torchspec.core.interfaces.algorithm import Moment
 from torchspec.core.ops.distillation import LOG_TERMS
 
@@ -25,21 +26,25 @@ ALPHA_SUMS = ("alpha", "supervised")
 """Per-step sums of a window from which `lk_lambda` knows how often a step's tokens are accepted."""
 
 
-class Ramp(Section):
-    """A weight that changes linearly with the steps of a training and then stays."""
+class Course(Section):
+    """A number that changes linearly with the steps of a training and then stays."""
 
     start: float = Field(ge=0, description="weight at the first step")
     end: float = Field(ge=0, description="weight from `until` on")
     until: float = Field(1.0, gt=0, le=1, description="share of all steps after which it stays at `end`")
+
+    def at(self, progress: float) -> float:
+        return self.start + (self.end - self.start) * min(1.0, progress / self.until)
+
+
+class Ramp(Course):
+    """The weight of a term, which must count at some time."""
 
     @model_validator(mode="after")
     def _weighs_something(self) -> Self:
         if self.start == self.end == 0:
             raise ValueError("start and end are both 0: the term would never count, leave it out")
         return self
-
-    def at(self, progress: float) -> float:
-        return self.start + (self.end - self.start) * min(1.0, progress / self.until)
 
 
 Weight = Annotated[float, Field(gt=0)] | Ramp
@@ -58,7 +63,9 @@ class ObjectiveOptions(Section):
         "cannot say adds nothing but is counted)",
     )
     lk_eta: float = Field(
-        3.0, gt=0, description="of lk_lambda: kl weighs exp(-lk_eta x mean alpha of the position), tv the rest"
+        3.0,
+        gt=0,
+        description="lk_lambda: kl weighs exp(-lk_eta x a), tv the rest; a: the position's mean acceptance probability",
     )
     coverage: Literal["drop", "renormalise", "weight"] = Field(
         "drop",
@@ -68,6 +75,21 @@ class ObjectiveOptions(Section):
     normalisation: Literal["token", "per_sequence"] = Field(
         "token", description="mean over counted slots of the whole optimizer window, or of each sequence first"
     )
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Options that change nothing beside the others, and beside which; an algorithm adds its own."""
+        if "lk_lambda" not in self.objective:
+            yield "lk_eta", "without lk_lambda in draft.objective"
+
+    def idle_problems(self) -> list[Problem]:
+        """Of `idle`, those that somebody gave a value of its own."""
+        return [
+            Problem(
+                field=f"draft.{name}", value=getattr(self, name), message=f"means nothing {why}", remedy="leave it out"
+            )
+            for name, why in self.idle()
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
 
     @property
     def remembers(self) -> tuple[str, ...]:

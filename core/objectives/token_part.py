@@ -7,22 +7,21 @@ Shape letters: N tokens, K of them that count, C of a slice, V vocabulary (with 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 
 import torch
 from torch import Tensor
 
+from torchspec.core.interfaces.device import FusedOps
 from torchspec.core.interfaces.target import VocabularyShards
 from torchspec.core.objectives.token_statistics import Slopes, Whole, merged_parts, part_statistics
+from torchspec.core.ops.given import no_numbers
 from torchspec.core.ops.slices import row_slices
 from torchspec.core.parallel.vocabulary import gather_vectors
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,46 @@ class Request:
     ignore_index: int
     temporary_bytes: int
 
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, object],
+        ops: FusedOps,
+        *,
+        shards: VocabularyShards | None,
+        entropy: bool,
+        temperature: float,
+        ignore_index: int,
+        budget: int | None = None,
+    ) -> Request:
+        """Raises TypeError with every argument that is of another kind than it must be."""
+        wrong = [f"{name}: {fault}" for name, x in tensors.items() if (fault := no_numbers(x)) is not None]
+        expected: dict[str, tuple[object, type | UnionType, str]] = {
+            "ops": (ops, FusedOps, "the `ops` of a device"),
+            "shards": (shards, VocabularyShards | None, "VocabularyShards or None"),
+            "entropy": (entropy, bool, "True or False"),
+            "temperature": (temperature, float | int | Tensor, "a number"),
+            "ignore_index": (ignore_index, int, "a whole number"),
+            "budget": (budget, int | None, "a whole number of bytes or None"),
+        }
+        wrong += [
+            f"{name}: {type(value).__name__}, expected {what}"
+            for name, (value, kind, what) in expected.items()
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        ]
+        if wrong:
+            raise TypeError("; ".join(wrong))
+        number: object = temperature
+        if isinstance(number, Tensor) and number.numel() == 1 and not number.requires_grad:
+            temperature = float(number)
+        return cls(
+            shards=shards,
+            entropy=entropy,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            temporary_bytes=ops.temporary_bytes,
+        )
+
     def problems(self, rows: Tensor, name: str, tokens_N: Tensor, columns: int) -> Iterator[str]:
         """What is wrong with the rows that the tokens belong to, and with a part of so many columns."""
         if rows.dim() != 2 or not rows.is_floating_point() or rows.dtype.itemsize < 2:
@@ -45,8 +84,9 @@ class Request:
             start, stop = self.shards.bounds(self.shards.rank)
             if columns != stop - start:
                 yield f"rank {self.shards.rank} has {columns} tokens of the vocabulary, the shards say {stop - start}"
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
-            yield f"a temperature is one number, positive and finite, not {self.temperature!r}"
+        number: object = self.temperature
+        if isinstance(number, Tensor) or not 0 < self.temperature < math.inf:
+            yield f"a temperature is one number, positive and finite and not trained, not {self.temperature!r}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,14 +31,15 @@ def per_sequence(
 ) -> tuple[Tensor, Tensor]:
     """(the weights over their sequence's sum of covered weights, how many sequences have any).
 
-    With them the loss is each sequence's mean first, then the mean over sequences. Of sequences that several ranks
-    share, the sums are taken over those, and the first of them counts.
+    With them the loss is each sequence's mean first, then the mean over sequences. A sequence in which nothing is
+    covered weighs nothing, what does not go by coverage (a confidence) included: it would be a sum beside means. Of
+    sequences that several ranks share, the sums are taken over those, and the first of them counts.
     """
     total_G = torch.zeros(sequences, dtype=base_M.dtype, device=base_M.device)
     total_G.index_add_(0, sequence_M, base_M * coverage_M)
     if group is not None:
         total_G = group.sum(total_G)
-    share_M = base_M / total_G.where(total_G > 0, 1.0)[sequence_M]
+    share_M = base_M / total_G.where(total_G > 0, torch.inf)[sequence_M]
     counted = (total_G > 0).sum().to(base_M.dtype)
     return share_M, counted if group is None or group.rank == 0 else torch.zeros_like(counted)
 

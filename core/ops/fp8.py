@@ -63,14 +63,24 @@ class ScaledProducts(Protocol):
 
 def scaled(x_RK: Tensor, dtype: torch.dtype, scaling: Scaling, temporary_bytes: int) -> Scaled:
     """x as an operand; its K must be a multiple of 16 for hardware. Temporaries have about `temporary_bytes`."""
-    largest = _largest(x_RK, 1, temporary_bytes)
-    if scaling == "tensor":
-        largest = torch.cat((largest, largest.new_zeros(1, 1))).amax(0, keepdim=True)
-    scale = power_of_two(largest, dtype)
+    scale = power_of_two(largest(x_RK, scaling, temporary_bytes), dtype)
+    return Scaled(values=divided(x_RK, scale, dtype, temporary_bytes), scale=scale)
+
+
+def largest(x_RK: Tensor, scaling: Scaling, temporary_bytes: int) -> Tensor:
+    """The largest |x| of each row [R, 1], or of all [1, 1] (0 where there are none); NaN where there is one."""
+    of_rows = _largest(x_RK, 1, temporary_bytes)
+    if scaling == "row":
+        return of_rows
+    return torch.cat((of_rows, of_rows.new_zeros(1, 1))).amax(0, keepdim=True)
+
+
+def divided(x_RK: Tensor, scale: Tensor, dtype: torch.dtype, temporary_bytes: int) -> Tensor:
+    """x / scale in `dtype`, for a scale of each row [R, 1] or of all [1, 1]."""
     values = torch.empty(x_RK.shape, dtype=dtype, device=x_RK.device)
     for part in _parts(x_RK, temporary_bytes):
-        values[part] = x_RK[part] * _inverse(scale[part] if scaling == "row" else scale, x_RK)
-    return Scaled(values=values, scale=scale)
+        values[part] = x_RK[part] * _inverse(scale[part] if len(scale) == len(x_RK) else scale, x_RK)
+    return values
 
 
 def scaled_across(x_RC: Tensor, dtype: torch.dtype, scaling: Scaling, temporary_bytes: int) -> Scaled:

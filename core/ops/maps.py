@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from torchspec.core.ops.fp8 import E4M3, E5M2, Scaled, ScaledProducts, Scaling, fits, scaled, scaled_across
+from torchspec.core.ops.fp8_weight import Fp8Weight
 
 
 class WideProducts(Protocol):
@@ -152,7 +153,10 @@ class Fp8Maps(LinearMaps):
 
     def head(self, head_NH: Tensor, ops: WideProducts, *, frozen: bool) -> OutputHead:
         """See `LinearMaps.head`."""
-        return Fp8Head(head_NH, self, frozen) if fits(head_NH) else super().head(head_NH, ops, frozen=frozen)
+        if fits(head_NH):
+            return Fp8Head(head_NH, self, frozen)
+        plain_NH = head_NH.plain() if isinstance(head_NH, Fp8Weight) else head_NH
+        return super().head(plain_NH, ops, frozen=frozen)
 
     def rows(self, x_RK: Tensor, dtype: torch.dtype = E4M3) -> Scaled:
         return scaled(x_RK, dtype, self.scaling, self.products.temporary_bytes)
@@ -170,9 +174,12 @@ class Fp8Maps(LinearMaps):
             return operand
         # Parts of a weight are new tensors over the same memory each time they are cut. The tensor is kept, and with it
         # its memory: nothing else can come to stand at that address meanwhile.
-        key = (weight_ZH.data_ptr(), weight_ZH.shape, weight_ZH.stride(), across)
+        ready = weight_ZH if isinstance(weight_ZH, Fp8Weight) else None
+        place = weight_ZH if ready is None else ready.e4m3
+        key = (place.data_ptr(), weight_ZH.shape, weight_ZH.stride(), across)
         if key not in self._weights:
-            self._weights[key] = (weight_ZH, make(weight_ZH))
+            made = make(weight_ZH) if ready is None else ready.operand(self.products.temporary_bytes, across=across)
+            self._weights[key] = (weight_ZH, made)
         return self._weights[key][1]
 
 

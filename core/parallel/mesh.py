@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from torchspec.core.errors import TorchspecError
+from torchspec.core.errors import PeerError, TorchspecError
 from torchspec.core.interfaces.device import Device
 from torchspec.core.parallel.sequence import Exchange, SequenceGroup
 from torchspec.core.settings import Launch
@@ -38,10 +38,6 @@ DATA_AXIS, RING_AXIS, ULYSSES_AXIS = "dp", "ring", "ulysses"
 EVERY_AXIS, SEQUENCE_AXIS, TENSOR_AXIS = "every", "sequence", "tensor"
 
 Result = TypeVar("Result")
-
-
-class PeerError(TorchspecError):
-    """Another rank failed; the message is that rank's."""
 
 
 @dataclass(frozen=True, kw_only=True)

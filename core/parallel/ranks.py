@@ -18,8 +18,8 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchspec.core.errors import PeerError
 from torchspec.core.interfaces.device import Device
-from torchspec.core.parallel.mesh import PeerError
 
 
 class Ranks(Protocol):

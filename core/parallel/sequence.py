@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from torchspec.core.interfaces.device import Communication
+from torchspec.core.ops.once import once_differentiable
 from torchspec.core.parallel.shards import Layout
 
 Exchange = Literal["gather", "ulysses", "ring", "usp"]
@@ -88,7 +88,7 @@ class _Gather(torch.autograd.Function):
         return layout.whole(sequence.communication.all_gather(x_BS.contiguous(), sequence.group))
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("the gathering of rows")
     def backward(ctx: Any, dwhole_BT: Tensor) -> tuple[Tensor, None, None]:
         parts = [part.to(_wide(part.dtype)) for part in ctx.layout.split(dwhole_BT)]
         dx_BS = ctx.sequence.communication.reduce_scatter(parts, ctx.sequence.group)

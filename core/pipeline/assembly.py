@@ -36,7 +36,7 @@ from torchspec.core.pipeline.topology import Streaming, colocated, disaggregated
 from torchspec.core.training import checkpoint
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.feed import DirectFeed, Feed
-from torchspec.core.training.fp8 import Fp8Compute, described, emulation, scaling_of
+from torchspec.core.training.fp8 import Fp8Compute, Gathering, described, emulation, gathering_of, scaling_of
 from torchspec.core.training.random_state import seed_rank
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.stored import StoredFeatures
@@ -54,6 +54,11 @@ class Data:
 
     train: TokenDataset
     prompts: Sequence[Prompt]
+
+    @property
+    def images(self) -> bool:
+        """Whether any of them has images."""
+        return self.train.with_images is not None or any(prompt.images for prompt in self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,8 @@ def load_data(
         check_images(config, train)
     if not config.data.validation:
         return Data(train=train, prompts=())
-    images = "images" in registry.backends().spec(config.backend).capabilities
+    # An engine that serves drafts, which is how others validate, answers text alone.
+    images = {"images", "decode"} <= registry.backends().spec(config.backend).capabilities
     prompts = context.main_first(
         lambda: load_prompts(
             config.data.validation, tokenizer, settings, progress, count=config.eval.samples, images=images
@@ -101,8 +107,9 @@ def load_data(
     return Data(train=train, prompts=prompts)
 
 
-def load_target(config: RunConfig, context: ParallelContext) -> Target:
-    """The engine with the target in it, and the target's own embedding, norm and head for the trainer."""
+def load_target(config: RunConfig, context: ParallelContext, *, images: bool = False) -> Target:
+    """The engine with the target in it, and the target's own embedding, norm and head for the trainer. `images`: some
+    samples or prompts have images."""
     path = resolve_target(config.target.path)
     trusted = config.target.trust_remote_code
     spec = read_target_spec(path, trusted)
@@ -125,9 +132,10 @@ def load_target(config: RunConfig, context: ParallelContext) -> Target:
     if topology == "offline":
         return Target(spec=spec, head=head, stored=stored(config))
     if topology == "disaggregated":
-        options = engine_options(config, context.device, config.output / ENGINE, context.local_rank)
+        options = engine_options(config, context.device, config.output / ENGINE, context.local_rank, images=images)
         return Target(spec=spec, head=head, streaming=disaggregated(config, options, context))
-    options = engine_options(config, context.device, config.output / ENGINE / settings.host_name(), context.local_rank)
+    directory = config.output / ENGINE / settings.host_name()
+    options = engine_options(config, context.device, directory, context.local_rank, images=images)
     if topology == "colocated":
         return Target(spec=spec, head=head, streaming=colocated(config, options, context))
     options = replace(options, tensor_mesh=context.tensor if context.tensor.size() > 1 else None)
@@ -173,8 +181,10 @@ def build_model(
     draft = algorithm.build_draft(start.vocabulary, target.head)
     if start.state is not None:
         load_state(draft, start.state, initial_path(config) or Path())
-    on_host = config.train.offload
-    sharded = shard_draft(draft, context, config.precision.compute, states_on_host=on_host in ("states", "all"))
+    on_host, (logits, _) = config.train.offload, choose_logits(config)
+    gather = gathering_of(config.precision, context.world_size, head_in_parts=logits == "vocabulary")
+    states_on_host = on_host in ("states", "all")
+    sharded = shard_draft(draft, context, config.precision.compute, states_on_host=states_on_host, gather=gather)
     seed_rank(context.device.runtime, config.seed, 0, context.rank)
     exchange, why = choose_exchange(config, algorithm, context.world_size, longest)
     if why:
@@ -184,20 +194,20 @@ def build_model(
         draft=sharded,
         head=target.head,
         engine=target.engine,
-        memory=step_memory(config.train, choose_logits(config)[0]),
+        memory=step_memory(config.train, logits),
         exchange=exchange,
         offload_activations=on_host in ("activations", "all"),
-        fp8=_fp8(config, sharded, context),
+        fp8=_fp8(config, sharded, gather, context),
     )
 
 
-def _fp8(config: RunConfig, draft: nn.Module, context: ParallelContext) -> Fp8Compute | None:
+def _fp8(config: RunConfig, draft: nn.Module, gather: Gathering | None, context: ParallelContext) -> Fp8Compute | None:
     """How the draft's maps are computed in FP8, if they are; the main rank says which and by what."""
     if config.precision.compute != "fp8":
         return None
-    chosen = Fp8Compute(scaling=scaling_of(config))
+    chosen = Fp8Compute(scaling=scaling_of(config.precision))
     if context.is_main:
-        logger.info(described(draft, chosen.scaling))
+        logger.info(described(draft, chosen.scaling, gather))
         if (emulated := emulation(context.device)) is not None:
             logger.warning(emulated)
     return chosen

@@ -75,7 +75,7 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
     SIGTERM finishes the group that is captured and returns; the same call goes on. Raises TorchspecError for everything
     a user can act on: a directory of other features, with every difference; a full disk, which loses nothing.
     """
-    checked = check(captured_config(config), Ranks())
+    checked = check(captured_config(config), Ranks(), trains=False)
     device = registry.load_device(checked.device.name)
     torch_device = device.runtime.bind(0)
     settings = DatasetSettings.from_config(checked.config.data)
@@ -103,7 +103,8 @@ def capture(config: RunConfig, *, progress: ProgressSink | None = None) -> Captu
             if progress is not None:
                 progress("load target", 0, 1)
             engine = registry.load_engine(
-                checked.config.backend, engine_options(checked.config, device, store.root / ENGINE)
+                checked.config.backend,
+                engine_options(checked.config, device, store.root / ENGINE, images=data.with_images is not None),
             )
             if progress is not None:
                 progress("load target", 1, 1)

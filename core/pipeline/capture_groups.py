@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchspec.core.data.dataset import TokenDataset
-from torchspec.core.pipeline.plan_load import draft_of_shapes
+from torchspec.core.pipeline.draft_shapes import draft_of_shapes
 from torchspec.core.pipeline.preflight import Checked
 from torchspec.core.training.capturing import assigned
 from torchspec.core.training.plan import Cut, Plan, Shares

@@ -20,7 +20,7 @@ from torchspec.core.export.layout import CONFIG
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.pipeline import run_dir
-from torchspec.core.report.html import read_run
+from torchspec.core.report.record import read_run
 from torchspec.core.training.checkpoint import DRAFT, TRAINER
 from torchspec.core.training.checkpoint_files import read_json, read_manifest
 
@@ -69,6 +69,48 @@ def exported_facts(
     )
 
 
+def converted_facts(algorithm: Algorithm, target: TargetSpec, source: Path) -> CardFacts:
+    """Of a published draft in another layout; what is known of it beyond its files is in its own card."""
+    facts = exported_facts(algorithm, target, Naming())
+    found = hub_id(source)
+    link = found and f"[{found[0]}](https://huggingface.co/{found[0]}), revision `{found[1]}`"
+    told = (
+        f"`torchspec convert` put the draft of {link or f'the directory `{source.resolve().name}`'} into this layout, "
+        "tensor by tensor the same, and trained nothing. Who trained it, on which data and with which settings is not "
+        f"known here; {'its own card may say' if (source / CARD).is_file() else 'no card was beside it'}."
+    )
+    theirs = stated_license(source)
+    if theirs is not None:
+        facts = replace(facts, license=theirs, license_from="that of the converted draft, as its own card gives it")
+    return replace(facts, origin=told)
+
+
+def brought_facts(
+    algorithm: Algorithm,
+    target: TargetSpec,
+    counts: Mapping[str, object],
+    updates: int,
+    settings: Mapping[str, Any],
+    machine: Mapping[str, object],
+) -> CardFacts:
+    """Of a draft that somebody else's loop has trained, on samples that nobody has written down.
+
+    updates: how often the target's weights became others meanwhile; then no model on the hub is its target.
+    """
+    there = target.path.is_absolute() and target.path.is_dir()
+    unnamed = replace(target, path=Path("a model that was given in memory"))
+    facts = exported_facts(algorithm, target if there else unnamed, Naming())
+    told = "By an `OnlineDraftTrainer`, in a program that brought the texts; which they were is not known here."
+    if updates:
+        facts = replace(facts, base_model=None, revision=None)
+        told += (
+            f" The target's weights were replaced {updates} times meanwhile: the draft is for those of the last time, "
+            "which are not known here, and the target above is what it began with."
+        )
+    given = {name: _placeless(each) if isinstance(each, Mapping) else each for name, each in settings.items()}
+    return replace(facts, origin=told, counts=counts, recipe=blanked(given), machine=machine)
+
+
 def checkpoint_facts(
     checkpoint: Path, algorithm: Algorithm, target: TargetSpec, naming: Naming, results: Sequence[Measured] = ()
 ) -> CardFacts:
@@ -111,10 +153,15 @@ def _changed(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any
     """What is not the default; of a file its name."""
     required = {name for name, info in model.model_fields.items() if info.is_required()}
     given = values if required else stated(model, values)
+    return _placeless(
+        {name: value for name, value in given.items() if name in required or value != _default(model, name)}
+    )
+
+
+def _placeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a file its name."""
     return {
-        name: Path(value).name if isinstance(value, str) and "/" in value else value
-        for name, value in given.items()
-        if name in required or value != _default(model, name)
+        name: Path(value).name if isinstance(value, str) and "/" in value else value for name, value in values.items()
     }
 
 
@@ -178,8 +225,10 @@ def read_results(files: Sequence[Path]) -> list[Measured]:
     for file in files:
         try:
             found.append(Measured.of(file.stem, json.loads(file.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"no result of `torchspec eval --output` ({type(error).__name__}: {error})"
+        except OSError as error:
+            problems.append(Problem(field="--results", value=str(file), message=f"cannot be read: {error.strerror}"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            message = "no result of `torchspec eval --output`"
             problems.append(Problem(field="--results", value=str(file), message=message))
     if problems:
         raise ConfigError(problems)

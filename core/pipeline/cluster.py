@@ -105,7 +105,8 @@ def _connect(ray: Any, config: RunConfig, engines: int, trainers: int) -> None:
     try:
         ray.init(**options)
     except Exception as error:  # Ray fails in many ways, each for the user to read
-        raise ClusterError(f"Ray cannot be had at {config.ray.address or 'this machine'}: {error}") from error
+        how = f"reached at {config.ray.address}" if config.ray.address else "started on this machine"
+        raise ClusterError(f"Ray cannot be {how}: {error}") from error
 
 
 def of_its_own(*, cpus: int) -> dict[str, Any]:

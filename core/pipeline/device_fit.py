@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchspec.core import registry
-from torchspec.core.config.schema import RunConfig
+from torchspec.core.config.schema import PrecisionConfig, RunConfig
 from torchspec.core.errors import Problem
 from torchspec.core.interfaces.device import DeviceSpec
 from torchspec.core.interfaces.engine import EngineSpec, TargetSpec
@@ -77,14 +77,21 @@ def device_problems(config: RunConfig, device: DeviceSpec, ranks: Ranks) -> list
     return found
 
 
-def precision_problems(config: RunConfig) -> list[Problem]:
-    """What is said of a precision that is not computed in."""
-    precision = config.precision
-    if precision.fp8_scaling is None or precision.compute == "fp8":
-        return []
+def precision_problems(precision: PrecisionConfig, *, several: bool) -> list[Problem]:
+    """What is said of a precision that is not computed in, or of a gathering where no `several` ranks share a draft."""
+    if precision.compute == "fp8":
+        if precision.fp8_all_gather != "on" or several:
+            return []
+        message, remedy = "one rank gathers nothing", "start several, or leave it at auto"
+        return [Problem(field="precision.fp8_all_gather", value="on", message=message, remedy=remedy)]
+    given = {"fp8_scaling": precision.fp8_scaling, "fp8_all_gather": precision.fp8_all_gather}
     message = f"is for precision.compute=fp8, not {precision.compute}"
     remedy = "leave it out, or compute in fp8"
-    return [Problem(field="precision.fp8_scaling", value=precision.fp8_scaling, message=message, remedy=remedy)]
+    return [
+        Problem(field=f"precision.{name}", value=value, message=message, remedy=remedy)
+        for name, value in given.items()
+        if value not in (None, "auto")
+    ]
 
 
 def examined(backend: EngineSpec, target: TargetSpec) -> str | None:

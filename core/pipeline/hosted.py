@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torchspec.core import registry, settings
 from torchspec.core.decoding.pushed import PushedDraft
 from torchspec.core.interfaces.engine import DraftSource, EngineOptions, StartedEngine, StreamedEngine
 from torchspec.core.models.target_head import load_target_head
+from torchspec.core.models.target_processor import NO_PROCESSOR, takes_images
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import starting
 from torchspec.core.workers.hosted import HostedRunner
@@ -49,6 +51,7 @@ def make_runner(wanted: WorkerSettings) -> HostedRunner:
         vocab_size=spec.vocab_size,
         norm_state="post_norm",
         serial=True,
+        no_images=_no_images(name, wanted.target),
     )
 
     def follow(source: DraftSource) -> PushedDraft:
@@ -65,6 +68,12 @@ def make_runner(wanted: WorkerSettings) -> HostedRunner:
 
     stepped = "decode" in registry.backends().spec(name).capabilities
     return HostedRunner(engine, wanted.taps, facts, follow if stepped else None)
+
+
+def _no_images(backend: str, target: Path) -> str | None:
+    if "images" not in registry.backends().spec(backend).capabilities:
+        return "it has not the capability `images`"
+    return None if takes_images(target) else NO_PROCESSOR
 
 
 def start(backend: str, options: EngineOptions) -> StartedEngine:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from torchspec.core import registry, settings
@@ -23,8 +25,10 @@ from torchspec.core.pipeline import assembly, run_dir
 from torchspec.core.pipeline.assembly import Data, ProgressSink, Start, Target
 from torchspec.core.pipeline.card import Naming, checkpoint_facts
 from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.engine_setup import unserved
 from torchspec.core.pipeline.launch import follow_launcher
 from torchspec.core.pipeline.on_policy import check_countable, resume_pushed
+from torchspec.core.pipeline.planned import say_planned
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
 from torchspec.core.pipeline.run_dir import RunDirectory
@@ -50,7 +54,8 @@ MARGIN_SECONDS = 60.0
 class RunOutcome:
     """What a run came to. `signal` is 0 unless it stopped early because of one; then nothing was exported.
 
-    `acceptance_length` is the best validated one, None without validation data.
+    `acceptance_length` is the best validated one, None without validation data. `seconds` is what the steps of this
+    session took, validation included; `planned` what the plan said of them, None where it could not.
     """
 
     directory: Path
@@ -61,6 +66,8 @@ class RunOutcome:
     acceptance_length: float | None
     draft: Path | None
     report: Path | None
+    seconds: float
+    planned: str | None
 
     @property
     def exit_code(self) -> int:
@@ -91,6 +98,8 @@ def train(config: RunConfig, *, provenance: Mapping[str, str], progress: Progres
     fraction = trainer_fraction(checked.config, checked.device.device_type)
     if fraction < 1:
         context.device.runtime.limit_memory(fraction)
+    if context.is_main and (refusal := unserved(checked.config, checked.algorithm)) is not None:
+        logger.warning("%s", refusal)
     try:
         with mesh.lost_peers_named():
             return _train(checked, {**provenance, **checked.sources}, context, progress if context.is_main else None)
@@ -146,7 +155,7 @@ def _train_in(
     data = assembly.load_data(config, checked.tokenizer, context, progress)
     if config.on_policy.enabled:
         check_countable(algorithm, checked.target, data.train.token_counts_V)
-    with _loaded(config, context, progress) as target:
+    with _loaded(config, context, progress, images=data.images) as target:
         start = context.agree(lambda: assembly.find_start(config, algorithm, target.spec, data, resumed))
         longest = max(map(int, data.train.lengths))
         model = context.agree(lambda: assembly.build_model(config, algorithm, target, start, context, longest))
@@ -161,7 +170,14 @@ def _train_in(
             context.main_only(lambda: resume_pushed(config, trainer.counters.step))
         probe = context.agree(lambda: _probe(trainer.feed, data, context))
         context.main_only(lambda: _record(run, config, provenance, trainer, data, start, probe))
-        with tracked(run, config, _environment(context), trainer.counters.step) as tracking:
+        # Where somebody reads it: counting takes a second or two.
+        planned = context.main_only(lambda: None if progress is None else say_planned(checked, trainer, data))
+        began = time.monotonic()
+        with (
+            run_dir.failure_recorded(run, lambda: trainer.counters.step),
+            mesh.lost_peers_named(),
+            tracked(run, config, _environment(context), trainer.counters.step) as tracking,
+        ):
             try:
                 outcome = _run(run, trainer, progress, tracking)
             finally:
@@ -169,16 +185,19 @@ def _train_in(
                 if setup.served is not None:
                     setup.served.close()
             if outcome.signal:
-                logger.warning("stopped by signal %d after step %d, checkpoint written", outcome.signal, outcome.step)
-                return _outcome(config, outcome, finished=False)
+                name = Signals(outcome.signal).name
+                logger.warning("stopped by %s after step %d, checkpoint written", name, outcome.step)
+                run_dir.record_end(run, "stopped", outcome.step, name)
+                return _outcome(config, outcome, finished=False, seconds=time.monotonic() - began, planned=planned)
+            seconds = time.monotonic() - began
             context.main_only(lambda: _balance(run, data, outcome, trainer))
-            context.main_only(lambda: _finish(config, target, progress))
+            context.main_only(lambda: _finish(run, config, target, outcome, progress))
             if tracking is not None:
                 tracking.results(_results(config, trainer))
     if setup.served is not None and setup.served.failures:
         listed = "\n  - ".join(setup.served.failures)
         raise ServedCheckError(f"trained, and the draft is in {config.output / run_dir.DRAFT}, but:\n  - {listed}")
-    return _outcome(config, outcome, finished=True)
+    return _outcome(config, outcome, finished=True, seconds=seconds, planned=planned)
 
 
 def _tell_changes(resumed: Path, facts: dict[str, Any]) -> None:
@@ -190,12 +209,14 @@ def _tell_changes(resumed: Path, facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _loaded(config: RunConfig, context: ParallelContext, progress: ProgressSink | None) -> Iterator[Target]:
+def _loaded(
+    config: RunConfig, context: ParallelContext, progress: ProgressSink | None, *, images: bool
+) -> Iterator[Target]:
     """The target, closed at the end."""
     if progress is not None:
         progress("load target", 0, 1)
     context.agree(lambda: assembly.forget_engine(config, context))
-    target = context.agree(lambda: assembly.load_target(config, context))
+    target = context.agree(lambda: assembly.load_target(config, context, images=images))
     if progress is not None:
         progress("load target", 1, 1)
     try:
@@ -216,7 +237,8 @@ def _record(
     """Everything the run directory says about this session; rank 0 only."""
     assert run is not None
     context = trainer.context
-    run_dir.record_session(run, config, provenance, _environment(context), trainer.counters.step)
+    step, total = trainer.counters.step, trainer.total_steps
+    run_dir.record_session(run, config, provenance, _environment(context), step, total)
     facts = assembly.data_facts(data.train, config.data.train, start.vocabulary)
     checkpoint_files.write_json(run.path / run_dir.DATA, facts)
     if probe is not None:
@@ -274,7 +296,9 @@ def _balance(run: RunDirectory | None, data: Data, outcome: Outcome, trainer: Tr
     found.check()
 
 
-def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) -> None:
+def _finish(
+    run: RunDirectory | None, config: RunConfig, target: Target, outcome: Outcome, progress: ProgressSink | None
+) -> None:
     """Export the best (else the last) checkpoint's draft and write the report; rank 0 only."""
     from torchspec.core.report.html import write_report
 
@@ -292,12 +316,13 @@ def _finish(config: RunConfig, target: Target, progress: ProgressSink | None) ->
     )
     layout = rebuilt.algorithm.layouts[0]
     write_draft(rebuilt.algorithm, rebuilt.draft, layout, config.output / run_dir.DRAFT, export)
+    run_dir.record_end(run, "finished", outcome.step)  # before the report, which says it
     write_report(config.output)
     if progress is not None:
         progress("export", 1, 1)
 
 
-def _outcome(config: RunConfig, outcome: Outcome, *, finished: bool) -> RunOutcome:
+def _outcome(config: RunConfig, outcome: Outcome, *, finished: bool, seconds: float, planned: str | None) -> RunOutcome:
     draft, report = config.output / run_dir.DRAFT, config.output / "report.html"
     return RunOutcome(
         directory=config.output,
@@ -308,4 +333,6 @@ def _outcome(config: RunConfig, outcome: Outcome, *, finished: bool) -> RunOutco
         acceptance_length=checkpoint.best_score(config.output / run_dir.CHECKPOINTS),
         draft=draft if finished else None,
         report=report if finished else None,
+        seconds=seconds,
+        planned=planned,
     )

@@ -6,11 +6,13 @@ Shape letters: T tokens of a sample, N taps, H target hidden size, V target voca
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -18,14 +20,17 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from torchspec.core.errors import ConfigError, Problem, TargetError
+from torchspec.core.errors import ClosedError, ConfigError, NonFiniteError, Problem, TargetError
+from torchspec.core.export.card import CardFacts
 from torchspec.core.export.selfcheck import Probe, SelfCheck
 from torchspec.core.interfaces.algorithm import Algorithm, Moment
 from torchspec.core.interfaces.features import NormState
 from torchspec.core.models.target_tensors import TargetTensors, update_ends
 from torchspec.core.parallel.ranks import GivenRanks, lost_ranks_named
 from torchspec.core.pipeline import online_state
-from torchspec.core.pipeline.online_export import Exported, layout_of, on_main
+from torchspec.core.pipeline.card import brought_facts
+from torchspec.core.pipeline.online_brought import brought_together
+from torchspec.core.pipeline.online_export import Exported, kept_in, layout_of, on_main
 from torchspec.core.pipeline.online_setup import OnlineTarget, build_online_model, check_online, load_ends
 from torchspec.core.training.apart import Apart, plain_modes
 from torchspec.core.training.brought import Required, brought
@@ -36,7 +41,7 @@ from torchspec.core.training.plan import Cut
 from torchspec.core.training.random_state import draw_of, rank_seed
 from torchspec.core.training.sharding import COMPUTE, cast_alone, unsharded_state
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.update import NonFiniteError, Progress, Updater
+from torchspec.core.training.update import Progress, Updater
 from torchspec.core.training.window import Sums, run_window
 
 MEGABYTE = 1_000_000
@@ -60,6 +65,9 @@ class OnlineDraftTrainer:
     It owns no loop, no signal handler, no logging set-up and no process group, and leaves the process's random states,
     modes and defaults as it finds them (`core.training.apart`). Calls from several threads wait for each other. With
     `group` every method that says "collective" must be called by all its ranks alike.
+
+    What it holds is memory: the draft, its optimizer, copies of the target's ends and of what was brought. `close`, or
+    a `with` block, lets go of it.
     """
 
     def __init__(
@@ -103,10 +111,10 @@ class OnlineDraftTrainer:
                {"draft": draft, "train": train, "precision": precision, "hold": hold}.items() if section},
         }  # fmt: skip
         with plain_modes():
-            checked = check_online(target, values, token_counts, grouped=group is not None)
+            checked = check_online(target, values, token_counts, group)
         config = checked.config
         self._config, self._spec, self._vocabulary = config, checked.target, checked.vocabulary
-        self._lock = threading.RLock()
+        self._lock, self._closed = threading.RLock(), False
         self._ranks = GivenRanks(
             device=checked.device,
             torch_device=checked.torch_device,
@@ -178,11 +186,11 @@ class OnlineDraftTrainer:
         The copy is made in `required.dtype` in `required.place`. Raises SampleError with everything that is wrong with
         it, and StoreFullError where it does not fit the budget; nothing was kept then.
         """
-        with self._lock, plain_modes():
+        with self._storing():
             if name is None:
                 name = f"{self._ranks.data_rank}-{self._held.counts.received}"
             features, sample = brought(
-                self.required, tokens, loss_mask, hidden_states, last, norm_state=norm_state, name=name,
+                self.required, tokens, loss_mask, hidden_states, last, norm_state=norm_state, name=name, epoch=epoch,
                 check_room=self._held.check_room,
             )  # fmt: skip
             self._held.put(
@@ -200,7 +208,7 @@ class OnlineDraftTrainer:
         gradient that is not finite: nothing was updated and the window's samples are dropped; PeerError where other
         ranks do not come, or are lost. After any other error the samples are still held.
         """
-        with self._lock, self._apart.inside(), lost_ranks_named():
+        with self._computing():
             timer = StepTimer(self._ranks.torch_device)
             self._updater.optimizer.zero_grad()  # of a step that failed
             told = self._ranks.meet({"lengths": self._offered(), "partial": partial}, "call step()")
@@ -216,12 +224,14 @@ class OnlineDraftTrainer:
             lengths = [each["lengths"][:share] for each, share in zip(told, shares, strict=True)]
             return self._trained(lengths, timer)
 
-    def evaluate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def evaluate(self, samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Loss and the algorithm's metrics over samples, each the arguments of `add`; nothing is trained or held.
-        Collective."""
-        with self._lock, self._apart.inside(training=False), lost_ranks_named(), torch.no_grad():
-            held = [self._sample(number, **each) for number, each in enumerate(samples)]
-            told = self._ranks.meet([each.length for each in held], "call evaluate()")
+        Collective.
+
+        Raises SampleError for the first sample that is not as it must be; PeerError where that is another rank's.
+        """
+        with self._computing(training=False), torch.no_grad():
+            held, told = brought_together(self._ranks, self.required, samples, self._progress.target_version)
             window, sums = Window(self._model, self._ranks, held), Sums()
             draft = self._model.draft
             for turn in window_turns(told, self._ranks.data_rank, self._cut, self._progress.step):
@@ -272,9 +282,8 @@ class OnlineDraftTrainer:
                 )
             whole = TargetTensors.of(target) if isinstance(target, PreTrainedModel) else target
             embedding, head, norm = whole.embedding_VH, whole.head_VH, whole.norm
-        state = {"weight": norm} if isinstance(norm, Tensor) else norm
-        with self._lock, plain_modes():
-            update_ends(self._ends, embedding_VH=embedding, head_VH=head, norm=state)
+        with self._storing():
+            update_ends(self._ends, embedding_VH=embedding, head_VH=head, norm=norm)
             self._progress.target_version += 1
 
     def clear(self) -> int:
@@ -284,13 +293,36 @@ class OnlineDraftTrainer:
             self._held.dropped(count)
             return count
 
+    def close(self) -> None:
+        """Let go of everything but counters: of what waits, too, which is counted as dropped.
+
+        Waits for a call in another thread. Not collective, and the group stays whose it was. Whatever is called
+        afterwards raises ClosedError, but `clear`, another `close` and the properties. Memory of a device returns to
+        torch's allocator in this process.
+        """
+        with self._lock:
+            self.clear()
+            if not self._closed:
+                self._closed = True
+                del self._model, self._updater, self._ends
+                self._probe = None
+
+    def __enter__(self) -> Self:
+        with self._storing():
+            return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
     def state_dict(self, *, held: bool = True) -> dict[str, Any]:
         """Everything that the next steps depend on but the target's tensors: this rank's part, copied to the host.
 
         Nested dicts and lists of tensors and plain values, which `torch.load(weights_only=True)` reads. Without `held`
         the samples that wait are left out, and count as dropped in who continues.
         """
-        with self._lock, plain_modes():
+        with self._storing():
             return online_state.saved(
                 identity=self._identity(),
                 updater=self._updater,
@@ -307,7 +339,7 @@ class OnlineDraftTrainer:
         Learning rates and the like may differ. Raises CheckpointError, naming each difference, where it is the state of
         another draft, seed or rank; nothing was changed then.
         """
-        with self._lock, plain_modes():
+        with self._storing():
             online_state.check(state, self._identity(), self._updater)
             online_state.fill(state, self._updater, self._held, self.required.place)
             self._progress = OnlineProgress(**state["progress"])
@@ -317,30 +349,42 @@ class OnlineDraftTrainer:
     def export(
         self, directory: str | Path, *, format: str | None = None, dtype: torch.dtype = torch.float32
     ) -> SelfCheck:
-        """Write the draft as `torchspec export` does, self-check included. Collective; the group's first rank writes.
+        """Write the draft as `torchspec export` does, self-check and model card included. Collective; the group's first
+        rank writes.
 
         `format` hf, sglang or vllm; default: the algorithm's own. Raises ConfigError, CheckpointError on every rank.
         """
-        layout = layout_of(self._model.algorithm, format)
-        with self._lock, self._apart.inside(training=False), lost_ranks_named():
-            draft = self._exported(layout, dtype)
-            return on_main(self._ranks, lambda: draft.write(Path(directory), self._vocabulary, self._ends, self._probe))
+        with self._computing(training=False):
+            draft = self._exported(format, dtype)
+            parts = (self._vocabulary, self._ends, self._probe)
+            return on_main(self._ranks, lambda: draft.write(Path(directory), *parts, self._card()))
 
     def draft_weights(
         self, *, format: str | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, on the host, of everything that `export` would write into model.safetensors; by default in
         the compute precision. Collective, and done when it returns: the iterator asks nobody."""
-        layout = layout_of(self._model.algorithm, format)
-        with self._lock, self._apart.inside(training=False), lost_ranks_named():
-            draft = self._exported(layout, dtype or COMPUTE[self._config.precision.compute] or torch.float32)
+        with self._computing(training=False):
+            draft = self._exported(format, dtype or COMPUTE[self._config.precision.compute] or torch.float32)
             return iter(draft.files().tensors.items())
 
-    def _sample(self, number: int, **given: Any) -> HeldSample:
-        """Of arguments of `add`."""
-        epoch, name = given.pop("epoch", 0), given.pop("name", None)
-        features, sample = brought(self.required, name=str(number) if name is None else name, **given)
-        return HeldSample(sample=sample, features=features, epoch=epoch, version=self._progress.target_version)
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Of a call that computes nothing."""
+        with self._lock, plain_modes():
+            self._check_open()
+            yield
+
+    @contextmanager
+    def _computing(self, *, training: bool = True) -> Iterator[None]:
+        with self._lock:
+            self._check_open()
+            with self._apart.inside(training=training), lost_ranks_named():
+                yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this OnlineDraftTrainer has been closed, and has no draft any more: make another one")
 
     def _offered(self) -> list[int]:
         """Lengths of the samples that the next window may take of this rank."""
@@ -407,15 +451,32 @@ class OnlineDraftTrainer:
             "train.clip_norm"
         )
 
-    def _exported(self, layout: str, dtype: torch.dtype) -> Exported:
-        """Collective."""
+    def _exported(self, format: str | None, dtype: torch.dtype) -> Exported:
+        """Collective, unless there is no such format or dtype."""
+        algorithm = self._model.algorithm
+        layout, dtype = layout_of(algorithm, format), kept_in(dtype)
         return Exported(
-            algorithm=self._model.algorithm,
+            algorithm=algorithm,
             state=unsharded_state(self._model.draft),
             layout=layout,
             dtype=dtype,
             target_changed=self._progress.target_version > 0,
         )
+
+    def _card(self) -> CardFacts:
+        """What is known of the draft: how much it was given and with which settings, not what."""
+        progress = self._progress
+        counts = {
+            "steps": progress.step,
+            "samples trained on, repeats counted": progress.samples,
+            "tokens trained on": progress.tokens,
+        }
+        given = {"algorithm": self._config.algorithm, "seed": self._config.seed}
+        for name in ("draft", "train", "precision"):
+            given[name] = getattr(self._config, name).model_dump(mode="json", exclude_unset=True)
+        machine = {"device": self._ranks.device.name, "ranks": self._ranks.size, "torch": torch.__version__}
+        settings = {name: value for name, value in given.items() if value != {}}
+        return brought_facts(self._model.algorithm, self._spec, counts, progress.target_version, settings, machine)
 
     def _identity(self) -> dict[str, Any]:
         return online_state.identity(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from torchspec.core import registry
-from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.errors import ConfigError, PeerError, Problem, TorchspecError
+from torchspec.core.export.card import CardFacts
 from torchspec.core.export.layout import FORMATS, ExportContext, stored_state, write_draft
 from torchspec.core.export.selfcheck import Probe, SelfCheck
 from torchspec.core.interfaces.algorithm import Algorithm, DraftFiles
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.models.target_tensors import copied_ends
-from torchspec.core.parallel.mesh import PeerError
 from torchspec.core.parallel.ranks import GivenRanks
 
 
@@ -29,6 +29,15 @@ def layout_of(algorithm: Algorithm, format: str | None) -> str:
     if format not in FORMATS:
         raise ConfigError([Problem(field="format", value=format, message="no such format", choices=tuple(FORMATS))])
     return FORMATS[format]
+
+
+def kept_in(dtype: torch.dtype) -> torch.dtype:
+    """ConfigError for one that no weight can be kept in as it is."""
+    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if dtype not in allowed:
+        choices = tuple(map(str, allowed))
+        raise ConfigError([Problem(field="dtype", value=dtype, message="is no precision of weights", choices=choices)])
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +60,19 @@ class Exported:
         return files
 
     def write(
-        self, directory: Path, vocabulary: VocabularyMap, ends: SafetensorsTargetHead, probe: Probe | None
+        self,
+        directory: Path,
+        vocabulary: VocabularyMap,
+        ends: SafetensorsTargetHead,
+        probe: Probe | None,
+        card: CardFacts,
     ) -> SelfCheck:
         """See `export.layout.write_draft`; on the CPU, in float32."""
         self.files()
         head = copied_ends(ends, dtype=torch.float32, device=torch.device("cpu"))
         draft = self.algorithm.build_draft(vocabulary, head)
         draft.load_state_dict(dict(self.state))
-        context = ExportContext(head=head, device=registry.load_device("cpu"), probe=probe)
+        context = ExportContext(head=head, device=registry.load_device("cpu"), probe=probe, card=card)
         return write_draft(self.algorithm, draft, self.layout, directory, context, self.dtype)
 
 

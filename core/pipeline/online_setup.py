@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from torchspec.core import registry
@@ -26,14 +27,16 @@ from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import SafetensorsTargetHead, load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype, target_spec
 from torchspec.core.models.target_tensors import TargetTensors, make_target_head
-from torchspec.core.objectives.terms import Ramp
+from torchspec.core.objectives.terms import Course
+from torchspec.core.ops.given import no_numbers
 from torchspec.core.parallel.ranks import GivenRanks
 from torchspec.core.pipeline.assembly import step_memory
 from torchspec.core.pipeline.device_fit import Ranks as RankCounts
 from torchspec.core.pipeline.device_fit import device_problems, precision_problems
-from torchspec.core.pipeline.rebuild import initial_problems, load_state, read_initial
+from torchspec.core.pipeline.engine_setup import algorithm_of
+from torchspec.core.pipeline.rebuild import check_algorithm, initial_problems, load_state, read_initial
 from torchspec.core.training.capturing import Model
-from torchspec.core.training.fp8 import Fp8Compute, emulation
+from torchspec.core.training.fp8 import Fp8Compute, emulation, gathering_of, scaling_of
 from torchspec.core.training.low_bit import check_low_bit
 from torchspec.core.training.sharding import COMPUTE, shard_draft
 
@@ -41,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 LOOP = (
     "epochs", "memory_gb", "log_every", "trackers", "project", "profile_step", "checkpoint_every", "keep_last",
-    "resume",
+    "resume", "warmup_ratio",
 )  # fmt: skip
 """Settings of `train` that belong to who owns the loop."""
 
@@ -50,6 +53,7 @@ Found = TypeVar("Found")
 
 class OnlineTrainConfig(TrainConfig):
     schedule: Literal["cosine", "wsd", "constant"] = Field("constant", description="learning rate after warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="linear warm-up, in optimizer steps")
     batch_tokens: Positive | None = Field(
         None, description="a window takes samples until they have so many tokens, in place of batch_size"
     )
@@ -106,10 +110,14 @@ OnlineTarget = str | Path | TargetTensors | PreTrainedModel
 
 
 def check_online(
-    target: OnlineTarget, values: Mapping[str, Any], token_counts_V: Tensor | None, *, grouped: bool
+    target: OnlineTarget, values: Mapping[str, Any], token_counts_V: Tensor | None, group: object
 ) -> Checked:
     """Raises ConfigError with every problem found. No weight of the target is read yet."""
     config, problems = check_values(values, OnlineConfig)
+    if not isinstance(group, ProcessGroup | None):
+        message = f"is of type {type(group).__name__}, expected a process group that this rank belongs to"
+        remedy = "give what torch.distributed.new_group returned on a rank of it, or leave it out"
+        problems.append(Problem(field="group", message=message, remedy=remedy))
 
     def attempt(field: str, work: Callable[[], Found]) -> Found | None:
         try:
@@ -124,15 +132,18 @@ def check_online(
     spec = attempt("target", lambda: _spec(target, trust_remote_code=trusted))
     if config is None:
         raise ConfigError(problems)
+    grouped = group is not None
     problems += [*_train_problems(config, grouped=grouped), *_length_problems(config)]
-    device = attempt("device", lambda: _device(config, problems))
+    device = attempt("device", lambda: _device(config, problems, grouped=grouped))
     if config.train.optimizer == "adamw8bit":
         attempt("train.optimizer", check_low_bit)
     algorithm = vocabulary = initial = None
-    if spec is not None:
-        algorithm = attempt("draft", lambda: registry.algorithms().spec(config.algorithm).create(config.draft, spec))
+    path: Path | None = getattr(config.draft, "init_from", None)
+    if spec is not None and (
+        path is None or attempt("draft.init_from", lambda: check_algorithm(path, config.algorithm, spec)) is not None
+    ):
+        algorithm = attempt("draft", lambda: algorithm_of(config.algorithm, config.draft, spec))
     if spec is not None and algorithm is not None:
-        path: Path | None = getattr(config.draft, "init_from", None)
         if path is not None:
             problems += attempt("draft.init_from", lambda: initial_problems(path, algorithm, spec)) or []
             initial = attempt("draft.init_from", lambda: read_initial(path, spec))
@@ -190,20 +201,20 @@ def _length_problems(config: OnlineConfig) -> Iterator[Problem]:
     for name in type(config.draft).model_fields:
         value = getattr(config.draft, name)
         each = value.values() if isinstance(value, Mapping) else [value]
-        if any(isinstance(one, Ramp) and one.start != one.end for one in each):
+        if any(isinstance(one, Course) and one.start != one.end for one in each):
             yield Problem(
                 field=f"draft.{name}", message=message, remedy=f"{remedy}, or let it be the same from start to end"
             )
 
 
-def _device(config: OnlineConfig, problems: list[Problem]) -> tuple[Device, torch.device] | None:
+def _device(config: OnlineConfig, problems: list[Problem], *, grouped: bool) -> tuple[Device, torch.device] | None:
     name, _, number = (config.device or default_device()[0]).partition(":")
     found = adapter_problems("device", name, registry.devices())
     if number and not number.isdecimal():
         found.append(Problem(field="device", value=config.device, message="must be a name, or name:number"))
     sections: dict[str, Any] = {"device": name, "precision": config.precision, "train": config.train}
     run = RunConfig.model_construct(**sections)
-    problems += found + precision_problems(run)
+    problems += found + precision_problems(config.precision, several=grouped)
     if found:
         return None
     problems += device_problems(run, registry.devices().spec(name), RankCounts())
@@ -233,10 +244,8 @@ def _vocabulary(
     size = algorithm.vocabulary_size
     if size == target.vocab_size:
         return VocabularyMap.identity(size)
-    # A tokenizer may know fewer ids than the target has: those have no counts.
-    if token_counts_V is not None and (token_counts_V.ndim != 1 or token_counts_V.numel() > target.vocab_size):
-        message = f"has shape {list(token_counts_V.shape)}, expected [{target.vocab_size}], one count for each id"
-        raise ConfigError([Problem(field="token_counts", message=message)])
+    if token_counts_V is not None and (wrong := _miscounted(token_counts_V, target.vocab_size)):
+        raise ConfigError([Problem(field="token_counts", message=wrong)])
     if token_counts_V is not None and bool(token_counts_V.any()):
         return build_vocabulary(token_counts_V.detach().cpu().long(), size, target.vocab_size)
     problem = Problem(
@@ -247,6 +256,18 @@ def _vocabulary(
         remedy=f"give token_counts (int64, one count for each id), or draft.vocab_size={target.vocab_size}",
     )
     raise ConfigError([problem])
+
+
+def _miscounted(counts_V: object, vocabulary: int) -> str:
+    """What is wrong with them, or "". A tokenizer may know fewer ids than the target has: those have no counts."""
+    if (fault := no_numbers(counts_V)) is not None:
+        return fault
+    assert isinstance(counts_V, Tensor)
+    if counts_V.ndim != 1 or counts_V.numel() > vocabulary:
+        return f"has shape {list(counts_V.shape)}, expected [{vocabulary}], one count for each id"
+    if not bool((torch.isfinite(counts_V) & (counts_V >= 0)).all()):
+        return "has counts below 0, or that are no numbers"
+    return ""
 
 
 def load_ends(target: OnlineTarget, checked: Checked) -> SafetensorsTargetHead:
@@ -270,7 +291,8 @@ def build_online_model(checked: Checked, head: SafetensorsTargetHead, ranks: Giv
     if ranks.group is None:
         draft.to(checked.torch_device)
     else:
-        shard_draft(draft, ranks, compute, states_on_host=offload in ("states", "all"))
+        gather = gathering_of(config.precision, ranks.size)
+        shard_draft(draft, ranks, compute, states_on_host=offload in ("states", "all"), gather=gather)
     return Model(
         algorithm=checked.algorithm,
         draft=draft,
@@ -279,5 +301,5 @@ def build_online_model(checked: Checked, head: SafetensorsTargetHead, ranks: Giv
         memory=step_memory(config.train),
         offload_activations=offload in ("activations", "all"),
         cast=COMPUTE[compute] if ranks.group is None else None,
-        fp8=Fp8Compute(scaling=config.precision.fp8_scaling or "row") if compute == "fp8" else None,
+        fp8=Fp8Compute(scaling=scaling_of(config.precision)) if compute == "fp8" else None,
     )

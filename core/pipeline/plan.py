@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torchspec.core import registry
 from torchspec.core.config.fields import settings as setting_paths
 from torchspec.core.config.schema import RunConfig
+from torchspec.core.data.report import DatasetSettings
 from torchspec.core.data.rows import BadRow
 from torchspec.core.errors import ConfigError, Problem
 from torchspec.core.interfaces.device import DeviceSpec
@@ -19,14 +21,20 @@ from torchspec.core.models.target_quantisation import described as described_qua
 from torchspec.core.pipeline import run_dir
 from torchspec.core.pipeline.assembly import initial_path
 from torchspec.core.pipeline.device_fit import Ranks
-from torchspec.core.pipeline.parallel_fit import choose_exchange
+from torchspec.core.pipeline.draft_shapes import draft_of_shapes
+from torchspec.core.pipeline.engine_setup import unserved
+from torchspec.core.pipeline.parallel_fit import choose_exchange, choose_logits
 from torchspec.core.pipeline.plan_advice import fit_of
 from torchspec.core.pipeline.plan_engine import EngineFit, engine_fit
 from torchspec.core.pipeline.plan_fit import Fit, aligned
-from torchspec.core.pipeline.plan_load import cached_lengths, draft_of_shapes, lengths_of
+from torchspec.core.pipeline.plan_load import Subject, cached_tokens, lengths_of
+from torchspec.core.pipeline.plan_texts import RowSample, Texts, cached_texts, sampled_texts
+from torchspec.core.pipeline.plan_time import TimePlan
+from torchspec.core.pipeline.plan_work import Planned, plan_time
 from torchspec.core.pipeline.preflight import Checked, check
 from torchspec.core.training.checkpoint_files import steps_on_disk
-from torchspec.core.training.fp8 import described, emulation, scaling_of
+from torchspec.core.training.fp8 import described, emulation, gathering_of, scaling_of
+from torchspec.core.training.schedule import Schedule, warmup_warning
 
 SHOWN_BAD_ROWS = 3
 
@@ -43,13 +51,14 @@ class Plan:
     steps: dict[str, Any]
     memory: Fit
     engine: EngineFit | None
+    time: TimePlan
     settings: list[dict[str, Any]]
     absent: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         engine = None if self.engine is None else self.engine.to_json()
-        return {**asdict(self), "memory": self.memory.to_json(), "engine": engine}
+        return {**asdict(self), "memory": self.memory.to_json(), "engine": engine, "time": self.time.to_json()}
 
     def to_text(self) -> str:
         """For people: one block per section."""
@@ -65,6 +74,7 @@ class Plan:
             lines += [title, *aligned([(key, _shown(value), "") for key, value in section.items()]), ""]
         lines += [*self.memory.lines(), ""]
         lines += [] if self.engine is None else [*self.engine.lines(), ""]
+        lines += [*self.time.lines(), ""]
         values = [(row["path"], _shown(row["value"]), f"from {row['source']}") for row in self.settings]
         lines += ["settings", *aligned(values)]
         lines += ["", "notes", *(f"  - {note}" for note in self.notes)] if self.notes else []
@@ -74,7 +84,9 @@ class Plan:
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_shown(item) for item in value) + "]"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999 else str(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # null, true, false: as a setting is given
+    return f"{value:,}" if isinstance(value, int) and abs(value) > 9999 else str(value)
 
 
 def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | None = None) -> Plan:
@@ -83,12 +95,17 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | N
     checked = check(config, ranks, to_run=False)
     config, provenance = checked.config, {**provenance, **checked.sources}
     device, target, weights, algorithm = checked.device, checked.target, checked.weights, checked.algorithm
-    lengths = cached_lengths(config, checked.reader, checked.tokenizer)
-    data = _data(checked, lengths)
+    cached = cached_tokens(config, checked.reader, checked.tokenizer)
+    lengths, rows = None if cached is None else cached[1], RowSample()
+    data = _data(checked, lengths, rows)
     steps = _steps(config, data)
     draft = draft_of_shapes(algorithm, target)
     parameters = [p for p in draft.parameters() if p.requires_grad]
     subject = checked.subject(lengths_of(lengths))
+    if cached is None:
+        texts = sampled_texts(rows, checked.tokenizer, DatasetSettings.of_training(config))
+    else:
+        texts = cached_texts(*cached)
     return Plan(
         run=_run(config, device, ranks.all),
         target={
@@ -113,14 +130,16 @@ def make_plan(config: RunConfig, provenance: Mapping[str, str], ranks: Ranks | N
         steps=steps,
         memory=fit_of(config, ranks, subject),
         engine=engine_fit(config, subject, weights),
+        time=_time(checked, subject, ranks, steps, texts),
         absent=list(checked.absent),
         settings=_settings(config, provenance),
         notes=_notes(checked, data, steps, ranks.all),
     )
 
 
-def _data(checked: Checked, lengths: torch.Tensor | None) -> dict[str, Any]:
-    """Counts: exact where the data has been tokenised before, else of rows, before any is filtered."""
+def _data(checked: Checked, lengths: torch.Tensor | None, rows: RowSample) -> dict[str, Any]:
+    """Counts: exact where the data has been tokenised before, else of rows, before any is filtered. `rows` are then
+    told of each."""
     config, reader = checked.config, checked.reader
     facts: dict[str, Any] = {"train": [str(file) for file in config.data.train]}
     if config.data.validation:
@@ -141,9 +160,11 @@ def _data(checked: Checked, lengths: torch.Tensor | None) -> dict[str, Any]:
             first += [row] if len(first) < SHOWN_BAD_ROWS else []
         else:
             usable += 1
+            rows.look(row)
     if not usable:
         shown = "".join(f"\n{row}" for row in first)
-        raise ConfigError([Problem(field="data.train", message=f"none of the {bad} rows can be used{shown}")])
+        message = f"no row can be used, of {bad} read{shown}"
+        raise ConfigError([Problem(field="data.train", message=message)])
     return {**facts, "samples": usable, "bad rows": bad, "counted": "rows, before tokenising and filtering"}
 
 
@@ -154,7 +175,7 @@ def _steps(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "per epoch": per_epoch,
         "total": total,
-        "warm-up": min(config.train.warmup_steps, total),
+        "warm-up": min(Schedule.of(config.train).warmup_updates(total), total),
         "checkpoints": math.ceil(total / config.train.checkpoint_every),
         "validations": 0 if not config.data.validation else _validations(total, config.eval.every),
         "samples per step": config.train.batch_size,
@@ -163,6 +184,20 @@ def _steps(config: RunConfig, data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _validations(total: int, every: int) -> int:
     return math.ceil(total / every) if every else 1
+
+
+def _time(checked: Checked, subject: Subject, ranks: Ranks, steps: Mapping[str, Any], texts: Texts | None) -> TimePlan:
+    saved = steps_on_disk(checked.config.output / run_dir.CHECKPOINTS)
+    planned = Planned(
+        config=checked.config,
+        subject=subject,
+        weights=checked.weights,
+        ranks=ranks,
+        per_epoch=steps["per epoch"],
+        steps=steps["total"],
+        done=min(saved[-1], steps["total"]) if saved else 0,
+    )
+    return plan_time(planned, texts)
 
 
 def _run(config: RunConfig, device: DeviceSpec, ranks: int) -> dict[str, Any]:
@@ -199,12 +234,17 @@ def _notes(checked: Checked, data: Mapping[str, Any], steps: Mapping[str, Any], 
         notes.append(f"parallel.exchange is {exchange}: {why}")
     if ranks // (config.parallel.ulysses * config.parallel.ring) > config.train.batch_size:
         notes.append(f"{ranks} ranks share batches of {config.train.batch_size} samples: some have nothing to do")
-    if config.train.warmup_steps >= steps["total"]:
-        notes.append(f"the warm-up of {config.train.warmup_steps} steps is as long as the whole run")
+    if (warning := warmup_warning(config.train, steps["total"])) is not None:
+        notes.append(warning)
     if config.precision.compute == "fp8":
-        notes.append(described(draft_of_shapes(checked.algorithm, checked.target), scaling_of(config)))
+        in_parts = choose_logits(config)[0] == "vocabulary"
+        gather = gathering_of(config.precision, ranks, head_in_parts=in_parts)
+        draft = draft_of_shapes(checked.algorithm, checked.target)
+        notes.append(described(draft, scaling_of(config.precision), gather))
         if registry.probe(checked.device).ok and (emulated := emulation(checked.device.load())) is not None:
             notes.append(emulated)
+    if (refusal := unserved(config, checked.algorithm)) is not None:
+        notes.append(refusal)
     if checked.quantised is not None:
         notes.append(f"the target is quantised: {checked.quantised}")
     if not config.data.validation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -12,26 +12,27 @@ from transformers import PreTrainedTokenizerBase
 
 from torchspec.core import registry
 from torchspec.core.attention.volume import Traffic
+from torchspec.core.config.accelerators import accelerators
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.data import cache
 from torchspec.core.data.dataset import DatasetSettings, planned_lengths
 from torchspec.core.data.rows import RowReader
+from torchspec.core.data.token_file import TokenData
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.device import Device, DeviceSpec
 from torchspec.core.interfaces.engine import EngineSpec, TargetSpec
-from torchspec.core.interfaces.features import NormState
-from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
 from torchspec.core.models.target_quantisation import unread
 from torchspec.core.models.target_spec import running_dtype
 from torchspec.core.models.target_weights import TargetWeights
 from torchspec.core.ops.fp8 import fits
 from torchspec.core.pipeline.assembly import step_memory
 from torchspec.core.pipeline.device_fit import Ranks
+from torchspec.core.pipeline.draft_shapes import draft_of_shapes
 from torchspec.core.pipeline.parallel_fit import COMPUTE, choose_exchange, choose_logits, logits_ranks, row_tokens
 from torchspec.core.pipeline.plan_memory import Need, estimate
 from torchspec.core.pipeline.plan_terms import Load, Models
 from torchspec.core.pipeline.topology_fit import trainer_fraction
-from torchspec.core.training.fp8 import fp8_weights
+from torchspec.core.training.fp8 import Gathering, fp8_weights, gathering_of
 
 GB = 10**9
 DEVICES_ELSEWHERE = 8
@@ -49,7 +50,7 @@ class Lengths:
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A run whose memory is planned. `total` is the device's memory (of the machine, for a CPU), 0 if nothing says it:
-    neither the device nor, where it is not on this machine, `device_gb`."""
+    neither the device nor, where it is not on this machine, `device_gb` or `device_name`."""
 
     models: Models
     device: DeviceSpec
@@ -79,42 +80,6 @@ class Subject:
         return self.total // ranks.here if self.on_host else share
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ShapesOnly:
-    """A target head without values, to build a draft of shapes from."""
-
-    embedding_VH: torch.Tensor
-    head_VH: torch.Tensor
-
-    @property
-    def shard_VH(self) -> torch.Tensor:
-        return self.head_VH
-
-    @property
-    def shards(self) -> VocabularyShards | None:
-        return None
-
-    def rows(self, ids_N: torch.Tensor) -> torch.Tensor:
-        return self.head_VH[ids_N]
-
-    def normed(self, last_TH: torch.Tensor, state: NormState) -> torch.Tensor:
-        return last_TH
-
-    def logits(self, normed_TH: torch.Tensor, rows_NH: torch.Tensor | None = None) -> torch.Tensor:
-        return normed_TH @ (self.head_VH if rows_NH is None else rows_NH).T
-
-    def finished(self, products: torch.Tensor) -> torch.Tensor:
-        return products
-
-
-def draft_of_shapes(algorithm: Algorithm, target: TargetSpec) -> nn.Module:
-    """The draft without storage."""
-    with torch.device("meta"):
-        ends = torch.empty(target.vocab_size, target.hidden_size)
-        vocabulary = VocabularyMap(ids_N=torch.arange(algorithm.vocabulary_size), target_size=target.vocab_size)
-        return algorithm.build_draft(vocabulary, _ShapesOnly(embedding_VH=ends, head_VH=ends))
-
-
 def subject_of(
     config: RunConfig,
     device: DeviceSpec,
@@ -130,11 +95,17 @@ def subject_of(
     backend = registry.backends().spec(config.backend)
     inside = backend.available is None and config.pipeline.topology == "inprocess"
     draft = draft_of_shapes(algorithm, target)
+    gathered = {
+        in_parts: _elements(draft, Gathering(scaling="row", head_in_parts=in_parts).weights(draft))
+        for in_parts in (False, True)
+    }
     models = Models(
         algorithm=algorithm,
         spec=target,
         draft=tuple(tuple(p.shape) for p in draft.parameters() if p.requires_grad),
         fp8=_fp8_elements(draft, algorithm, target),
+        fp8_gathered=gathered[False],
+        fp8_head=gathered[False] - gathered[True],
         target=tuple(weights.shape(name) for name in weights.files) if inside else (),
         mapped=host and dtype == target.dtype and target.quantisation is None,
         process=loaded.runtime.memory().allocated if host and loaded is not None else None,
@@ -146,10 +117,17 @@ def subject_of(
         backend=backend,
         dtype=dtype,
         loss_bytes=loaded.ops.loss_bytes if loaded is not None else 1 << 30,
-        total=loaded.runtime.memory().total if loaded is not None else int((config.device_gb or 0) * GB),
+        total=loaded.runtime.memory().total if loaded is not None else int(_said_memory(config) * GB),
         devices=loaded.runtime.device_count() if loaded is not None else DEVICES_ELSEWHERE,
         lengths=lengths,
     )
+
+
+def _said_memory(config: RunConfig) -> float:
+    """Of a device that is not here, in 1e9 bytes; 0: nothing says it."""
+    if config.device_gb is not None:
+        return config.device_gb
+    return accelerators()[config.device_name].memory if config.device_name else 0.0
 
 
 def _kept(weights: TargetWeights) -> tuple[int, ...]:
@@ -159,25 +137,37 @@ def _kept(weights: TargetWeights) -> tuple[int, ...]:
     return tuple(weights.stored[name].nbytes for name in weights.files)
 
 
+def _elements(draft: nn.Module, names: Sequence[str]) -> int:
+    return sum(parameter.numel() for name, parameter in draft.named_parameters() if name in names)
+
+
 def _fp8_elements(draft: nn.Module, algorithm: Algorithm, target: TargetSpec) -> int:
     """Of the weights that a run in FP8 makes ready; a draft without a head of its own has the target's rows."""
     inside, outside = fp8_weights(draft)
     matrices = dict(draft.named_parameters())
     head = torch.empty(algorithm.vocabulary_size, target.hidden_size, device="meta")
     own = any(matrices[name].shape == head.shape for name in (*inside, *outside))
-    return sum(matrices[name].numel() for name in inside) + (head.numel() if not own and fits(head) else 0)
+    return _elements(draft, inside) + (head.numel() if not own and fits(head) else 0)
+
+
+def cached_tokens(
+    config: RunConfig, reader: RowReader, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[TokenData, torch.Tensor] | None:
+    """The data and the tokens of every sample, if they have been tokenised with these settings before."""
+    if tokenizer is None:
+        return None
+    reading = DatasetSettings.of_training(config)
+    entry = cache.entry_path(reading, cache.fingerprint(reader.files, tokenizer, reading, None))
+    cached = cache.find(entry, None) if entry.exists() else None
+    return None if cached is None else (cached, planned_lengths(cached.offsets, reading))
 
 
 def cached_lengths(
     config: RunConfig, reader: RowReader, tokenizer: PreTrainedTokenizerBase | None
 ) -> torch.Tensor | None:
     """Tokens of every sample, if the data have been tokenised with these settings before."""
-    if tokenizer is None:
-        return None
-    reading = DatasetSettings.of_training(config)
-    entry = cache.entry_path(reading, cache.fingerprint(reader.files, tokenizer, reading, None))
-    cached = cache.find(entry, None) if entry.exists() else None
-    return None if cached is None else planned_lengths(cached.offsets, reading)
+    cached = cached_tokens(config, reader, tokenizer)
+    return None if cached is None else cached[1]
 
 
 def lengths_of(lengths: torch.Tensor | None) -> Lengths | None:
@@ -204,6 +194,7 @@ def load_of(config: RunConfig, subject: Subject, ranks: int) -> Load:
         several=_several(config, subject, ranks, longest),
         compute=compute,
         fp8=config.precision.compute == "fp8",
+        fp8_gather=gathering_of(config.precision, ranks) is not None,
         target_dtype=subject.dtype,
         memory=replace(memory, loss_bytes=memory.loss_bytes or subject.loss_bytes),
         exchange=exchange,

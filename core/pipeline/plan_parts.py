@@ -26,21 +26,27 @@ def draft_parts(models: Models, load: Load) -> list[Part]:
     packed = [FP32 * trained, FP32 * trained // ranks]
     if ranks == 1:
         packed.append(FP32 * trained)  # the sum over one rank is a copy, scaled in another one
+    in_fp8 = models.fp8_gathered if load.fp8_gather else 0
+    if in_fp8 and load.memory.shard_logits == "vocabulary":
+        in_fp8 -= models.fp8_head
+    wide = compute * (trained - in_fp8)
+    whole = [in_fp8, wide] if in_fp8 else [compute * n for n in tensors]
     return [
         part_of("draft parameters", shards, f"{trained:,} in {over}"),
         _moments(shards, over, load),
         part_of(
-            "gathered parameters", [compute * n for n in tensors], "the whole draft in its compute precision", DRAFT
+            "gathered parameters",
+            whole,
+            "the whole draft in its compute precision" + (f", but for {in_fp8:,} in FP8" if in_fp8 else ""),
+            DRAFT,
         ),
         part_of(
             "weights in FP8",
-            [models.fp8, models.fp8] if load.fp8 else [],
-            f"{models.fp8:,} elements by rows and by columns",
+            [models.fp8 - in_fp8, models.fp8] if load.fp8 else [],
+            f"{models.fp8:,} elements by rows and by columns" + (", by rows as they were gathered" if in_fp8 else ""),
             (*DRAFT, "reduction"),
         ),
-        part_of(
-            "gathering", [compute * trained if ranks > 1 else 0], "what came from the ranks, before it was cut", DRAFT
-        ),
+        part_of("gathering", [in_fp8 + wide if ranks > 1 else 0], "what came from the ranks, before it was cut", DRAFT),
         part_of(
             "gradients before reduction",
             [(FP32 if load.several else compute) * n for n in tensors],

@@ -50,6 +50,8 @@ class Models:
     kept          bytes of the same tensors, where they stay quantised as they are stored
     mapped        the target runs in the precision of its files, so that on a CPU their pages are its memory
     fp8           elements of the weights that a run in FP8 multiplies by in it, a frozen output head's among them
+    fp8_gathered  of these, those of weights that ranks may gather in it
+    fp8_head      and of the draft's own head, which they may not where each multiplies by a part
     process       resident bytes of a process with everything imported; None on an accelerator, whose allocator counts
     """
 
@@ -60,6 +62,8 @@ class Models:
     mapped: bool
     process: int | None
     fp8: int = 0
+    fp8_gathered: int = 0
+    fp8_head: int = 0
     kept: tuple[int, ...] = ()
 
     @property
@@ -82,6 +86,7 @@ class Load:
     several     a step has more than one micro-batch
     memory      with `loss_bytes` given
     fp8         linear maps are computed in FP8
+    fp8_gather  and their weights gathered in it
     held        bytes of keys, values and their gradients of other ranks, in this exchange
     tensor_parallel, head_ranks    how many ranks hold the target, and its head, together
     """
@@ -99,5 +104,6 @@ class Load:
     tensor_parallel: int = 1
     head_ranks: int = 1
     fp8: bool = False
+    fp8_gather: bool = False
     offload: Literal["none", "activations", "states", "all"] = "none"
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

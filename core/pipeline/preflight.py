@@ -38,7 +38,7 @@ from torchspec.core.pipeline.on_policy import on_policy_problems
 from torchspec.core.pipeline.parallel_fit import parallel_problems
 from torchspec.core.pipeline.plan_advice import memory_problems
 from torchspec.core.pipeline.plan_load import Lengths, Subject, cached_lengths, lengths_of, subject_of
-from torchspec.core.pipeline.rebuild import initial_problems
+from torchspec.core.pipeline.rebuild import check_algorithm, initial_problems
 from torchspec.core.pipeline.topology_fit import topology_problems, trainer_fraction
 from torchspec.core.training.checkpoint import DRAFT, refuse_other_run
 from torchspec.core.training.checkpoint_files import MANIFEST, directory_of, read_json, steps_on_disk
@@ -85,12 +85,13 @@ class _Problems(list[Problem]):
         return None
 
 
-def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
+def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True, trains: bool = True) -> Checked:
     """Raises ConfigError with every problem found. Reads headers, configuration and the first rows of data.
 
     A run whose plan exceeds a given `train.memory_gb`, or what an engine leaves of a device that they share, is
     refused; a plan of it (`to_run` false) says so itself. A plan may be made elsewhere than the run: it needs neither
-    device nor engine, and of the target its config.json alone.
+    device nor engine, and of the target its config.json alone. What does not train (`trains` false) has no run in its
+    output, and sees to that directory itself.
     Needs no other rank: asked before any process waits for another.
     """
     problems = _Problems(environment.problems(config.model_dump(), planned=not to_run))
@@ -101,7 +102,7 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
     backend = problems.attempt("backend", lambda: registry.backends().spec(config.backend))
     if backend is not None:
         problems += backend_problems(config, backend)
-    refusal = run_dir.refusal(config)
+    refusal = run_dir.refusal(config) if trains else None
     if refusal is not None:
         problems.append(Problem(field="output", value=str(config.output), message=refusal))
     reader = problems.attempt("data.train", lambda: RowReader(config.data.train))
@@ -134,17 +135,21 @@ def check(config: RunConfig, ranks: Ranks, *, to_run: bool = True) -> Checked:
             problems.attempt("target.path", lambda: _check_head(target))
         if weights is not None and not outlined and backend is not None and config.pipeline.topology != "offline":
             quantised = problems.attempt("target.path", lambda: examined(backend, target))
-        algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
-        _check_initial(config, algorithm, target, problems)
+        start = _start(config, problems)
+        if start is None or _fits_start(config, start, target, problems):
+            algorithm = problems.attempt("draft", lambda: create_algorithm(config, target))
+        if start is not None and algorithm is not None:
+            problems += problems.attempt("draft.init_from", lambda: initial_problems(start, algorithm, target)) or []
         config, sources = _fit_length(config, target, problems)
-    problems += precision_problems(config)
+    problems += precision_problems(config.precision, several=ranks.all > 1)
     problems += topology_problems(config, device, backend)
     problems += on_policy_problems(config, backend)
     problems += parallel_problems(config, ranks.all, algorithm=algorithm, backend=backend, target=target)
     if tokenizer is not None:
         own = config.target.chat_template is None
         problems.attempt("target.path" if own else "target.chat_template", lambda: _check_template(config, tokenizer))
-    if refusal is None and target is not None and algorithm is not None and tokenizer is not None and not outlined:
+    resumes = trains and refusal is None
+    if resumes and target is not None and algorithm is not None and tokenizer is not None and not outlined:
         problems.attempt("output", lambda: _check_resumable(config, algorithm, target, tokenizer))
     if not problems and config.pipeline.topology == "offline" and tokenizer is not None and not outlined:
         assert device is not None
@@ -238,17 +243,24 @@ def _check_resumable(
     refuse_other_run(newest, saved, known_facts(config, algorithm, target, tokenizer, saved))
 
 
-def _check_initial(config: RunConfig, algorithm: Algorithm | None, target: TargetSpec, problems: _Problems) -> None:
-    """A run that continues has its weights already: what it once started from may be gone."""
+def _start(config: RunConfig, problems: _Problems) -> Path | None:
+    """What the draft's first weights are read from. A run that continues has its weights already: what it once started
+    from may be gone."""
     path = initial_path(config)
     if path is None or steps_on_disk(config.output / run_dir.CHECKPOINTS):
-        return
+        return None
     known = ("config.json", MANIFEST, "checkpoints")
-    if not any((path / name).exists() for name in known) and not steps_on_disk(path):
-        message = "is neither an exported draft nor a checkpoint nor a run directory"
-        problems.append(Problem(field="draft.init_from", value=str(path), message=message))
-    elif algorithm is not None:
-        problems += problems.attempt("draft.init_from", lambda: initial_problems(path, algorithm, target)) or []
+    if any((path / name).exists() for name in known) or steps_on_disk(path):
+        return path
+    message = "is neither an exported draft nor a checkpoint nor a run directory"
+    problems.append(Problem(field="draft.init_from", value=str(path), message=message))
+    return None
+
+
+def _fits_start(config: RunConfig, start: Path, target: TargetSpec, problems: _Problems) -> bool:
+    """Of another algorithm's draft nothing else needs to be said: its config.json would be read for what it is not."""
+    found = problems.attempt("draft.init_from", lambda: check_algorithm(start, config.algorithm, target))
+    return found is not None
 
 
 def _fit_length(config: RunConfig, target: TargetSpec, problems: _Problems) -> tuple[RunConfig, dict[str, str]]:

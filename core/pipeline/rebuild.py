@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchspec.core import registry
 from torchspec.core.config.schema import stated
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
-from torchspec.core.export.layout import read_draft
+from torchspec.core.export.layout import read_draft, recognise
 from torchspec.core.export.selfcheck import Probe
 from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import TargetSpec
@@ -154,6 +154,27 @@ def _is_training(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path / "checkpoints").is_dir() or bool(steps_on_disk(path))
 
 
+def check_algorithm(path: Path, name: str, target: TargetSpec) -> str:
+    """The algorithm of the draft at `path`, which must be the one called `name`, or one with the same drafts: of those
+    that differ in what they teach alone the same function reads the files.
+
+    Raises ConfigError where it is another one, CheckpointError where none reads what is there.
+    """
+    if _is_training(path):
+        found = str(read_json(find_checkpoint(path) / checkpoint.DRAFT)["identity"]["algorithm"])
+    else:
+        found = recognise(path, target).spec.name
+    if found != name and len({registry.algorithms().spec(each).from_files for each in (found, name)}) > 1:
+        problem = Problem(
+            field="draft.init_from",
+            value=str(path),
+            message=f"is a draft of {found}, and this run trains {name}",
+            remedy=f"train it further with --algorithm {found}, or leave draft.init_from out for a fresh {name} draft",
+        )
+        raise ConfigError([problem])
+    return found
+
+
 def initial_problems(path: Path, algorithm: Algorithm, target: TargetSpec) -> list[Problem]:
     """Everything in which the draft at `path` is another than `algorithm` is going to train.
 
@@ -172,16 +193,17 @@ def initial_problems(path: Path, algorithm: Algorithm, target: TargetSpec) -> li
             )
         )
     theirs, ours = asdict(initial.geometry), asdict(algorithm.geometry)
-    for name in sorted((theirs.keys() | ours.keys()) - _NO_DIFFERENCE):
-        if theirs.get(name) != ours.get(name):
-            found.append(
-                Problem(
-                    field="draft.init_from",
-                    value=str(path),
-                    message=f"its {name} is {theirs.get(name)}, this draft's {ours.get(name)}",
-                    remedy="draft.config=FILE with its config.json, which `torchspec export` writes for a checkpoint",
-                )
+    names = sorted((theirs.keys() | ours.keys()) - _NO_DIFFERENCE)
+    other = [name for name in names if theirs.get(name) != ours.get(name)]
+    if other:
+        found.append(
+            Problem(
+                field="draft.init_from",
+                value=str(path),
+                message="; ".join(f"its {name} is {theirs.get(name)}, this draft's {ours.get(name)}" for name in other),
+                remedy="draft.config=FILE with its config.json, which `torchspec export` writes for a checkpoint",
             )
+        )
     return found
 
 

@@ -3,8 +3,8 @@
 RUN/
     config.yaml        the resolved configuration; `--config` reads it back
     provenance.json    where each setting came from
-    environment.json   versions, device, git revision, of the last session and of every one, with its command line and
-                       starting step
+    environment.json   versions, device, git revision, of the last session and of every one, with its command line,
+                       starting step, and how it ended; a session without an end is going on, or was killed
     data.json          what became of the rows
     metrics.jsonl      see core/training/metrics.py
     ledger.jsonl       what became of each sample, by step: see core/training/ledger.py
@@ -23,19 +23,20 @@ import fcntl
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
 from torchspec.core import settings
 from torchspec.core.config.dump import to_yaml
 from torchspec.core.config.schema import RunConfig
-from torchspec.core.config.secrets import HIDDEN, is_secret
+from torchspec.core.config.secrets import HIDDEN, hidden, is_secret
 from torchspec.core.errors import CheckpointError, TorchspecError
 from torchspec.core.training.checkpoint_files import DAMAGED, lost, read_json, write_json
 
@@ -44,7 +45,9 @@ logger = logging.getLogger(__name__)
 CONFIG, PROVENANCE, ENVIRONMENT, DATA = "config.yaml", "provenance.json", "environment.json", "data.json"
 LEDGER, BALANCE = "ledger.jsonl", "ledger.json"
 METRICS, PROBE, CHECKPOINTS, DRAFT, LOCK = "metrics.jsonl", "probe.safetensors", "checkpoints", "draft", ".lock"
-WRITTEN = (CONFIG, PROVENANCE, DATA, PROBE, DRAFT)
+WRITTEN = (CONFIG, PROVENANCE, DATA, PROBE, DRAFT, METRICS, LEDGER, BALANCE)
+LONGEST_CAUSE = 4000
+"""Characters of a failure's message that are kept."""
 DISTRIBUTIONS = ("torchspec", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -83,7 +86,7 @@ def open_run(config: RunConfig) -> RunDirectory:
         (path / CHECKPOINTS).mkdir(exist_ok=True)
         lock = (path / LOCK).open("w")
     except OSError as error:
-        raise TorchspecError(f"the output directory {path} cannot be written ({error.strerror})") from error
+        raise TorchspecError(f"the run directory {path} cannot be written ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -113,11 +116,17 @@ def refusal(config: RunConfig) -> str | None:
 
 
 def is_run(path: Path) -> bool:
-    return (path / ENVIRONMENT).is_file() or (path / METRICS).is_file()
+    """Other programs write a metrics.jsonl too: alone it makes no run of ours."""
+    return (path / ENVIRONMENT).is_file() or ((path / METRICS).is_file() and (path / CHECKPOINTS).is_dir())
 
 
 def record_session(
-    run: RunDirectory, config: RunConfig, provenance: Mapping[str, str], environment: Mapping[str, Any], step: int
+    run: RunDirectory,
+    config: RunConfig,
+    provenance: Mapping[str, str],
+    environment: Mapping[str, Any],
+    step: int,
+    total_steps: int,
 ) -> None:
     """Write the resolved configuration, where it came from, and this session's circumstances."""
     path = run.path / ENVIRONMENT
@@ -126,6 +135,7 @@ def record_session(
         **environment,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
+        "total_steps": total_steps,
         "command": command_line(settings.typed_command()),
     }
     try:
@@ -134,6 +144,40 @@ def record_session(
         write_json(run.path / PROVENANCE, dict(provenance))
     except OSError as error:
         raise TorchspecError(f"cannot write into {run.path}: {error.strerror}") from error
+
+
+def record_end(
+    run: RunDirectory | None, how: Literal["finished", "stopped", "failed"], step: int, cause: str = ""
+) -> None:
+    """Write into the last session how it ended; nothing on ranks without the run directory.
+
+    What cannot be written is said in the log and raises nothing: the end itself is what matters.
+    """
+    if run is None:
+        return
+    path = run.path / ENVIRONMENT
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        recorded = read_json(path)
+        recorded["sessions"][-1]["ended"] = {
+            "how": how, "at": at, "step": step, "cause": hidden(cause)[:LONGEST_CAUSE],
+        }  # fmt: skip
+        write_json(path, recorded)
+    except (CheckpointError, OSError, LookupError, TypeError) as error:
+        logger.warning("%s does not say how this session ended: %s", path, error)
+
+
+@contextmanager
+def failure_recorded(run: RunDirectory | None, step: Callable[[], int]) -> Iterator[None]:
+    """What is raised within goes on its way and into the last session's record, with the step that was reached."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        record_end(run, "stopped", step(), "SIGINT")
+        raise
+    except Exception as error:
+        record_end(run, "failed", step(), str(error) or type(error).__name__)
+        raise
 
 
 def _earlier_sessions(path: Path) -> list[Any]:

@@ -102,7 +102,7 @@ def track_evaluation(run: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _last_step(run: Path) -> int:
-    from torchspec.core.report.html import read_run
+    from torchspec.core.report.record import read_run
 
     rows = read_run(run).train
     return int(rows[-1]["step"]) if rows else 0

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from torchspec.core.report.values import listed, mapping, real
+
 Row = Mapping[str, Any]
 Points = list[tuple[float, float]]
 
@@ -17,26 +19,27 @@ IDLE = 0.5
 
 def waited(row: Row) -> float:
     """Seconds of a step in which the trainer waited for texts, and for features."""
-    seconds = row.get("time", {})
-    return float(seconds.get("data", 0.0)) + float(seconds.get("capture", 0.0))
+    seconds = mapping(row.get("time"))
+    return sum(real(seconds.get(name)) or 0.0 for name in ("data", "capture"))
 
 
 def waiting(rows: Sequence[Row]) -> Points:
     """Fraction of each step in which the trainer waited for features; of runs whose features come from elsewhere."""
-    return [
-        (row["step"], waited(row) / float(row["step_seconds"]))
-        for row in rows
-        if row.get("pipeline") and row.get("step_seconds")
-    ]
+    found = [(row["step"], waited(row), real(row.get("step_seconds"))) for row in rows if row.get("pipeline")]
+    return [(step, seconds / whole) for step, seconds, whole in found if whole]
 
 
 def working(rows: Sequence[Row]) -> Points:
     """Fraction of the time in which the engines worked, their mean."""
-    return [
-        (row["step"], mean(float(engine["busy"]) for engine in row["pipeline"]["engines"]))
+    found = [
+        (
+            row["step"],
+            [real(mapping(engine).get("busy")) for engine in listed(mapping(row.get("pipeline")).get("engines"))],
+        )
         for row in rows
-        if row.get("pipeline") and row["pipeline"].get("engines")
     ]
+    told = [(step, [share for share in shares if share is not None]) for step, shares in found]
+    return [(step, mean(shares)) for step, shares in told if shares]
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -11,12 +12,16 @@ from torch import Tensor
 from torchspec.core.interfaces.device import Runtime
 from torchspec.core.training.random_state import capture_state, restore_state
 
+_PROCESS = threading.RLock()
+"""Who holds it may set what belongs to the process: random states and the default dtype."""
+
 
 @contextmanager
 def plain_modes(kinds: Iterable[str] = ("cpu",)) -> Iterator[None]:
     """Whatever mode the caller is in, inside gradients are recorded (no inference_mode, no no_grad), autocast is off on
-    these kinds of device, and tensors are made in float32 on the CPU where no dtype or device is named."""
-    with ExitStack() as stack:
+    these kinds of device, and tensors are made in float32 on the CPU where no dtype or device is named. One thread of
+    the process is inside at a time."""
+    with _PROCESS, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for kind in set(kinds):
@@ -35,8 +40,8 @@ class Apart:
     """Random states of one training, and blocks in which it computes: in `plain_modes`, with its device the current one
     and with random numbers that continue its own. Afterwards all of it is as it was.
 
-    Random states and the default dtype belong to the process: who draws in another thread meanwhile draws from the
-    training's.
+    Random states and the default dtype belong to the process: trainings in several threads wait for each other, and who
+    draws in another thread meanwhile draws from the training's.
     """
 
     def __init__(self, runtime: Runtime, device: torch.device, seed: int) -> None:
@@ -61,7 +66,7 @@ class Apart:
 
     @contextmanager
     def inside(self, *, training: bool = True) -> Iterator[None]:
-        """What is not `training` leaves the training's own random numbers where they were, too."""
+        """What is not `training`, or fails, leaves the training's own random numbers where they were, too."""
         kind = self._device.type
         current = nullcontext() if kind == "cpu" else torch.get_device_module(self._device).device(self._device)
         with plain_modes(("cpu", kind)), current:
@@ -69,7 +74,7 @@ class Apart:
             restore_state(self._runtime, self._random)
             try:
                 yield
-            finally:
                 if training:
                     self._random = capture_state(self._runtime)
+            finally:
                 restore_state(self._runtime, before)

@@ -121,9 +121,10 @@ def _publish(
 def _not_written(checkpoints: Path, step: int, error: BaseException) -> str:
     kept = files.steps_on_disk(checkpoints)
     survivor = f"{files.directory_of(checkpoints, kept[-1])} is intact" if kept else "there is no earlier one"
+    again = "there" if kept else "anew"
     return (
-        f"the checkpoint of step {step} could not be written to {checkpoints}: {error}. {survivor}; "
-        "free some space (or make the directory writable) and start the same command again to resume from there"
+        f"the checkpoint of step {step} could not be written to {checkpoints}: {error}; {survivor}. "
+        f"Make room (or the directory writable) and start the same command again: it begins {again}"
     )
 
 

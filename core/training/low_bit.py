@@ -12,8 +12,7 @@ import importlib.util
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 
 from torchspec.core.config.schema import TrainConfig
 from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.quiet import known_noise_hidden
 from torchspec.core.training.sharding import local
 
 CODES = ("codes", "scale")
@@ -41,7 +41,7 @@ def check_low_bit() -> None:
 
 def adamw_8bit(groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
     """The state is there from the start, as that of `build_optimizer`."""
-    with _quiet("torchao", "torch.utils._pytree"):
+    with known_noise_hidden():
         from torchao.optim import AdamW8bit
 
     class Stepping(AdamW8bit):  # type: ignore[misc]
@@ -119,16 +119,3 @@ def fill(state: Tensor, values: Tensor, codes: dict[str, Tensor]) -> None:
 
 def _is_coded(inner: Tensor) -> bool:
     return all(hasattr(inner, name) for name in CODES)  # torchao's class; to name it here would import it
-
-
-@contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """torchao warns of extensions for other devices, and torch of torchao."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from torchspec.core.ops.fp8_weight import Fp8Weight
 from torchspec.core.training.sharding import local
 
 SMALLEST_BYTES = 1 << 20
@@ -51,6 +52,8 @@ class HostOffload:
         return {tensor.untyped_storage()._cdata for tensor in self.stays()}
 
     def pack(self, tensor: Tensor) -> Tensor | Waiting:
+        if isinstance(tensor, Fp8Weight):
+            return tensor
         storage = tensor.untyped_storage()
         # Autograd hands over another tensor object, so parameters are known by where they lie.
         if tensor.nbytes < self.smallest_bytes or storage._cdata in self._staying:

@@ -16,10 +16,13 @@ class Schedule:
     cosine    half a cosine from 1 to `min_ratio`
     wsd       1, then linear to `min_ratio` over the last `decay_fraction` of the run (warm-up, stable, decay)
     constant  1
+
+    The warm-up takes `warmup` updates, or where that is None `warmup_ratio` of the run's, rounded up.
     """
 
     shape: Literal["cosine", "wsd", "constant"]
-    warmup: int
+    warmup: int | None
+    warmup_ratio: float
     decay_fraction: float
     min_ratio: float
 
@@ -28,21 +31,40 @@ class Schedule:
         return cls(
             shape=config.schedule,
             warmup=config.warmup_steps,
+            warmup_ratio=config.warmup_ratio,
             decay_fraction=config.decay_fraction,
             min_ratio=config.min_lr_ratio,
         )
 
+    def warmup_updates(self, total: int) -> int:
+        """Of a run of so many updates. A ratio leaves the last one to the peak rate."""
+        if self.warmup is not None:
+            return self.warmup
+        return min(math.ceil(self.warmup_ratio * total), max(total - 1, 0))
+
     def factor(self, update: int, total: int) -> float:
         """Rate of update 0 <= update < total over the peak rate. Never 0 during warm-up: no update is wasted."""
-        if update < self.warmup:
-            return (update + 1) / (self.warmup + 1)
+        warmup = self.warmup_updates(total)
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
         if self.shape == "constant":
             return 1.0
         if self.shape == "cosine":
-            done = _share(update, self.warmup, total)
+            done = _share(update, warmup, total)
             return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-        start = max(self.warmup, total - math.ceil(self.decay_fraction * total))
+        start = max(warmup, total - math.ceil(self.decay_fraction * total))
         return 1 - (1 - self.min_ratio) * _share(update, start, total)
+
+
+def warmup_warning(config: TrainConfig, total: int) -> str | None:
+    """One line about a warm-up that a run of so many steps does not get through; None if it does."""
+    warmup = Schedule.of(config).warmup_updates(total)
+    if not total or warmup < total:
+        return None
+    return (
+        f"train.warmup_steps={warmup} is as long as the whole run of {total} steps, which never reaches train.lr: "
+        "leave it out, and train.warmup_ratio follows the run"
+    )
 
 
 def _share(update: int, start: int, end: int) -> float:

@@ -12,6 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from torchspec.core.interfaces.device import Device
+from torchspec.core.training.fp8 import Gathering
+from torchspec.core.training.fp8_gather import gather_in_fp8
+
 COMPUTE = {"float32": None, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 """What the draft's parameters are cast to; in FP8 its linear maps go on from there (`training.fp8`)."""
 
@@ -20,19 +24,29 @@ class Meshed(Protocol):
     """Ranks over which a draft is sharded; `parallel.mesh.ParallelContext` is one."""
 
     @property
+    def device(self) -> Device: ...
+    @property
     def torch_device(self) -> torch.device: ...
     @property
     def every(self) -> DeviceMesh: ...
 
 
-def shard_draft(draft: nn.Module, context: Meshed, compute: str, *, states_on_host: bool = False) -> nn.Module:
+def shard_draft(
+    draft: nn.Module,
+    context: Meshed,
+    compute: str,
+    *,
+    states_on_host: bool = False,
+    gather: Gathering | None = None,
+) -> nn.Module:
     """Shard in place and return the same module; every rank must hold the same initial values.
 
     One FSDP unit: a draft is a few layers that the unroll calls again and again, so its parameters are gathered once
     per micro-batch. Inputs are not cast: weights, masks and rotary tables that pass through `draft(...)` keep their
     precision, and the draft casts what it multiplies. Gradients are summed over ranks, never averaged: the trainer
     divides by one global denominator. With `states_on_host` the shards, their gradients and so the optimizer's state
-    stay in the host's memory, and come to the device for a micro-batch.
+    stay in the host's memory, and come to the device for a micro-batch. `gather`: weights that are multiplied by in FP8
+    are gathered in it (`training.fp8_gather`).
     """
     draft.to(context.torch_device)
     param_dtype = COMPUTE[compute]
@@ -47,6 +61,10 @@ def shard_draft(draft: nn.Module, context: Meshed, compute: str, *, states_on_ho
     # gloo has no averaging reduction; with factor 1 and forced sums FSDP issues plain SUMs on every backend.
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
+    if gather is not None:
+        assert param_dtype is not None, "weights in FP8 stand for matrices in bf16"
+        names, temporary_bytes = gather.weights(draft), context.device.ops.temporary_bytes
+        gather_in_fp8(draft, names, gather.scaling, param_dtype, context.torch_device, temporary_bytes)
     return draft
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from torchspec.core.config.schema import TrainConfig
-from torchspec.core.errors import TargetError
+from torchspec.core.errors import NonFiniteError, TargetError
 from torchspec.core.interfaces.algorithm import Moment
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
@@ -34,7 +34,7 @@ from torchspec.core.training.random_state import draw_of, untouched
 from torchspec.core.training.served import ServedChecks
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
-from torchspec.core.training.update import NonFiniteError, Progress, Updater
+from torchspec.core.training.update import Progress, Updater
 from torchspec.core.training.window import WindowResult, run_window
 
 logger = logging.getLogger(__name__)

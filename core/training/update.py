@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from torchspec.core.config.schema import TrainConfig
-from torchspec.core.errors import TorchspecError
 from torchspec.core.interfaces.algorithm import Moment
 from torchspec.core.training.capturing import Model
 from torchspec.core.training.optimizer import (
@@ -30,10 +29,6 @@ from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.window import Sums
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(TorchspecError):
-    """A loss or gradient that is not a number. Raised before the update: parameters and schedule stay as they were."""
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ from torchspec.core.interfaces.engine import (
     TargetEngine,
 )
 from torchspec.core.interfaces.features import Quarantined
-from torchspec.core.workers.runner import Ask, Facts, Landing
+from torchspec.core.workers.runner import Ask, Facts, Landing, refuse_images
 
 
 class HostedRunner:
@@ -40,6 +40,7 @@ class HostedRunner:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
+        refuse_images(self.facts, samples)
         futures: list[Future[None]] = [Future() for _ in samples]
         self._thread.submit(self._capture, list(samples), futures)
         return futures
@@ -59,6 +60,7 @@ class HostedRunner:
                 future.set_result(None)
 
     def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        refuse_images(self.facts, asks)
         if not self._drafts and any(ask.source is not None for ask in asks):
             raise TargetError(f"{self.facts.engine} writes without drafts: it cannot be stepped token by token")
         futures: list[Future[ServedText]] = [Future() for _ in asks]
@@ -77,6 +79,7 @@ class HostedRunner:
                 temperature=first.temperature,
                 seed=first.common_seed,
                 source=first.source,
+                images=[ask.images for ask, _ in wanted],
             )
         except Exception as error:  # it must reach whoever waits, whatever it is  # noqa: BLE001
             for _, future in wanted:

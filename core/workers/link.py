@@ -114,6 +114,8 @@ class Link:
         }
         wrong = [f"{name} is {facts.get(name)!r}, needed {value!r}" for name, value in wanted.items()
                  if facts.get(name) != value]  # fmt: skip
+        if options.images and facts.get("no_images") is not None:
+            wrong.append(f"it takes no images of this target: {facts['no_images']}")
         if wrong:
             raise TargetError(
                 f"the worker at {client.url} (target {facts.get('target')}) is not the one for this run:\n    "
@@ -131,6 +133,6 @@ class Link:
             return self._stores[known]
         except FeatureStoreError as error:
             raise TargetError(
-                f"features of the worker at {client.url} cannot be had here: {error}. With features in shared memory, "
+                f"features of the worker at {client.url} cannot be read here: {error}. With features in shared memory, "
                 "this process and the worker must run on one machine and share its memory"
             ) from error

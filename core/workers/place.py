@@ -42,7 +42,7 @@ class Attached:
         start = time.monotonic()
         while self._lost:
             try:
-                self._client.call(protocol.HELLO, {}, seconds=POLL_SECONDS, what="coming back")
+                self._client.call(protocol.HELLO, {}, seconds=POLL_SECONDS, what="an answer")
                 self._lost = False
             except EngineLostError as error:
                 if time.monotonic() - start > self._patience:
@@ -53,7 +53,8 @@ class Attached:
 
     def lost(self, client: WorkerClient) -> None:
         """Whoever started it may start it again."""
-        log.warning("waiting for the worker at %s to come back, %.0f s at most", client.url, self._patience)
+        said = "waiting for the worker at %s to answer, %.0f s at most (engine.start_timeout)"
+        log.warning(said, client.url, self._patience)
         self._lost = True
 
 

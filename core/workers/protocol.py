@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-PROTOCOL = 3
+PROTOCOL = 4
 TOKEN_VARIABLE = "TORCHSPEC_ENGINE_TOKEN"
 MOST_BYTES = 256 << 20
-"""Of one message: the token ids of a batch of very long sequences."""
+"""Of one message: the token ids of a batch of very long sequences, and the images among them."""
 
 HELLO, CAPTURE, WRITE, COUNTERS, STOP = "/v1/hello", "/v1/capture", "/v1/write", "/v1/counters", "/v1/stop"
 USAGE = "/v1/usage"

@@ -15,13 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchspec.core.errors import FeatureStoreError, LostOnTextError, StoreLostError, TargetError
+from torchspec.core.errors import DataError, FeatureStoreError, LostOnTextError, StoreLostError, TargetError
 from torchspec.core.interfaces.engine import (
     CaptureRequest,
     DecodeSession,
@@ -40,6 +40,7 @@ from torchspec.core.interfaces.features import (
     Quarantined,
     RecordRef,
 )
+from torchspec.core.models.images import ImageError, embedded
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers import protocol
 from torchspec.core.workers.client import EngineLostError
@@ -51,6 +52,9 @@ from torchspec.core.workers.server import HEADER_BYTES
 log = logging.getLogger(__name__)
 
 LAST_ATTEMPTS = ".last_attempts"
+MOST_IMAGE_BYTES = protocol.MOST_BYTES // 2
+"""Of a message; the rest is for its token ids."""
+
 STORE_SECONDS = 1.0
 """Between two looks for a store that was lost."""
 
@@ -113,6 +117,7 @@ class RemoteEngine:
         for request in batch:
             self._check_tokens(request)
         found: dict[str, Captured] = {}
+        batch, order = self._with_images(batch, found), [request.record_id for request in batch]
         failures: dict[str, int] = {request.record_id: 0 for request in batch}
         waiting = deque(self._waves(batch))
         patience: float | None = None
@@ -142,7 +147,7 @@ class RemoteEngine:
             # nothing had happened, down to the last bit.
             together = lost and all(failures[request.record_id] == 1 for request in again)
             waiting += [again] if together and again else [[request] for request in again]
-        return [found[request.record_id] for request in batch]
+        return [found[record_id] for record_id in order]
 
     def generate(
         self,
@@ -153,10 +158,10 @@ class RemoteEngine:
         seed: int = 0,
         images: Sequence[Images] = (),
     ) -> list[list[int]]:
-        """See `TextGenerator`. TargetError for images, with which no worker is asked for text."""
-        if any(images):
-            raise TargetError(f"{self.name} runs in a worker, which answers text alone: no images")
-        texts = self.decode(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        """See `TextGenerator`. DataError for images that are not those that were tokenised."""
+        texts = self._write(
+            prompts, images=images, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, source=None
+        )
         return [list(text.tokens) for text in texts]
 
     def decode(
@@ -175,10 +180,31 @@ class RemoteEngine:
         source: DraftSource | None = None,
     ) -> list[ServedText]:
         """See `StreamedEngine`. Asked again of the next engine when one dies; LostOnTextError the third time."""
+        return self._write(
+            prompts, images=(), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, source=source
+        )
+
+    def _write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        images: Sequence[Images],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        source: DraftSource | None,
+    ) -> list[ServedText]:
         if not prompts:
             return []
+        try:
+            shown = [_sent(each) for each in images] or [{}] * len(prompts)
+        except ImageError as error:
+            raise DataError(str(error)) from error
         message: dict[str, Any] = {
-            "prompts": [{"input_ids": list(ids), "seed": prompt_seed(seed, ids)} for ids in prompts],
+            "prompts": [
+                {"input_ids": list(ids), "seed": prompt_seed(seed, ids), **beside}
+                for ids, beside in zip(prompts, shown, strict=True)
+            ],
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -241,17 +267,36 @@ class RemoteEngine:
             )
 
     def _waves(self, batch: Sequence[CaptureRequest]) -> Iterator[list[CaptureRequest]]:
-        """Consecutive requests whose records fit into half of the store, so that others find room beside them."""
+        """Consecutive requests whose records fit into half of the store, so that others find room beside them, and
+        whose images fit into a message."""
         session = self._link.connected()
         room = int(session.facts["store_bytes"]) // 2
         wave: list[CaptureRequest] = []
         for request in batch:
-            if wave and sum(_nbytes(each, session) for each in (*wave, request)) > room:
+            longer = (*wave, request)
+            too_much = sum(_nbytes(each, session) for each in longer) > room
+            if wave and (too_much or sum(map(_image_bytes, longer)) > MOST_IMAGE_BYTES):
                 yield wave
                 wave = []
             wave.append(request)
         if wave:
             yield wave
+
+    def _with_images(self, batch: Sequence[CaptureRequest], found: dict[str, Captured]) -> list[CaptureRequest]:
+        """The requests with their images' bytes; those whose images cannot be sent are quarantined in `found`."""
+        ready = []
+        for request in batch:
+            try:
+                sent = replace(request, images=tuple(map(embedded, request.images)))
+                if _image_bytes(sent) > MOST_IMAGE_BYTES:
+                    raise ImageError(
+                        f"its images take {_image_bytes(sent) / 1e6:.0f} MB of a message, which holds "
+                        f"{MOST_IMAGE_BYTES / 1e6:.0f} MB of them"
+                    )
+                ready.append(sent)
+            except ImageError as error:
+                found[request.record_id] = Quarantined(record_id=request.record_id, reason=str(error))
+        return ready
 
     def _capture_group(
         self,
@@ -312,9 +357,7 @@ class RemoteEngine:
 
     def _sample(self, request: CaptureRequest, attempt: int) -> dict[str, Any]:
         """As the protocol has it. Whoever takes a part of it must give the same name; no one else may."""
-        sample: dict[str, Any] = {"input_ids": list(request.input_ids)}
-        if request.images:
-            sample["images"] = [asdict(image) for image in request.images]
+        sample: dict[str, Any] = {"input_ids": list(request.input_ids), **_sent(request.images)}
         if not request.parts:
             return {"id": f"{self._prefix}-{next(self._numbers)}", **sample}
         return {"id": f"{request.record_id}-{attempt}", **sample, "parts": request.parts, "part": request.part}
@@ -356,6 +399,15 @@ class RemoteEngine:
 
 def _nbytes(request: CaptureRequest, session: Session) -> int:
     return HEADER_BYTES + len(request.input_ids) * session.row_bytes
+
+
+def _sent(images: Images) -> dict[str, Any]:
+    """A sequence's images as the protocol has them: nothing where there are none."""
+    return {"images": [asdict(embedded(image)) for image in images]} if images else {}
+
+
+def _image_bytes(request: CaptureRequest) -> int:
+    return sum(len(image.source) for image in request.images)
 
 
 def prompt_seed(seed: int, prompt: Sequence[int]) -> int:

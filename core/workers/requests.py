@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, ImageReference, Rows
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, ImageReference, Images, Rows
 from torchspec.core.workers.protocol import ProtocolError, field, record_id, token_ids
 from torchspec.core.workers.runner import Ask
 
@@ -17,11 +17,7 @@ def capture_request(message: Any) -> CaptureRequest:
     part = message.get("part", 0)
     if parts and not (type(part) is int and 0 <= part < len(parts)):
         raise ProtocolError(f"'part' must be one of {len(parts)}, got {part!r}")
-    images = tuple(
-        ImageReference(source=field(each, "source", str), digest=field(each, "digest", str))
-        for each in (field(message, "images", list) if "images" in message else ())
-    )
-    return CaptureRequest(record_id=name, input_ids=ids, parts=parts, part=part, images=images)
+    return CaptureRequest(record_id=name, input_ids=ids, parts=parts, part=part, images=_images(message))
 
 
 def asks_of(message: Any) -> list[Ask]:
@@ -41,9 +37,21 @@ def asks_of(message: Any) -> list[Ask]:
             stop=stop,
             common_seed=field(message, "seed", int) if "seed" in message else 0,
             source=source,
+            images=_images(each),
         )
         for each in field(message, "prompts", list)
     ]
+
+
+def _images(message: Any) -> Images:
+    """Images come with the message: no worker opens a path that it is told."""
+    given = field(message, "images", list) if "images" in message else []
+    images = tuple(
+        ImageReference(source=field(each, "source", str), digest=field(each, "digest", str)) for each in given
+    )
+    if not all(image.source.startswith("data:") for image in images):
+        raise ProtocolError("the 'source' of an image must be a data: URI with its bytes")
+    return images
 
 
 def _rows(value: Any, tokens: int) -> Rows:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torchspec.core.errors import TargetError
-from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, DraftSource, Images, ServedText, ServingCounters
 from torchspec.core.interfaces.features import FeatureStore, NormState, RecordRef
 
 
@@ -48,7 +48,7 @@ class Facts:
     """What an engine is and will do. `norm_state`: of the last hidden states it captures; `taps` as in the settings.
 
     `layers`, `hidden_size` and `itemsize` (bytes of a hidden value) are the target's, as the engine read it. `serial`:
-    it works on one request at a time, and others wait for it.
+    it works on one request at a time, and others wait for it. `no_images`: why it takes no images; None: it takes them.
     """
 
     engine: str
@@ -60,11 +60,14 @@ class Facts:
     vocab_size: int
     norm_state: NormState
     serial: bool = False
+    no_images: str | None = "its worker was not made for them"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
     """Text to write after `input_ids`: greedy at temperature 0; the first of `stop` ends it and is part of it.
+
+    `images` stand in the ids, as in those of a `CaptureRequest`.
 
     `seed` is this text's own, `common_seed` that of all texts asked for together: `seed` was made from it and the ids.
     `source`: drafts to write with.
@@ -77,6 +80,7 @@ class Ask:
     stop: Sequence[int]
     common_seed: int = 0
     source: DraftSource | None = None
+    images: Images = ()
 
 
 class Landing(FeatureStore, Protocol):
@@ -107,11 +111,10 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def refuse_images(engine: str, samples: Sequence[CaptureRequest]) -> None:
-    """For runners whose engine takes token ids alone."""
-    named = next((sample.record_id for sample in samples if sample.images), None)
-    if named is not None:
-        raise TargetError(f"{engine} captures no images, which sample {named!r} has: only backends with `images` do")
+def refuse_images(facts: Facts, asked: Sequence[CaptureRequest] | Sequence[Ask]) -> None:
+    """TargetError for images where the engine takes none."""
+    if facts.no_images is not None and any(each.images for each in asked):
+        raise TargetError(f"{facts.engine} takes no images of this target: {facts.no_images}")
 
 
 def refuse_sources(engine: str, asks: Sequence[Ask]) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.core import settings
+from torchspec.core.errors import TargetError
 from torchspec.core.features.shared import memory_directory
 from torchspec.core.interfaces.engine import EngineOptions, EngineProcess
+from torchspec.core.models.target_quantisation import described, read_quantisation
 from torchspec.core.models.target_spec import read_target_spec, running_dtype
 from torchspec.core.workers.place import Managed
 from torchspec.core.workers.remote_engine import RemoteEngine
@@ -48,7 +50,15 @@ def start(program: Program, options: EngineOptions, draft: Path | None = None, d
             start_timeout=options.process.start_timeout,
         )
     )
-    supervisor.start()
+    try:
+        supervisor.start()
+    except TargetError as error:
+        if (form := read_quantisation(options.target)) is None:
+            raise
+        raise TargetError(
+            f"{error}\n    the target is quantised ({described(form)}): this engine may have no kernel for that on "
+            f"{options.device.name}. `torchspec doctor --target {options.target}` says what else could run it"
+        ) from error
     return supervisor
 
 

@@ -66,6 +66,7 @@ class Heads:
     layouts = ("plain",)
     vocabulary_size = property(lambda self: self.geometry.vocab_size)
     halo = property(lambda self: halo(self.geometry.steps))
+    loss_steps = property(lambda self: self.geometry.steps)
     remembers = property(lambda self: self.options.remembers)
     attention_shape = AttentionShape(query_heads=1, key_heads=1, head_size=1, steps=1)  # there is none
 
@@ -109,8 +110,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Session:
-    # Drafter and session in one: nothing is remembered between rounds.
+class Session:  # and the drafter: nothing is remembered between rounds
     taps: tuple[int, ...]
     draft: HeadsDraft
     head: object

@@ -79,7 +79,11 @@ def trained(place: Path, tiny_target: Path) -> Path:
         ("missing.jsonl", 2, ["data.train", "no such file", "missing.jsonl"]),
         (".", 2, ["data.train", "is a directory"]),
         ("empty.jsonl", 2, ["empty.jsonl is empty"]),
-        ("garbage.jsonl", 1, ["none of the 2 rows", "garbage.jsonl:1: not valid JSON", "garbage.jsonl:2"]),
+        (
+            "garbage.jsonl",
+            1,
+            ["can be used, of 2 read: 2 bad", "garbage.jsonl:1: not valid JSON", "garbage.jsonl:2"],
+        ),
         ("roles.jsonl", 1, ["roles.jsonl:1", "unknown role 'robot'", "assistant"]),
     ],
 )
@@ -110,7 +114,7 @@ def test_targets(answer: Answer, target: str, code: int, says: list[str]) -> Non
         (["draft.config=misfit.json"], ["999", "301", "draft.vocab_size"]),
         (["draft.config=broken.json"], ["draft.config", "not JSON"]),
         (["draft.config=nowhere.json"], ["draft.config", "cannot be read"]),
-        (["draft.taps=[1, 1, 99]", "draft.head_dim=7"], ["no [99]", "ascending", "must be even"]),
+        (["draft.taps=[1, 1, 99]", "draft.head_dim=7"], ["the layers 0 to ", "ascending", "must be even"]),
     ],
 )
 def test_drafts_that_do_not_fit(
@@ -199,9 +203,35 @@ def test_export_onto_a_target_is_refused_before_any_work(answer: Answer, place: 
 
 def test_no_draft_and_no_checkpoint(answer: Answer, tiny_target: Path) -> None:
     words = ("eval", "--target", tiny_target, "--data", "good.jsonl", "--device", "cpu")
-    assert "has no config.json" in answer(*words, "--draft", "nowhere", code=1)
+    said = answer(*words, "--draft", "nowhere", code=2)
+    assert "--draft: no such directory (got 'nowhere')" in said
+    assert "load target" not in said
     said = answer("export", "--checkpoint", "nowhere", "--format", "hf", "--output", "e", code=1)
     assert "neither a checkpoint nor a run" in said
+
+
+def test_what_eval_is_to_read_is_looked_for_before_the_target_is_loaded(answer: Answer, tiny_target: Path) -> None:
+    words = ("eval", "--target", tiny_target, "--data", "good.jsonl", "--draft", "no_tokenizer", "--device", "cpu")
+    said = answer(*words, "--chat-template", "none.jinja", code=2)
+    assert "--chat-template: no such file (got 'none.jinja')" in said
+    assert "--engine-options: not a JSON object: " in answer(*words, "--engine-options", "{a", code=2)
+
+
+def test_sizes_of_a_draft_that_do_not_go_together(
+    answer: Answer, trained: Path, tiny_target: Path, place: Path
+) -> None:
+    draft = shutil.copytree(trained / "draft", place / "odd_draft")
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**config, "hidden_size": 77}))
+    words = ("eval", "--target", tiny_target, "--data", "good.jsonl", "--device", "cpu", "--draft", draft)
+    assert "config.json of the draft: The hidden size (77) is not a multiple" in answer(*words, code=1)
+
+
+def test_results_that_are_none_are_named(answer: Answer, trained: Path) -> None:
+    words = ("export", "--checkpoint", trained, "--format", "hf", "--output", "e")
+    said = answer(*words, "--results", "none.json", "broken.json", code=2)
+    assert "--results: cannot be read: No such file or directory (got 'none.json')" in said
+    assert "--results: no result of `torchspec eval --output` (got 'broken.json')" in said
 
 
 def test_adapters_of_eval_are_checked_with_its_files(answer: Answer, tiny_target: Path) -> None:
@@ -219,7 +249,7 @@ def test_adapters_of_eval_are_checked_with_its_files(answer: Answer, tiny_target
         "vlm",
         code=2,
     )
-    for part in ("--target", "--data", "--device", "did you mean 'cpu'?", "--backend", "did you mean 'vllm'?"):
+    for part in ("--target", "--draft", "--data", "--device", "did you mean cpu?", "--backend", "did you mean vllm?"):
         assert part in said
 
 

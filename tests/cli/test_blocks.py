@@ -82,6 +82,17 @@ def test_the_plan_is_printed_and_nothing_is_written(place: Path, call: Call, wor
     assert not (place / "planned").exists()
 
 
+def test_a_draft_that_no_engine_serves_is_told_before_it_is_trained(
+    place: Path, call: Call, words: tuple[str, ...]
+) -> None:
+    options = (*words, *SIZES, "draft.sample_from_anchor=true", "--output", "unserved")
+    warning = "no engine is known to serve a DFlash draft whose anchor's slot predicts"
+    assert warning in call(*options, "--dry-run")
+    text = call(*options, "train.max_steps=1")
+    assert text.index(warning) < text.index("train 1/1")
+    assert warning not in call(*words, *SIZES, "--dry-run", "--output", "planned")
+
+
 def test_a_run_is_evaluated(call: Call, trained: Path, tiny_target: Path) -> None:
     rows = figures(trained)
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
@@ -93,7 +104,13 @@ def test_a_run_is_evaluated(call: Call, trained: Path, tiny_target: Path) -> Non
     )  # fmt: skip
     result = json.loads(text[text.index("{") : text.rindex("}") + 1])
     assert result["lossless"] is True
-    assert {row["draft_length"] for row in result["sweep"]} == {1, 3, 9}
+    assert {row["draft_length"]: row["longest_draft"] for row in result["sweep"]} == {1: 1, 3: 3, 9: 3}
+    text = call(
+        "eval", "--target", str(tiny_target), "--draft", "run/draft", "--data", "held_out.jsonl", "--samples", "2",
+        "--max-new-tokens", "6", "--device", "cpu", "--draft-length", "2", "--sweep", "9",
+    )  # fmt: skip
+    assert "draft length 9: no round drafted more than 3, all that the draft has" in text
+    assert "draft length 2: no round" not in text
 
 
 def test_two_ranks_that_share_sequences_train_the_same(place: Path, trained: Path, words: tuple[str, ...]) -> None:

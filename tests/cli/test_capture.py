@@ -67,8 +67,11 @@ def test_one_file_for_the_capture_and_the_training(call: Call, shared: Path, tmp
     assert "tokens/s" in err
     assert "(9 were there)" in call(*words)[2]
 
-    code, _, err = call("train", "--config", str(shared), "data.validation=[]")
+    code, _, err = call("train", "--config", str(shared), "data.validation=[]", "train.warmup_steps=9")
     assert code == 0, err
+    assert "train.warmup_steps=9 is as long as the whole run of 2 steps" in err
+    assert "as planned (--dry-run says more): about " in err
+    assert "by the plan" in err
     assert "trained 2 steps" in err
 
 
@@ -113,10 +116,12 @@ def test_help_says_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_is_no_place_for_features(call: Call, shared: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    for name in ("metrics.jsonl", "environment.json"):  # with which a training would look for checkpoints
+        (tmp_path / "run" / name).write_text("")
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     code, _, err = call("capture", "--config", str(shared))
     assert code == 1
-    assert "metrics.jsonl, and no capture to go on with: name an empty directory" in err
+    assert "checkpoints, environment.json, metrics.jsonl, and no capture to go on with: name an empty directory" in err
 
 
 def test_terminated_and_given_again(call: Call, shared: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_an_engine_as_json() -> None:
         (("--conformance-backend", "hf", "--target", "nowhere"), "nowhere"),
         (("--conformance", "cpu", "--conformance-backend", "hf"), "one adapter at a time"),
         (("--topics", "ops"), "--topics: is of the checks of an adapter, and none is named"),
-        (("--dtype", "bfloat16"), "--dtype: is of the checks of an engine"),
+        (("--dtype", "bfloat16"), "--dtype: is of a target"),
         (("--conformance-backend", "hf", "--thinking", "off"), "--thinking: no check is made with it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -41,10 +41,10 @@ def test_a_log_gets_the_first_and_the_last_of_each_stage(
 ) -> None:
     with ProgressDisplay() as progress:
         for done in range(1001):
-            progress("tokenise", done, 1000)
+            progress("generate", done, 1000)
         progress("capture", 7, 0)
         progress("capture", 8, 0)
-    assert lines(capsys) == ["tokenise 0/1000", "tokenise 1000/1000", "capture 7"]
+    assert lines(capsys) == ["generate 0/1000", "generate 1000/1000", "capture 7"]
 
 
 def test_a_slow_stage_reports_now_and_then_and_more_seldom(
@@ -106,6 +106,13 @@ def test_log_records_are_shown_and_the_handler_goes(capsys: pytest.CaptureFixtur
     assert logging.getLogger("torchspec").handlers == before
 
 
+def test_bytes_have_a_unit(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    with ProgressDisplay() as progress:
+        progress("hash data", 0, 1234)
+        progress("tokenise", 5_000_000_000, 5_000_000_000)
+    assert lines(capsys) == ["hash data 0.0/1.2 kB", "tokenise 5000.0/5000.0 MB"]
+
+
 def test_spans() -> None:
     assert [span(s) for s in (0.4, 59.6, 3600, 90061)] == ["0:00", "1:00", "1:00:00", "1d 1:01:01"]
 
@@ -139,10 +146,10 @@ def test_a_screen_has_everything_worth_watching(tmp_path: Path) -> None:
     figures = RunFigures(metrics, checkpoints, epochs=3)
     assert figures.sections() == [
         ["epoch 1 of 3", "loss 2.500", "lr 1.00e-03", "gradient 0.50"],
-        ["simulated acceptance 1.75", "accuracy per depth 0.75 0.50"],
+        ["simulated acceptance 1.75", "accuracy per position 0.75 0.50"],
         ["1,234 tokens/s", "2.00 s a step", "memory 2.00 of 8.0 GB"],
         ["waited 25%, 2 passes ahead in 5 MB", "engines 600 tokens/s, 75% busy, 2 MB in their stores"],
-        ["decoded at step 2: acceptance length 2.25", "accepted per depth 0.75"],
+        ["decoded at step 2: acceptance length 2.25", "accepted per position 0.75"],
         ["served in vllm at step 1: acceptance length 2.00"],
         ["no checkpoint yet"],
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from torchspec.cli import main
@@ -78,9 +79,22 @@ def test_one_command_turns_it_into_another_layout(call: Call, published_target: 
     assert "for-vllm: read again, it is the same draft, tensor by tensor, in float16" in said
     assert json.loads((place / "for-vllm/config.json").read_text())["speculators_model_type"] == "eagle3"
     assert load_file(place / "for-vllm/model.safetensors")["layers.0.hidden_norm.weight"].dtype == torch.float16
+    card = (place / "for-vllm/README.md").read_text()
+    assert "put the draft of the directory `eagle` into this layout" in card
+    assert "Who trained it, on which data and with which settings is not known here; no card was beside it." in card
+    assert "None: this draft has not been measured by decoding." in card
+    assert "Written with torchspec" in card
+    assert str(place) not in card
+    assert ModelCard(card).data.license is None
+    (place / "for-vllm/README.md").write_text("---\nlicense: cc-by-4.0\n---\nMine. Acceptance length 9.\n")
     # And back, in another precision.
     words = ("convert", "--draft", "for-vllm", "--target", published_target, "--dtype", "float32")
     call(*words, "--format", "sglang", "--output", "back")
+    card = (place / "back/README.md").read_text()
+    assert "its own card may say" in card
+    assert "License: that of the converted draft, as its own card gives it." in card
+    assert "Acceptance length 9" not in card
+    assert ModelCard(card).data.license == "cc-by-4.0"
     back, first = (
         load_file(place / "back/model.safetensors"),
         torch.load(place / "eagle/pytorch_model.bin", weights_only=True),
@@ -139,7 +153,9 @@ def test_training_goes_on_from_it(
     assert (place / f"after-{kind}" / "config.json").is_file()
 
 
-def test_a_config_of_another_algorithm_is_named(call: Call, published_target: Path) -> None:
+def test_a_draft_of_another_algorithm_is_named(call: Call, published_target: Path) -> None:
     said: Any = call("train", "--algorithm", "eagle3", "--target", published_target, "--data", "train.jsonl",
                      "draft.init_from=z-lab", "--output", "other", "--dry-run", code=2)  # fmt: skip
-    assert "architectures is ['DFlashDraftModel']; an EAGLE-3 draft here has" in said
+    assert "1 configuration error" in said
+    assert "draft.init_from: is a draft of dflash, and this run trains eagle3 (got 'z-lab')" in said
+    assert "train it further with --algorithm dflash" in said

@@ -87,12 +87,21 @@ def test_every_word_has_help_and_is_in_the_reference(run: Run, word: str) -> Non
         (["check", "--device", "tpu"], "no environment of any engine is known for this device"),
         (["install", "vllm", "--python", "/nowhere"], "/nowhere cannot be run"),
         (["install", "sglang", "--device", "npu"], "engine.python="),
+        (["command", "vllm", "--target", "embedded", "--port", "a"], "--port: must be a whole number from 1 to 65535"),
+        (["command", "vllm", "--target", "embedded", "--port", "65536"], "(got '65536')"),
     ],
 )  # fmt: skip
 def test_mistakes_are_answered_and_exit_2(run: Run, words: list[str], says: str) -> None:
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert says in err
+
+
+def test_a_file_in_the_place_of_the_environments_is_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "engines").write_text("")
+    code, _, err = run("install", "vllm")
+    assert code == 1
+    assert f"no environment can be made in {tmp_path / 'engines'} (TORCHSPEC_ENGINES): File exists" in err
 
 
 def test_where_nothing_is_installed(run: Run, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchspec import cli
 from torchspec.cli import COMMANDS, main
@@ -165,6 +166,7 @@ def test_doctor_lists_every_adapter(run: Run) -> None:
             assert entry["available"] or (entry["reason"] and entry["remedy"]), entry
     assert {entry["name"]: entry["available"] for entry in found["devices"]}["cpu"] is True
     assert {entry["name"]: entry.get("fp8") for entry in found["devices"]}["cpu"] == "emulated"
+    assert [entry["name"] for entry in found["trackers"]] == list(registry.trackers().names())
     assert found["packages"]["torch"]
     code, out, _ = run("doctor")
     assert code == 0
@@ -177,6 +179,14 @@ def test_doctor_lists_every_adapter(run: Run) -> None:
         (DataError("every row is bad"), 1, "every row is bad"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/runs/a/x"), 1, "No space left on device: /runs/a/x"),
+        (
+            MemoryError("the GPU has no 8.0 MB left"),
+            1,
+            "out of memory: the GPU has no 8.0 MB left\n    remedy: smaller",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 1, "out of memory: CUDA out of memory.\n    remedy: "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 1, "out of memory: DefaultCPUAllocator"),
+        (RuntimeError("oh"), 70, "defect of torchspec: RuntimeError: oh"),
         (ZeroDivisionError("oh"), 70, "defect of torchspec: ZeroDivisionError: oh"),
     ],
 )

@@ -63,7 +63,7 @@ def test_unknown_terms_and_bad_weights_come_with_the_terms_there_are(tmp_path: P
         "draft.objective: no such entry (command line) (got 'lk_lamda')",
         "choices: cross_entropy, kl, reverse_kl, jsd, tv, lk_alpha, lk_lambda, argmax, ground_truth",
         "did you mean lk_lambda?",
-        "(got {'kl': -1})",
+        "draft.objective.kl: must be a number > 0 or {start",
         "--objective: not TERM or TERM=WEIGHT (got 'tv=')",
         "none.jsonl",  # with everything else that is wrong
     ):

@@ -65,6 +65,16 @@ def test_an_empty_path_is_not_the_working_directory(parser: Parser, words: list[
     assert read_options(parser, Options, ["--file", "."]).file == Path()
 
 
+def test_null_is_not_asked_for_on_a_command_line() -> None:
+    class Nullable(Section):
+        steps: Positive | None = Field(None, description="steps")
+
+    made = Parser("test", "a test")
+    add_options(made, Nullable, all_flags(Nullable))
+    with pytest.raises(ConfigError, match=r"--steps: must be a whole number >= 1 \(got '0'\)"):
+        read_options(made, Nullable, ["--steps", "0"])
+
+
 def test_abbreviations_are_not_guessed(parser: Parser) -> None:
     with pytest.raises(ConfigError, match="--fil: no such option"):
         read_options(parser, Options, ["--fil", "a"])

@@ -72,7 +72,7 @@ def steps(output: Path) -> list[int]:
 
 
 def test_a_quick_start_leaves_everything_and_runs_again(quickstart: Quickstart, output: Path) -> None:
-    table, said = quickstart("--generate", "0", "--nproc", "1")
+    table, said = quickstart("--answers", "0", "--nproc", "1")
     result = json.loads((output / "eval.json").read_text())
     assert set(result) >= KEYS
     assert result["lossless"] is True
@@ -89,7 +89,7 @@ def test_a_quick_start_leaves_everything_and_runs_again(quickstart: Quickstart, 
         assert word in said
 
     (output / "eval.json").unlink()
-    result = json.loads(quickstart("--generate", "0", "--nproc", "1", "--json")[0])
+    result = json.loads(quickstart("--answers", "0", "--nproc", "1", "--json")[0])
     assert result == json.loads((output / "eval.json").read_text())
     assert steps(output) == [1, 2, 3], "the finished training is not done again"
 
@@ -130,16 +130,16 @@ def test_everything_wrong_is_said_before_anything_is_touched(
 
 
 def test_a_run_of_another_command_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "environment.json").write_text("{}")
     assert main(["quickstart", "--output", str(tmp_path), "--device", "cpu"]) == 2
     text = capsys.readouterr().err
     assert "holds a run that quickstart did not start" in text
     assert "--fresh" in text
-    assert contents(tmp_path) == ["metrics.jsonl"]
+    assert contents(tmp_path) == ["environment.json"]
 
 
 def test_training_on_the_texts_as_they_are(quickstart: Quickstart, output: Path) -> None:
-    quickstart("--generate", "0", "--nproc", "1")
+    quickstart("--answers", "0", "--nproc", "1")
     assert not list((output / "data").glob("generated-*.jsonl"))
     assert json.loads((output / "data.json").read_text())["files"] == [str(output / "data" / "train.jsonl")]
 
@@ -147,16 +147,16 @@ def test_training_on_the_texts_as_they_are(quickstart: Quickstart, output: Path)
 def test_an_earlier_run_of_other_settings_is_refused_before_the_target_answers(
     quickstart: Quickstart, output: Path, tiny_target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quickstart("--generate", "5", "--nproc", "2")
+    quickstart("--answers", "5", "--nproc", "2")
     before = contents(output)
     words = ["quickstart", "--output", str(output), *DECODING, f"target.path={tiny_target}", *SMALL]
     for change, said in (
         (
-            ["--generate", "5", "--nproc", "2", "train.batch_size=2"],
+            ["--answers", "5", "--nproc", "2", "train.batch_size=2"],
             "order.batch_size: the checkpoint has 4, this run 2",
         ),
-        (["--generate", "4", "--nproc", "2"], "data.files: the checkpoint has ['generated-5-0.jsonl'"),
-        (["--generate", "5", "--nproc", "1"], "this run ['generated-5-0.jsonl']"),
+        (["--answers", "4", "--nproc", "2"], "data.files: the checkpoint has ['generated-5-0.jsonl'"),
+        (["--answers", "5", "--nproc", "1"], "this run ['generated-5-0.jsonl']"),
     ):
         assert main([*words, *change]) == 2
         text = capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_an_earlier_run_of_other_settings_is_refused_before_the_target_answers(
 
 
 def test_training_on_what_the_target_says(quickstart: Quickstart, output: Path) -> None:
-    quickstart("--generate", "5", "--nproc", "2")
+    quickstart("--answers", "5", "--nproc", "2")
     files = sorted((output / "data").glob("generated-*.jsonl"))
     rows = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in files]
     assert [sorted(ids) for ids in rows] == [["train0", "train4", "train9"], ["train2", "train7"]]

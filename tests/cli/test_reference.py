@@ -29,6 +29,8 @@ def test_every_option_and_setting_is_in_it() -> None:
     page = render_settings()
     for word in ("`train.lr`", "`draft.unroll`", "`data.train` (`--data`)", "## draft, with algorithm dflash"):
         assert word in page, word
+    assert page.count("`eval.serving.python`") == 1
+    assert "< 2**63" in page
     for algorithm in registry.algorithms().names():
         for path in settings(run_schema(registry.algorithms().spec(algorithm).options)):
             assert f"| `{path}`" in page, path

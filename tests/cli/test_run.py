@@ -255,6 +255,9 @@ def test_a_stopped_run_continues_where_it_stopped(place: Path, call: Call, tiny_
     first, second = json.loads((place / "stopped" / "environment.json").read_text())["sessions"]
     assert first["command"][1:] == [str(word) for word in words]
     assert (first["from_step"], second["from_step"]) == (0, stopped_at)
+    ends = [(each["ended"]["how"], each["ended"]["step"], each["ended"]["cause"]) for each in (first, second)]
+    assert ends == [("stopped", stopped_at, "SIGINT"), ("finished", 24, "")]
+    assert "Finished at step 24 of 24" in (place / "stopped" / "report.html").read_text()
     assert [row.get("loss") for row in metrics(place / "stopped")] == [row.get("loss") for row in metrics(trained)]
 
 

@@ -232,6 +232,7 @@ def test_another_process_progress_moves_the_screen(terminal: Terminal) -> None:
     terminal.used()
     with Figures() as progress:
         for line in (
+            "2026-01-02 03:04:05 tokenise 1.5/2.0 MB",
             "2026-01-02 03:04:05 train 3/10, loss 2.500",
             "2026-01-02 03:04:05 WARNING: sample 3/4 is left out",
             "not a line of progress",
@@ -240,6 +241,8 @@ def test_another_process_progress_moves_the_screen(terminal: Terminal) -> None:
         rows = terminal.seen(lambda rows: len(rows) == 5)
     assert rows[:2] == ["2026-01-02 03:04:05 WARNING: sample 3/4 is left out", "not a line of progress"]
     assert "30%" in rows[2]
+    stage = progress._stages["tokenise"]
+    assert (stage.done, stage.total) == (1_500_000, 2_000_000)
     terminal.close()
 
 

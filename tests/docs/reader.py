@@ -72,7 +72,7 @@ class Reader:
                 self._python(block)
                 return
             lines = self.blocks.command_lines(block)
-            if not all(map(self.blocks.is_plain, lines)):
+            if not all(map(self.blocks.stands_alone, lines)):
                 self._shell(self._named(self.blocks.script(block)), block.exit_code)
                 return
             for number, line in enumerate(lines, start=1):
@@ -112,8 +112,11 @@ class Reader:
         return re.sub(r"([\w./-]+/checkpoints)/STEP\b", newest, line)
 
     def _command(self, line: str, code: int) -> None:
+        if not self.blocks.is_plain(line):
+            self._shell(line, code)
+            return
         words = shlex.split(line, comments=True)
-        if words[0] != "torchspec" or any(word.startswith(("--topology", "pipeline.topology")) for word in words):
+        if words[0] != "torchspec" or self._starts_processes(words):
             self._shell(line, code)
         elif words[1:2] == ["prepare"]:
             self._prepare(words)
@@ -121,6 +124,9 @@ class Reader:
             if words[1:2] == ["quickstart"]:
                 self._ready(Path(_option(words, "--output", "runs/quickstart")) / "data")
             self._torchspec(line, self.small.small(words[1:]), code)
+
+    def _starts_processes(self, words: Sequence[str]) -> bool:
+        return any("topology" in word for word in words) and "offline" not in words
 
     def _torchspec(self, line: str, words: Sequence[str], code: int) -> str:
         """In this process: most of a command's time would be imports."""

@@ -18,7 +18,7 @@ APPENDED = {
     "generate": ("--max-new-tokens", "8"),
     "eval": ("--samples", "2", "--max-new-tokens", "8"),
     "quickstart": (
-        *("--generate", "0", "--samples", "2", "--max-new-tokens", "8", "--sweep", "1", "2", "--nproc", "1"),
+        *("--answers", "0", "--samples", "2", "--max-new-tokens", "8", "--sweep", "1", "2", "--nproc", "1"),
         *STEPS,
     ),
 }

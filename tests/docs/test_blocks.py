@@ -81,19 +81,22 @@ def test_what_may_stand_is_not_refused(doc_blocks: ModuleType, write: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "plain"),
+    ("line", "plain", "alone"),
     [
-        ("torchspec doctor   # look", True),
-        ("torchspec train --objective kl=0.5,tv=0.5 engine.options='{a: 1}'", True),
-        ("ls | head", False),
-        ("cd runs", False),
-        ("A=1 torchspec doctor", False),
-        ("cat > a <<'END'", False),
-        ("echo 'half", False),
+        ("torchspec doctor   # look", True, True),
+        ("torchspec train --objective kl=0.5,tv=0.5 engine.options='{a: 1}'", True, True),
+        ("ls | head", False, True),
+        ("ls > names", False, True),
+        ("ls |", False, False),
+        ("cd runs", False, False),
+        ("A=1 torchspec doctor", False, False),
+        ("cat > a <<'END'", False, False),
+        ("echo 'half", False, False),
     ],
 )
-def test_a_plain_line_is_one_command(doc_blocks: ModuleType, line: str, plain: bool) -> None:
+def test_lines_that_are_one_command_or_stand_alone(doc_blocks: ModuleType, line: str, plain: bool, alone: bool) -> None:
     assert doc_blocks.is_plain(line) is plain
+    assert doc_blocks.stands_alone(line) is alone
 
 
 def run(reader: Any, doc_blocks: ModuleType, page: Path) -> None:

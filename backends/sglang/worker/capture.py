@@ -19,9 +19,9 @@ _PARTS = "torchspec_parts"
 
 
 class Request(Protocol):
-    """Of SGLang's `Req`, what is read here."""
+    """Of SGLang's `Req`, what is read here. Its other ids have a number of the image's where an image stands."""
 
-    origin_input_ids: Sequence[int]
+    origin_input_ids_unpadded: Sequence[int]
     is_retracted: bool
     retraction_count: int
 
@@ -91,7 +91,7 @@ class Collector:
             raise CaptureError(str(error) or type(error).__name__) from error
 
     def _features(self, request: Request, taps_Tw: Tensor, last_TH: Tensor) -> Features:
-        ids_T = torch.tensor(list(request.origin_input_ids), dtype=torch.int64)
+        ids_T = torch.tensor(list(request.origin_input_ids_unpadded), dtype=torch.int64)
         if not len(ids_T) == len(taps_Tw) == len(last_TH):
             raise CaptureError(
                 f"SGLang returned {len(taps_Tw)} rows of taps and {len(last_TH)} of last hidden states for "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from torchspec.backends.sglang.worker.images import ImageInputs
 from torchspec.backends.sglang.worker.orders import request_id
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
 from torchspec.core.errors import FeatureStoreError, TorchspecError, UnavailableError
@@ -36,6 +37,7 @@ class SglangRunner:
         """Call from the main thread: it then hears of the death of SGLang's processes."""
         self.facts = facts
         self._engine, self._settings = engine, settings
+        self.images = ImageInputs(settings.target, trust_remote_code=settings.trust_remote_code)
         self._numbers = itertools.count()
         self._counting = threading.Lock()
         self._rounds: list[int] = [0] * (settings.draft_length + 1)  # by accepted tokens
@@ -49,13 +51,11 @@ class SglangRunner:
             signal.signal(signal.SIGQUIT, lambda *_: os._exit(EXIT_DEAD))
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
-        refuse_images(self.facts.engine, samples)
-        return [
-            asyncio.run_coroutine_threadsafe(self._capture(each.record_id, list(each.input_ids)), self._loop)
-            for each in samples
-        ]
+        refuse_images(self.facts, samples)
+        return [asyncio.run_coroutine_threadsafe(self._capture(each), self._loop) for each in samples]
 
     def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        refuse_images(self.facts, asks)
         refuse_sources(self.facts.engine, asks)
         return [asyncio.run_coroutine_threadsafe(self._write(ask), self._loop) for ask in asks]
 
@@ -80,6 +80,7 @@ class SglangRunner:
         self._engine.shutdown()  # kills its processes and waits until the device is free
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10.0)
+        self.images.close()
 
     def _end(self, reason: str) -> None:
         def end() -> None:
@@ -88,16 +89,19 @@ class SglangRunner:
 
         self._loop.call_soon_threadsafe(end)
 
-    async def _capture(self, record_id: str, ids: list[int]) -> None:
+    async def _capture(self, sample: CaptureRequest) -> None:
         if not self._settings.taps:
             raise FeatureStoreError("this SGLang worker was started without layers to capture")
+        ids = list(sample.input_ids)
         self._check(ids, at_most=self.facts.context)
+        beside = await self.images.of(ids, sample.images)
         try:
             answer = await self._ask(
-                request_id(record_id, next(self._numbers)),
+                request_id(sample.record_id, next(self._numbers)),
                 ids,
                 {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True},
                 return_hidden_states=True,
+                **beside,
             )
         except SglangError as error:
             raise FeatureStoreError(str(error)) from error
@@ -128,6 +132,7 @@ class SglangRunner:
                 "stop_token_ids": sorted(stop),
                 "ignore_eos": not stop,
             },
+            **await self.images.of(ids, ask.images),
         )
         facts = answer["meta_info"]
         reason = facts["finish_reason"]

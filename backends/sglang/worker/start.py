@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchspec.backends.sglang.worker.versions import TESTED, check_version
 from torchspec.core.errors import UnavailableError
 from torchspec.core.features.shared import SharedMemoryStore
 from torchspec.core.interfaces.engine import CaptureRequest
+from torchspec.core.workers.image_proof import images_refused
 from torchspec.core.workers.runner import Ask, Facts, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ def start_engine(settings: WorkerSettings) -> SglangRunner:
     try:
         runner = SglangRunner(engine, settings, _facts(engine, version, shape))
         _prove(runner, settings)
+        refused = images_refused(runner, settings, runner.images.ids_of, _PROOF_SECONDS)
+        runner.facts = replace(runner.facts, no_images=refused)
         runner.forget_counters()
     except BaseException:
         (runner.close if runner is not None else engine.shutdown)()
@@ -79,6 +83,7 @@ def _facts(engine: Any, version: str, shape: Shape) -> Facts:
         context=min(shape.context, int(config.context_len)),
         vocab_size=int(config.vocab_size),
         norm_state="post_norm",
+        no_images=None,  # until shown otherwise
     )
 
 

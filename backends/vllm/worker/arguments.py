@@ -10,6 +10,7 @@ from typing import Any
 
 from torchspec.backends.vllm.worker.drafts import speculative_config
 from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.models.target_processor import takes_images
 from torchspec.core.workers.runner import WorkerSettings
 
 CONNECTOR = "TorchspecConnector"
@@ -35,7 +36,7 @@ def engine_arguments(settings: WorkerSettings, layers: int, context: int) -> dic
         "dtype": settings.dtype,
         "trust_remote_code": settings.trust_remote_code,
         "tensor_parallel_size": settings.tensor_parallel,
-        "skip_tokenizer_init": True,  # prompts and answers are token ids
+        "skip_tokenizer_init": not takes_images(settings.target),  # prompts and answers are token ids
         "seed": 0,
         "disable_log_stats": False,  # its counters are read
     }
@@ -50,6 +51,8 @@ def engine_arguments(settings: WorkerSettings, layers: int, context: int) -> dic
         arguments |= _capturing(settings, layers)
         # One more than the target reads, for the token that vLLM insists on writing; it is never read back.
         arguments["max_model_len"] = context + 1
+    if takes_images(settings.target):
+        arguments["limit_mm_per_prompt"] = {"video": 0, "audio": 0}  # for which vLLM would set memory aside
     if settings.draft is not None:
         arguments["speculative_config"] = speculative_config(settings.target, settings.draft, settings.draft_length)
         arguments["per_request_spec_decode_metrics"] = "detailed"

@@ -14,14 +14,24 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torchspec.backends.vllm.worker.arguments import engine_arguments, environment
-from torchspec.core.errors import FeatureStoreError, MissingRecordError, TargetError, UnavailableError
+from torchspec.backends.vllm.worker.images import ids_of, prompt_with_images
+from torchspec.core.errors import (
+    FeatureStoreError,
+    MissingRecordError,
+    TargetError,
+    TorchspecError,
+    UnavailableError,
+)
 from torchspec.core.features.shared import SharedMemoryStore
-from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, Images, ServedText, ServingCounters
+from torchspec.core.models.images import ImageError
 from torchspec.core.settings import set_defaults
+from torchspec.core.workers.image_proof import images_refused
 from torchspec.core.workers.reports import failure_of
 from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings, refuse_images, refuse_sources
 
@@ -34,6 +44,7 @@ NEEDED = ("_submit_async_write", "request_finished", "get_finished", "wait_for_s
 RECORD_SECONDS = 60.0
 """From the end of a request to its record, of which nothing but writing is left to do."""
 
+PROOF, PROOF_SECONDS = "proof", 120.0
 IDLE_SECONDS = 0.5
 POLL_SECONDS = 0.01
 
@@ -54,6 +65,7 @@ class VllmRunner:
     """See `core.workers.runner.Runner`."""
 
     landing: Landing | None = None
+    facts: Facts
 
     def __init__(self, settings: WorkerSettings) -> None:
         """Load the target; raises UnavailableError where this vLLM is not one we can work with."""
@@ -72,12 +84,14 @@ class VllmRunner:
         ready.result()
         if settings.taps:
             self._prove_capture()
+        ids = partial(ids_of, self._engine)
+        self.facts = replace(self.facts, no_images=images_refused(self, settings, ids, PROOF_SECONDS))
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
-        refuse_images(self.facts.engine, samples)
-        return [self._capture(each.record_id, each.input_ids) for each in samples]
+        refuse_images(self.facts, samples)
+        return [self._capture(each.record_id, each.input_ids, each.images) for each in samples]
 
-    def _capture(self, record_id: str, input_ids: Sequence[int]) -> Future[None]:
+    def _capture(self, record_id: str, input_ids: Sequence[int], images: Images = ()) -> Future[None]:
         future: Future[None] = Future()
 
         def begin() -> None:
@@ -93,11 +107,12 @@ class VllmRunner:
                 detokenize=False,
                 extra_args={"kv_transfer_params": {RECORD: record_id}},
             )
-            self._add(record_id, input_ids, params)
+            self._add(record_id, input_ids, images, params)
 
         return self._submit(begin, future)
 
     def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
+        refuse_images(self.facts, asks)
         refuse_sources(self.facts.engine, asks)
         return [self._write(ask) for ask in asks]
 
@@ -118,7 +133,7 @@ class VllmRunner:
                 stop_token_ids=list(ask.stop),
                 detokenize=False,
             )
-            self._add(name, ask.input_ids, params)
+            self._add(name, ask.input_ids, ask.images, params)
 
         return self._submit(begin, future)
 
@@ -143,6 +158,8 @@ class VllmRunner:
         def guarded() -> None:
             try:
                 begin()
+            except (ImageError, TorchspecError) as error:
+                _fail(future, TargetError(str(error)))
             except Exception as error:  # vLLM refuses requests in many ways; each is an answer  # noqa: BLE001
                 _fail(future, TargetError(f"vLLM refuses the request: {error}"))
 
@@ -151,11 +168,14 @@ class VllmRunner:
         self._inbox.put(guarded)
         return future
 
-    def _add(self, name: str, input_ids: Sequence[int], params: Any) -> None:
+    def _add(self, name: str, input_ids: Sequence[int], images: Images, params: Any) -> None:
         from vllm import TokensPrompt
 
         try:
-            self._engine.add_request(name, TokensPrompt(prompt_token_ids=list(input_ids)), params)
+            prompt: Any = TokensPrompt(prompt_token_ids=list(input_ids))
+            if images:
+                prompt = prompt_with_images(self._engine, input_ids, images)
+            self._engine.add_request(name, prompt, params)
         except Exception:
             self._captures.pop(name, None)
             self._writings.pop(name, None)
@@ -195,6 +215,7 @@ class VllmRunner:
             context=context,
             vocab_size=model.get_vocab_size(),
             norm_state="pre_norm",
+            no_images=None,  # until shown otherwise
         )
 
     def _loop(self) -> None:
@@ -273,8 +294,8 @@ class VllmRunner:
     def _prove_capture(self) -> None:
         """Two tokens through the whole road: connector, store and report."""
         assert self._store is not None
-        self._capture("proof", [0, 1]).result(timeout=120)
-        ref = self._store.find("proof")
+        self._capture(PROOF, [0, 1]).result(timeout=PROOF_SECONDS)
+        ref = self._store.find(PROOF)
         self._store.remove(ref)
         if ref.length != 2:
             raise UnavailableError(f"vLLM {version()} captured {ref.length} tokens of 2: it has changed since {TESTED}")

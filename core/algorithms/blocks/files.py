@@ -87,9 +87,8 @@ def to_files(algorithm: BlockAlgorithm, state: Mapping[str, Tensor], layout: str
     """The draft in a published layout. Raises ConfigError where the layout's readers could not serve it."""
     form, geometry, target = algorithm.form, algorithm.geometry, algorithm.target
     if layout not in form.layouts:
-        raise ConfigError(
-            [Problem(field="layout", value=layout, message=f"{algorithm.name} has none", choices=form.layouts)]
-        )
+        message, remedy = f"no engine reads drafts of {algorithm.name} in it", "export with --format sglang"
+        raise ConfigError([Problem(field="layout", value=layout, message=message, choices=form.layouts, remedy=remedy)])
     problems = _problems(layout, form, geometry)
     if problems:
         raise ConfigError(problems)

@@ -84,6 +84,7 @@ def derive(
         target_hidden_size=stated.get("target_hidden_size", target.hidden_size),
         num_taps=len(taps),
     )
+    problems += options.idle_problems()
     problems += layer_problems(geometry)
     problems += _problems(geometry, target, layers, stated)
     if problems:
@@ -98,7 +99,7 @@ def _problems(geometry: BlockGeometry, target: TargetSpec, layers: int, stated: 
         if wrong:
             problems.append(Problem(field=field, value=value, message=message, remedy=remedy))
 
-    made_for = "use a draft config made for this target"
+    made_for = "take a draft that was made for this target"
     for name, wanted in (("hidden_size", target.hidden_size), ("target_hidden_size", target.hidden_size),
                          ("vocab_size", target.vocab_size)):  # fmt: skip
         value = getattr(geometry, name)

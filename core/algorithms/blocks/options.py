@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,10 +25,11 @@ class BlockOptions(ObjectiveOptions):
         None, description="draft to start from: published (docs/checkpoints.md), exported, or a checkpoint"
     )
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="target layers whose outputs feed the draft, 0-based; default: five, evenly from 1 to n - 3"
+        None,
+        description="target layers whose outputs feed the draft, 0-based; default: five of n, evenly from 1 to n - 3",
     )
     vocab_size: Positive | None = Field(
-        None, description="size; default: the target's. A smaller one keeps the tokens used most"
+        None, description="tokens of the draft vocabulary, those used most; default: all of the target's"
     )
     num_layers: Positive = Field(5, description="decoder layers of the draft")
     block_size: Annotated[int, Field(ge=2)] = Field(16, description="slots of a block; it drafts one token fewer")
@@ -40,16 +42,18 @@ class BlockOptions(ObjectiveOptions):
         "of the target's embedding",
     )
     num_anchors: Positive = Field(
-        512, description="blocks trained per text and epoch, at positions drawn anew in every epoch"
+        512, description="blocks trained per sample and epoch, at positions drawn anew in every epoch"
     )
-    intermediate_size: Positive | None = Field(None, description="default: the target's")
-    num_attention_heads: Positive | None = Field(None, description="default: the target's")
-    num_key_value_heads: Positive | None = Field(None, description="default: the target's")
-    head_dim: Positive | None = Field(None, description="default: the target's")
+    intermediate_size: Positive | None = Field(None, description="width of the draft's MLP; default: the target's")
+    num_attention_heads: Positive | None = Field(None, description="query heads of the draft; default: the target's")
+    num_key_value_heads: Positive | None = Field(
+        None, description="key and value heads of the draft; default: the target's"
+    )
+    head_dim: Positive | None = Field(None, description="size of a head; default: the target's")
     layer_types: tuple[LayerKind, ...] | None = Field(
         None,
-        description="of each layer: full, or sliding (sees `sliding_window` positions back); default: all sliding if "
-        "sliding_window is given, else all full",
+        description="kind of each layer: full, or sliding (sees `sliding_window` positions back); default: all sliding "
+        "if sliding_window is given, else all full",
     )
     sliding_window: Positive | None = Field(None, description="positions that a sliding layer sees, its own included")
     sliding_window_non_causal: bool = Field(
@@ -63,18 +67,29 @@ class BlockOptions(ObjectiveOptions):
     )
     weighting: Literal["decay", "dpace"] = Field(
         "decay",
-        description="how positions weigh: exp(-k / gamma), or by how much they add to the expected accepted length "
+        description="how positions weigh: exp(-k / gamma), or by how much they add to the expected acceptance length "
         "as the draft is now (D-PACE, 2605.18810; one more pass over the logits, without gradients)",
     )
     gamma: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of `decay`; default: 7 for blocks of 16, in proportion for others"
+        None,
+        description="weighting=decay: positions after which a weight is 1/e; default: 7 / 16 of block_size",
     )
-    dpace_smoothing: float = Field(0.5, ge=0, le=1, description="of `dpace`: what an unlikely token leaves of the rest")
+    dpace_smoothing: float = Field(
+        0.5, ge=0, le=1, description="weighting=dpace: what an unlikely token leaves of the rest"
+    )
 
     def step_decay(self, block_size: int) -> float:
         """Weight of a step over that of the step before, in blocks of this size."""
         gamma = GAMMA_OF_16 * block_size / 16 if self.gamma is None else self.gamma
         return math.exp(-1 / gamma)
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """See `ObjectiveOptions.idle`."""
+        yield from super().idle()
+        if self.weighting == "dpace":
+            yield "gamma", "with draft.weighting=dpace"
+        else:
+            yield "dpace_smoothing", "without draft.weighting=dpace"
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from torchspec.core.interfaces.algorithm import Algorithm, AlgorithmSpec, DraftF
 if TYPE_CHECKING:
     from torch import nn
 
+    from torchspec.core.algorithms.dflash.algorithm import DFlash
     from torchspec.core.interfaces.engine import TargetSpec
 
 
@@ -37,6 +38,10 @@ def _published(files: DraftFiles, target: TargetSpec | None) -> DraftFiles:
     return DFlash.published(files, target)
 
 
+def _unserved(algorithm: DFlash) -> str | None:
+    return algorithm.unserved
+
+
 SPEC = AlgorithmSpec(
     name="dflash",
     options=BlockOptions,
@@ -44,4 +49,5 @@ SPEC = AlgorithmSpec(
     reads=_reads,
     from_files=_from_files,
     published=_published,
+    unserved=_unserved,
 )

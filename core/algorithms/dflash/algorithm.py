@@ -39,10 +39,15 @@ class DFlash(BlockAlgorithm):
     def to_files(self, draft_state: dict[str, Tensor], layout: str) -> DraftFiles:
         """As `blocks.files`; what can be said and no engine serves is in the notes."""
         made = super().to_files(draft_state, layout)
+        return made if self.unserved is None else replace(made, notes=(*made.notes, self.unserved))
+
+    @property
+    def unserved(self) -> str | None:
+        """See `AlgorithmSpec.unserved`."""
         if not self.geometry.sample_from_anchor:
-            return made
-        note = (
-            "vLLM (seen in 0.32.0) serves no DFlash draft whose anchor's slot predicts: it refuses this one, and on a "
-            "CPU takes every token from the slot behind its own. Train without draft.sample_from_anchor for it"
+            return None
+        return (
+            "no engine is known to serve a DFlash draft whose anchor's slot predicts: vLLM (seen in 0.32.0) refuses it "
+            "and on a CPU takes every token from the slot behind its own. Train without draft.sample_from_anchor, with "
+            f"draft.block_size={self.geometry.block_size + 1} for as many tokens"
         )
-        return replace(made, notes=(*made.notes, note))

@@ -57,10 +57,14 @@ def to_files(algorithm: DSpark, state: Mapping[str, Tensor], layout: str) -> Dra
     else:
         config["architectures"] = [SPECULATORS_ARCHITECTURE]
         if geometry.sample_from_anchor:
+            instead = (
+                "serve the plain layout: torchspec export --format hf"
+                if "plain" in layouts(geometry)
+                else "serve no draft of a pruned vocabulary: train without draft.vocab_size for them"
+            )
             notes.append(
                 "versions of vLLM that do not read sample_from_anchor from a speculators config (before its "
-                "pull request 48639) take every token from the slot behind its own; they serve the plain "
-                "layout: torchspec export --format hf"
+                f"pull request 48639) take every token from the slot behind its own; they {instead}"
             )
     if algorithm.options.min_confidence > 0:
         config["min_confidence"] = algorithm.options.min_confidence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -29,7 +30,7 @@ class DSparkOptions(BlockOptions):
     confidence_weight: float = Field(
         1.0,
         ge=0,
-        description="of the head that learns how likely each token is to be accepted, beside the objective; 0: none",
+        description="weight in the loss of the head that learns how likely each token is accepted; 0: no such head",
     )
     confidence_head_with_markov: bool = Field(
         True, description="the confidence head reads the token before, too, as the Markov head embeds it"
@@ -38,8 +39,8 @@ class DSparkOptions(BlockOptions):
         0.0,
         ge=0,
         lt=1,
-        description="in decoding here, a block ends before the token with which the chance that all so far are "
-        "accepted, as the confidence head sees it, falls below this; 0: never",
+        description="in torchspec's own decoder, a block ends before the first token whose chance to be accepted with "
+        "all before it, as the confidence head sees it, is below this; 0: never",
     )
     objective: dict[Term, Weight] = Field(
         {"ground_truth": 0.1, "tv": 1.8},
@@ -48,5 +49,12 @@ class DSparkOptions(BlockOptions):
         "cross-entropy and 0.9 of the L1 distance between draft and target, which is 2 tv",
     )
     gamma: Annotated[float, Field(gt=0)] | None = Field(
-        4.0, description="of `decay`; null: 7 for blocks of 16, in proportion for others"
+        4.0,
+        description="weighting=decay: positions after which a weight is 1/e; null: 7 / 16 of block_size",
     )
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """See `ObjectiveOptions.idle`."""
+        yield from super().idle()
+        if self.confidence_weight == 0:
+            yield "confidence_head_with_markov", "without a confidence head (draft.confidence_weight=0)"

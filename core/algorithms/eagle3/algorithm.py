@@ -33,10 +33,10 @@ from torchspec.core.interfaces.algorithm import (
     StepMemory,
     StepResult,
 )
-from torchspec.core.interfaces.device import Device
+from torchspec.core.interfaces.device import Device, FusedOps
 from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.objectives.distillation import Head, distil
+from torchspec.core.objectives.distillation import Head, PairTerms, Supervision, distil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +174,19 @@ class Eagle3:
         lesson = lesson_of(options, batch, head, vocabulary_of(draft), device, memory, moment, decay=options.step_decay)
 
         def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-            numerator, terms = distil(outputs, output_head, lesson.supervision, device.ops)
+            numerator, terms = self.teach(outputs, output_head, lesson.supervision, device.ops)
             return numerator, pair_sums(batch, terms) | {"loss_denominator": lesson.denominator(terms)}
 
         numerator, sums = draft(
             batch.inputs, head.embedding_VH, options.unroll, device, objective, recompute=memory.recompute
         )
         return result_of(numerator, sums)
+
+    def teach(
+        self, outputs: list[Tensor], head: Head, supervision: Supervision, ops: FusedOps
+    ) -> tuple[Tensor, PairTerms]:
+        """The loss of all steps; the place for another one (docs/add-an-algorithm.md, `objectives.own.distil_by`)."""
+        return distil(outputs, head, supervision, ops)
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
         """See `algorithms.metrics.summarise`."""

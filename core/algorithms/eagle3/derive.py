@@ -58,6 +58,7 @@ def derive(
     geometry = _geometry(sources, len(taps))
     problems += misfits(geometry, target)
     problems += _norm_problems(geometry, options)
+    problems += options.idle_problems()
     problems += layer_problems(geometry)
     if isinstance(geometry, LatentGeometry):
         problems += latent_problems(geometry)

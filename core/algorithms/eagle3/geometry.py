@@ -87,7 +87,7 @@ def misfits(geometry: Geometry, target: TargetSpec) -> list[Problem]:
                     field="draft.config",
                     value=value,
                     message=f"its {name} must be {what}, {wanted}",
-                    remedy="use a draft config made for this target",
+                    remedy="take a draft that was made for this target",
                 )
             )
     if geometry.draft_vocab_size > target.vocab_size:

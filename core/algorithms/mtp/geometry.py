@@ -56,7 +56,7 @@ def derive(options: MtpOptions, target: TargetSpec) -> Geometry:
     Raises ConfigError with everything that does not fit: a target whose layers are of another kind, one without a head
     or with several, tensors that are missing, unknown or misshapen.
     """
-    problems = _layer_problems(target)
+    problems = [*options.idle_problems(), *_layer_problems(target)]
     try:
         weights = TargetWeights.open(target.path)
     except TargetError as error:

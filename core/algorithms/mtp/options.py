@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -26,3 +27,8 @@ class MtpOptions(ObjectiveOptions):
     )
     unroll: Positive = Field(3, description="how often the head is applied to its own output in training, K")
     step_decay: float = Field(0.6, gt=0, le=1, description="weight of step k is step_decay ** k")
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """See `ObjectiveOptions.idle`."""
+        yield from super().idle()
+        yield "coverage", "for a head that says every token of its target"

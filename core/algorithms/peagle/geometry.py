@@ -66,6 +66,7 @@ def derive(
         mask_token=sources.pick("mask_token", target.vocab_size - 1),
     )
     problems += misfits(geometry, target)
+    problems += options.idle_problems()
     problems += layer_problems(geometry)
     if geometry.mask_token >= target.vocab_size:
         problems.append(

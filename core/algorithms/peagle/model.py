@@ -158,7 +158,7 @@ class PEagleDraft(nn.Module):
         super().__init__()
         size = geometry.hidden_size
         self.geometry = geometry
-        self.fc = LinearMap(geometry.tapped_size, size)
+        self.fc = LinearMap(geometry.tapped_size, size, called=True)
         self.mask_hidden = nn.Parameter(torch.zeros(1, 1, geometry.tapped_size))
         self.layers = nn.ModuleList(DraftLayer(geometry, first=number == 0) for number in range(geometry.num_layers))
         self.norm = RMSNorm(size, geometry.rms_norm_eps)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from torchspec.core.errors import ConfigError, Problem, TorchspecError
+from torchspec.core.quiet import hide_known_noise
 
 # Name -> what it does. The module torchspec.cli.commands.<name> has `parser()` and `run(words)`.
 COMMANDS = {
@@ -18,11 +19,11 @@ COMMANDS = {
     "generate": "have the target write the assistant turns of conversations itself",
     "capture": "write the features of a target's data to a directory, for trainings without the target",
     "train": "train a draft for a target",
-    "recipes": "list the run files that ship, for common targets and for each algorithm",
+    "recipes": "list the recipes that ship, for published targets and for each algorithm",
     "eval": "measure a draft by lossless speculative decoding",
     "export": "write a checkpoint as a draft that an engine serves",
     "convert": "turn a draft that somebody published into another layout",
-    "report": "write the HTML report of a run",
+    "report": "write the HTML report of a run, or compare runs",
     "engine": "install engines, each into an environment of its own, and look after them",
     "bench": "measure algorithms side by side",
     "doctor": "say which devices and engines can be used here, and what the others lack",
@@ -31,6 +32,7 @@ COMMANDS = {
 EXIT_INTERRUPTED = 130
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 
+_LESS_MEMORY = "smaller batches, shorter samples or a smaller draft; for a training, --dry-run lists what makes it fit"
 _EPILOG = """\
 `torchspec COMMAND --help` describes a command. `--traceback` with any command shows where an error was raised.
 `torchspec --version` prints the version."""
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     with_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
+    hide_known_noise()
     try:
         code = _dispatch(words)
         sys.stdout.flush()  # here, where a reader that went away can still be answered
@@ -56,9 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         return _failed(f"{error.strerror or error}{where}", 1, with_traceback)
     except Exception as error:  # noqa: BLE001  the last resort: a defect of ours, reported as one
+        if _no_memory(error):
+            return _failed(f"out of memory: {_first_line(error)}\n    remedy: {_LESS_MEMORY}", 1, with_traceback)
         hint = "" if with_traceback else "\nRun it again with --traceback to see where, and report it, please."
         message = f"an unexpected error, which is a defect of torchspec: {type(error).__name__}: {error}{hint}"
         return _failed(message, EXIT_INTERNAL, with_traceback)
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether a device or the host had no room. PyTorch says so of the host in a RuntimeError, by its text alone."""
+    own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return own or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _failed(message: str, code: int, with_traceback: bool) -> int:

@@ -1,7 +1,4 @@
-"""Algorithms side by side for `torchspec bench algorithms`: what a step costs each, results.json, the table, the plots.
-
-Shape letters: T tokens, N taps, H target hidden size.
-"""
+"""Algorithms side by side for `torchspec bench algorithms`: what a step costs each, results.json, the table, the plots."""
 
 from __future__ import annotations
 
@@ -11,50 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from torchspec.core import registry
 from torchspec.core.config.schema import RunConfig
-from torchspec.core.features.rows import FeatureRows
-from torchspec.core.interfaces.algorithm import Moment, TrainingSample
+from torchspec.core.interfaces.algorithm import TrainingSample
 from torchspec.core.interfaces.engine import TargetSpec
-from torchspec.core.interfaces.features import Features
-from torchspec.core.interfaces.target import TargetHead, VocabularyMap
+from torchspec.core.pipeline.draft_shapes import draft_of_shapes
+from torchspec.core.pipeline.plan_flops import step_flops
 from torchspec.core.report import charts
-from torchspec.core.training.random_state import draw_of
 
 COUNTED_SAMPLES = 64
 
 
-def flops_per_sample(
-    config: RunConfig, spec: TargetSpec, head: TargetHead, samples: Sequence[TrainingSample]
-) -> tuple[float, int]:
-    """(matrix FLOPs of one sample's forward and backward pass, parameters trained).
+def flops_per_sample(config: RunConfig, spec: TargetSpec, samples: Sequence[TrainingSample]) -> tuple[float, int]:
+    """(matrix FLOPs of one sample's forward and backward pass, attention left out; parameters trained).
 
-    Counted, not estimated, over features made up: what a pass multiplies depends on lengths and masks alone. What the
-    target itself costs is the same for all algorithms and is left out. `head` in float32 on the CPU.
+    What the target itself costs is the same for all algorithms and is left out.
     """
     algorithm = registry.algorithms().spec(config.algorithm).create(config.draft, spec)
-    vocabulary = VocabularyMap(ids_N=torch.arange(algorithm.vocabulary_size), target_size=spec.vocab_size)
-    draft, device = algorithm.build_draft(vocabulary, head), registry.load_device("cpu")
-    total = 0
-    for sample in samples:
-        length = sample.input_ids_T.numel()
-        features = Features(
-            input_ids_T=sample.input_ids_T,
-            taps_TNH=torch.zeros(length, len(algorithm.taps), spec.hidden_size),
-            last_TH=torch.zeros(length, spec.hidden_size),
-            tap_layers=algorithm.taps,
-            norm_state="post_norm",
-        )
-        rows = FeatureRows.of([features], [sample.loss_mask_T])
-        moment = Moment(draws=(draw_of(config.seed, 0, sample.sample_id),))
-        with FlopCounterMode(display=False) as counter:
-            result = algorithm.step(draft, head, rows, device, moment=moment)
-            torch.autograd.backward(result.numerator)
-        total += counter.get_total_flops()
-    return total / len(samples), sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in draft_of_shapes(algorithm, spec).parameters() if p.requires_grad)
+    return step_flops(algorithm, spec, samples, seed=config.seed).products, trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,13 @@ TICK = 0.5
 LEAST_BETWEEN_PAINTS = 0.1
 BAR = 24
 _CLOCK = "%Y-%m-%d %H:%M:%S"
-_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?P<stage>[a-z][^:]*?) (?P<done>\d+)(?:/(?P<total>\d+))?(?:,.*)?")
+_LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+    r"(?P<stage>[a-z][^:]*?) (?P<done>[\d.]+)(?:/(?P<total>[\d.]+))?(?P<unit> [kM]B)?(?:,.*)?"
+)
+_IN_BYTES = ("hash data", "tokenise", "check cache")
+"""Stages of which the parts done are bytes of files."""
+_UNITS = {" kB": 10**3, " MB": 10**6}
 
 
 @dataclass(kw_only=True)
@@ -138,7 +144,8 @@ class ProgressDisplay:
         if found is None or self._screen is None:
             announce(line)
         else:
-            self(found["stage"], int(found["done"]), int(found["total"] or 0))
+            unit = _UNITS.get(found["unit"], 1)
+            self(found["stage"], *(round(float(found[name] or 0) * unit) for name in ("done", "total")))
 
     @contextmanager
     def phase(self, stage: str) -> Iterator[None]:
@@ -241,6 +248,9 @@ class ProgressDisplay:
 
 
 def _count(stage: _Stage) -> str:
+    if stage.name in _IN_BYTES:
+        name, unit = next((name, unit) for name, unit in _UNITS.items() if stage.total < 10**3 * unit or name == " MB")
+        return f"{stage.done / unit:.1f}/{stage.total / unit:.1f}{name}"
     return f"{stage.done}/{stage.total}" if stage.total else str(stage.done)
 
 

@@ -25,7 +25,7 @@ from torchspec.core.models.target_head import load_target_head
 # Of a result in a sweep; the rest is common to all of them.
 _SWEPT = (
     "draft_length", "acceptance_length", "acceptance_per_position", "tokens_per_second",
-    "tokens_per_second_draftless", "speedup", "speedup_median", "lossless",
+    "tokens_per_second_draftless", "speedup", "speedup_median", "lossless", "longest_draft",
 )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def show(evaluation: Evaluation) -> None:
     result = evaluation.result
     best = evaluation.best_draft_length
     rows = [
-        _row(f"draft, chain of {length}" + (" (fastest)" if length == best and len(evaluation.sweep) > 1 else ""), item)
+        _row(f"draft length {length}" + (" (fastest)" if length == best and len(evaluation.sweep) > 1 else ""), item)
         for length, item in sorted(evaluation.sweep.items())
     ]
     if evaluation.prompt_lookup is not None:
@@ -125,10 +125,13 @@ def show(evaluation: Evaluation) -> None:
     print_table("", ("", "acceptance length", "tokens/s", "speed-up", "lossless"), rows)
     positions = [f"{rate:.2f}" for rate in result.acceptance_per_position]
     print_table(
-        f"acceptance per position, chain of {result.draft_length} (share of rounds that accept at least so many)",
+        f"acceptance per position, draft length {result.draft_length} (share of rounds that accept at least so many)",
         ("position", *(str(place + 1) for place in range(len(positions)))),
         [("accepted", *positions)],
     )
+    for length, item in sorted(evaluation.sweep.items()):
+        if item.rounds and item.longest_draft < length:
+            print(f"draft length {length}: no round drafted more than {item.longest_draft}, all that the draft has")
     print(_conditions(result))
 
 

@@ -54,7 +54,7 @@ class RunFigures:
         if row is not None and row.get("loss") is not None:
             epoch = f"epoch {row['epoch'] + 1} of {self._epochs}" if "epoch" in row else ""
             found.append([field for field in (epoch, f"loss {row['loss']:.3f}", *_rates(row)) if field])
-            found.append([*_simulated(row), *_depths("accuracy per depth", row.get("accuracy_per_position"))])
+            found.append([*_simulated(row), *_per_position("accuracy per position", row.get("accuracy_per_position"))])
             found.append([f"{row['tokens_per_second']:,.0f} tokens/s", *_sizes(row)])
             if flow := _flow(row):
                 found.append(flow)
@@ -127,10 +127,10 @@ def _simulated(row: Row) -> list[str]:
     walk, mean = row.get("simulated_acceptance_length"), row.get("joint_prefix_length")
     if walk is not None:
         return [f"simulated acceptance {walk:.2f}"]
-    return [] if mean is None else [f"mean prefix {mean:.2f}"]
+    return [] if mean is None else [f"joint prefix {mean:.2f}"]
 
 
-def _depths(name: str, rates: object) -> list[str]:
+def _per_position(name: str, rates: object) -> list[str]:
     shares = [rate for rate in rates if isinstance(rate, int | float)] if isinstance(rates, list) else []
     return [f"{name} {' '.join(f'{rate:.2f}' for rate in shares)}"] if shares else []
 
@@ -149,7 +149,7 @@ def _sizes(row: Row) -> list[str]:
 def _decoded(row: Row, what: str) -> list[str]:
     where = f" in {row['engine']}" if row.get("engine") else ""
     length = f"{what}{where} at step {row['step']}: acceptance length {row['acceptance_length']:.2f}"
-    return [length, *_depths("accepted per depth", row.get("acceptance_per_position"))]
+    return [length, *_per_position("accepted per position", row.get("acceptance_per_position"))]
 
 
 def _written(row: Row) -> str:

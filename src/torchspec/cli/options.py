@@ -20,9 +20,11 @@ from torchspec.core.errors import ConfigError, Problem
 Options = TypeVar("Options", bound=BaseModel)
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=")
-_METAVARS = {"data": "FILE", "validation": "FILE", "config": "FILE", "chat_template": "FILE", "format": "FORMAT"}
-_METAVARS |= {"device": "NAME", "backend": "NAME", "algorithm": "NAME", "dtype": "DTYPE"}
-_METAVARS |= {"conformance": "DEVICE", "conformance_backend": "ENGINE", "topics": "TOPIC"}
+_METAVARS = dict.fromkeys(("data", "validation", "held_out", "results", "config", "chat_template"), "FILE")
+_METAVARS |= dict.fromkeys(("device", "backend", "algorithm", "recipes", "reference"), "NAME")
+_METAVARS |= dict.fromkeys(("base_model", "push_to_hub"), "OWNER/NAME")
+_METAVARS |= dict.fromkeys(("engine", "conformance_backend"), "ENGINE")
+_METAVARS |= {"conformance": "DEVICE", "topics": "TOPIC", "engine_url": "URL", "engine_options": "JSON"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,10 +126,12 @@ def _metavar(flag: str, info: FieldInfo) -> str:
     name = flag.removeprefix("--").replace("-", "_")
     if name in _METAVARS:
         return _METAVARS[name]
+    if choices(info):
+        return name.upper()
     kind = type_text(info)
     if "path" in kind:
         return "PATH"
-    return "N" if "number" in kind else "VALUE"
+    return "N" if "number" in kind else "TEXT"
 
 
 def all_flags(schema: type[BaseModel]) -> dict[str, str]:
@@ -153,5 +157,8 @@ def collect_options(
         if "number" in type_text(info) and isinstance(values.get(path), list):  # `1 2 3` and `1,2,3` alike
             values[path] = [part for item in values[path] for part in item.split(",")]
     options, faults = validate(schema, values, label=flag_of)
-    problems += [dataclasses.replace(fault, field=flag_of(fault.field)) for fault in faults]
+    problems += [  # nobody types null: an option that is left out is as good
+        dataclasses.replace(fault, field=flag_of(fault.field), message=fault.message.replace(" or null", ""))
+        for fault in faults
+    ]
     return options, loose, problems

@@ -92,7 +92,10 @@ def render_settings() -> str:
 
 
 def _section_table(model: type[BaseModel], prefix: str) -> str:
-    return _setting_table({prefix + path: info for path, info in settings(model).items()})
+    """Its settings, less those of a section in it that has a table of its own."""
+    inner = tuple(f"{path}." for path in sections(RunConfig) if path.startswith(prefix))
+    fields = {prefix + path: info for path, info in settings(model).items()}
+    return _setting_table({path: info for path, info in fields.items() if not path.startswith(inner)})
 
 
 def _setting_table(fields: Mapping[str, FieldInfo]) -> str:

@@ -12,7 +12,7 @@ from torchspec.core.config.schema import EngineConfig, Positive, Section, Target
 
 
 class TargetOptions(TargetReading):
-    target: Path = Field(description="directory of the target model, or `embedded` for the one that ships")
+    target: Path = Field(description="directory of the target, or `embedded` for the one that ships")
     device: str | None = Field(None, description="cpu, cuda, npu or a plug-in's name; default: what is here")
     backend: str = Field("hf", description="target engine: hf, sglang, vllm or a plug-in's name")
 
@@ -22,7 +22,10 @@ class TargetOptions(TargetReading):
 
 
 def _json_object(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) else value
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object: {error.msg} at character {error.pos + 1}") from error
 
 
 class EngineFlags(TargetOptions):
@@ -31,10 +34,12 @@ class EngineFlags(TargetOptions):
     engine_python: Path | None = Field(
         None, description="interpreter of an environment with the engine; default: what `torchspec engine install` made"
     )
-    engine_url: str | None = Field(None, description="address of a worker that is running already (docs/engines.md)")
+    engine_url: str | None = Field(
+        None, description="address of an engine's worker that is running already (docs/engines.md)"
+    )
     engine_tensor_parallel: Positive = Field(1, description="devices over which the engine splits the target")
     engine_memory_fraction: float | None = Field(
-        None, gt=0, le=1, description="of each device's memory, for the engine; default: the engine's own"
+        None, gt=0, le=1, description="share of each device's memory for the engine; default: the engine's own"
     )
     engine_start_timeout: float = Field(600, gt=0, description="seconds the engine may take to start")
     engine_call_timeout: float = Field(600, gt=0, description="seconds one call to the engine may take")

@@ -205,7 +205,7 @@ def show(result: ServedResult) -> None:
     name = f"{result.engine} {result.engine_version}"
     rows = [
         (
-            f"{name}, chain of {result.draft_length}",
+            f"{name}, draft length {result.draft_length}",
             f"{result.acceptance_length:.3f}",
             f"{result.tokens_per_second:.1f}",
             "" if result.speedup is None else f"{result.speedup:.2f}x",

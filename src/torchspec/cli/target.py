@@ -42,7 +42,7 @@ def check(
     output: Path | None = None,
     reads: Sequence[Path] = (),
 ) -> None:
-    """Raise ConfigError with everything that cannot work: adapters, the capability needed, files, the target.
+    """Raise ConfigError with everything that cannot work: adapters, the capability needed, files, target and draft.
 
     `output` is a file to write, which must be none of `files` and none of `reads`, read beside them.
     """
@@ -71,6 +71,12 @@ def check(
     except ConfigError as error:
         problems += error.problems
     problems += environment.file_problems("--data", files)
+    if options.chat_template is not None:
+        problems += environment.file_problems("--chat-template", [options.chat_template])
+    draft: Path | None = getattr(options, "draft", None)
+    if draft is not None and not draft.is_dir():
+        remedy = "name the directory of an exported draft, of a run or of a checkpoint"
+        problems.append(Problem(field="--draft", value=str(draft), message="no such directory", remedy=remedy))
     problems += _output_problems(output, [*files, *reads]) if output is not None else []
     problems += environment.target_problems("--target", options.target)
     if problems:

@@ -19,7 +19,10 @@ from transformers import (
     DeepseekV3Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4TextConfig,
     GptOssConfig,
+    Kimi_K25Config,
     Llama4Config,
     Llama4ForConditionalGeneration,
     Llama4TextConfig,
@@ -88,6 +91,13 @@ QWEN_TOWER: dict[str, Any] = {
 }
 LLAMA4: dict[str, Any] = {**SIZES, "intermediate_size_mlp": 48, "num_local_experts": 2}
 LLAMA4_TOWER: dict[str, Any] = {**TOWER, "intermediate_size": 128}
+GEMMA4: dict[str, Any] = {
+    **{**SIZES, **WINDOWS, "num_hidden_layers": 4, "final_logit_softcapping": 5.0, "attention_k_eq_v": True},
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    **{"num_global_key_value_heads": 1, "global_head_dim": 16, "hidden_size_per_layer_input": 0},
+}
+"""Its full layers have fewer and wider key heads, which are their values as well."""
+GEMMA4_TOWER: dict[str, Any] = {**TOWER, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 1}
 PROJECTOR: dict[str, Any] = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 MROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 
@@ -101,6 +111,9 @@ FAMILIES: list[PreTrainedConfig] = [
     Llama4Config(text_config=LLAMA4, vision_config={**LLAMA4_TOWER, **PROJECTOR}),
     Cohere2Config(**SIZES, **WINDOWS, logit_scale=0.3),
     Gemma3Config(text_config={**SIZES, **WINDOWS}, vision_config=TOWER, mm_tokens_per_image=4),
+    Gemma4TextConfig(**GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16),
+    Gemma4Config(text_config=GEMMA4, vision_config=GEMMA4_TOWER),
+    Kimi_K25Config(text_config={**SIZES, **MLA}, vision_config={**TOWER, "pos_emb_height": 4, "pos_emb_width": 4}),
     Qwen2_5_VLConfig(text_config={**SIZES, **MROPE}, vision_config={**QWEN_TOWER, "fullatt_block_indexes": [1]}),
     Qwen3VLMoeConfig(
         text_config={**SIZES, **MOE, **MROPE}, vision_config={**QWEN_TOWER, "deepstack_visual_indexes": [0]}

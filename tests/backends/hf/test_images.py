@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, Qwen2_5_VLConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLConfig
 
 from torchspec.backends.api import CaptureRequest, Features, ImageReference, Quarantined
 from torchspec.backends.hf.engine import HfEngine
@@ -27,14 +27,9 @@ ATOL = 2e-5
 TAPS = (0, 5)
 
 
-def picture(path: Path, seed: int, size: tuple[int, int] = (40, 31)) -> Path:
-    values_HWC = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
-    Image.fromarray(values_HWC.to(torch.uint8).numpy()).save(path)
-    return path
-
-
 @pytest.fixture
-def images(tmp_path: Path) -> tuple[ImageReference, ImageReference]:
+def images(tmp_path: Path, image_targets: ModuleType) -> tuple[ImageReference, ImageReference]:
+    picture = image_targets.picture
     first, second = picture(tmp_path / "a.png", 0), picture(tmp_path / "b.png", 1, (84, 56))
     return refer_to_image(str(first)), refer_to_image(str(second))
 
@@ -82,10 +77,13 @@ def test_features_at_images_and_text(
 
 
 def test_a_sample_whose_image_changed_is_quarantined(
-    tiny_llava: Path, load_hf: Callable[..., HfEngine], images: tuple[ImageReference, ImageReference]
+    tiny_llava: Path,
+    load_hf: Callable[..., HfEngine],
+    images: tuple[ImageReference, ImageReference],
+    image_targets: ModuleType,
 ) -> None:
     engine, ids = load_hf(tiny_llava), [7, 3, 3, 3, 3, 8]
-    picture(Path(images[0].source), 9)
+    image_targets.picture(Path(images[0].source), 9)
     batch = [
         CaptureRequest(record_id="changed", input_ids=ids, images=images[:1]),
         CaptureRequest(record_id="good", input_ids=ids, images=images[1:]),
@@ -112,6 +110,7 @@ def test_decoding_behind_images(
     request: pytest.FixtureRequest,
     load_hf: Callable[..., HfEngine],
     images: tuple[ImageReference, ImageReference],
+    image_targets: ModuleType,
 ) -> None:
     """Prefill, a step of several tokens, a rollback and a step after it, against one pass over the whole; and greedy
     text beside prompts without images."""
@@ -148,33 +147,15 @@ def test_decoding_behind_images(
     assert engine.generate([prompt], max_new_tokens=5, images=[images[::-1]]) != [written[1]]
     with pytest.raises(ValueError, match="decoded alone"):
         engine.open(texts, (), images=[(), images, ()])
-    picture(Path(images[0].source), 9)
+    image_targets.picture(Path(images[0].source), 9)
     with pytest.raises(DataError, match="another one than when it was tokenised"):
         engine.open([prompt], (), images=[images])
 
 
-class QwenProcessor:
-    """What Qwen2.5-VL's processor does with images; the real one cannot be made without a library for videos."""
-
-    image_token, image_token_id = "<|image_pad|>", 290
-
-    def __init__(self) -> None:
-        self.image_processor = Qwen2VLImageProcessorPil(patch_size=14, min_pixels=28 * 28, max_pixels=28 * 28 * 8)
-
-    def __call__(self, text: list[str], images: list[Any], return_tensors: str) -> BatchFeature:
-        pixels = self.image_processor(images, return_tensors="pt")
-        ids = [[self.image_token_id] * int(pixels["image_grid_thw"].prod(-1).sum() // 4)]
-        kinds = {"input_ids": torch.tensor(ids), "mm_token_type_ids": torch.ones_like(torch.tensor(ids))}
-        return BatchFeature({**kinds, "attention_mask": torch.ones_like(torch.tensor(ids)), **pixels})
-
-    def create_mm_token_type_ids(self, input_ids: list[list[int]]) -> list[list[int]]:
-        return [[int(token == self.image_token_id) for token in ids] for ids in input_ids]
-
-
 @pytest.fixture
 def qwen_vl(
-    tmp_path: Path, load_hf: Callable[..., HfEngine], monkeypatch: pytest.MonkeyPatch
-) -> tuple[HfEngine, QwenProcessor]:
+    tmp_path: Path, load_hf: Callable[..., HfEngine], monkeypatch: pytest.MonkeyPatch, image_targets: ModuleType
+) -> tuple[HfEngine, Any]:
     text = {
         "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4,
         "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
@@ -189,13 +170,13 @@ def qwen_vl(
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "qwen_vl")
-    processor = QwenProcessor()
+    processor = image_targets.QwenProcessor(290)
     monkeypatch.setattr(TargetProcessor, "load", lambda path, **options: TargetProcessor(path, processor))
     return load_hf(tmp_path / "qwen_vl"), processor
 
 
 def test_positions_in_three_dimensions(
-    qwen_vl: tuple[HfEngine, QwenProcessor], images: tuple[ImageReference, ImageReference]
+    qwen_vl: tuple[HfEngine, Any], images: tuple[ImageReference, ImageReference]
 ) -> None:
     """An image's tokens stand at (t, row, column) behind the text before; the text behind goes on after the largest."""
     engine, processor = qwen_vl

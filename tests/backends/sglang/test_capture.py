@@ -26,13 +26,18 @@ class Request:
     """The fields of SGLang's `Req` that matter, with their defaults."""
 
     rid: str
-    origin_input_ids: list[int]
+    origin_input_ids_unpadded: list[int]
     inflight_middle_chunks: int = 0
     is_retracted: bool = False
     retraction_count: int = 0
     hidden_states: list[list[float]] = field(default_factory=list)
     to_finish: object = None
     done: bool = False
+
+    @property
+    def origin_input_ids(self) -> list[int]:
+        """As SGLang has them where images stand: by numbers of the images."""
+        return [token + 1_000_000 for token in self.origin_input_ids_unpadded]
 
     def finished(self) -> bool:
         return self.done
@@ -129,7 +134,7 @@ def copying(hook: plugin.CaptureHook) -> CopyingStore:
 
 def check(store: MemoryStore, name: str, p: Prompt) -> None:
     found = store.get(RecordRef(record_id=name, length=len(p.last_TH)))
-    assert found.input_ids_T.tolist() == p.request.origin_input_ids
+    assert found.input_ids_T.tolist() == p.request.origin_input_ids_unpadded
     assert torch.equal(found.taps_TNH, p.taps_TNH)
     assert torch.equal(found.last_TH, p.last_TH)
     assert (found.tap_layers, found.norm_state) == ((1, 3), "post_norm")

@@ -144,3 +144,9 @@ def test_what_is_not_there_says_so_when_used(kernels: Any) -> None:
     assert issubclass(type("Own", (deep.SomeBase,), {}), deep.SomeBase)
     assert deep.Interpolation.BILINEAR == "BILINEAR"
     assert not hasattr(kernels, "__wrapped__")
+
+
+def test_operators_that_are_only_named_say_so_when_they_are_called(kernels: Any) -> None:
+    for name in kernels.named.NAMES:
+        with pytest.raises(NotImplementedError, match=name):
+            getattr(torch.ops.sgl_kernel, name)(torch.zeros(2))

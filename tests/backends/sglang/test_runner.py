@@ -6,16 +6,20 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from torchspec.backends.sglang.worker.plugin import ACCEPTED
 from torchspec.backends.sglang.worker.runner import SglangError, SglangRunner, prompt_seed
-from torchspec.core.errors import FeatureStoreError, UnavailableError
+from torchspec.core.errors import FeatureStoreError, TargetError, UnavailableError
 from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.models.images import refer_to_image
+from torchspec.core.models.target_processor import TargetProcessor
 from torchspec.core.workers.runner import Ask, Facts, WorkerSettings
 
 FACTS = Facts(
@@ -27,6 +31,7 @@ FACTS = Facts(
     context=32,
     vocab_size=100,
     norm_state="post_norm",
+    no_images=None,
 )
 SECONDS = 20.0
 
@@ -220,3 +225,40 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_what_a_processor_makes_of_images_goes_beside_the_ids(
+    engine: Engine, start: Callable[..., SglangRunner], tiny_llava: Path, image_targets: ModuleType, tmp_path: Path
+) -> None:
+    """In the form with which SGLang leaves the ids as they are."""
+    engine.answer = lambda asked: finished([1], hidden_states=[[float(len(asked["input_ids"]))]])
+    runner = start(target=tiny_llava)
+    images = tuple(
+        refer_to_image(str(image_targets.picture(tmp_path / f"{seed}.png", seed, (28, 28)))) for seed in range(2)
+    )
+    ids = [9, 3, 3, 3, 3, 9, 3, 3, 3, 3]
+    sample = CaptureRequest(record_id="s", input_ids=ids, images=images)
+    runner.capture([sample])[0].result(SECONDS)
+    runner.write([ask(input_ids=ids, images=images)])[0].result(SECONDS)
+    captured(runner, "text", [1, 2]).result(SECONDS)
+    expected = TargetProcessor.load(tiny_llava).inputs(ids, images)
+    for asked in engine.asked[:2]:
+        assert asked["input_ids"] == ids
+        (made,) = asked["image_data"]
+        assert made.pop("format") == "processor_output"
+        assert made.keys() == expected.keys()
+        assert all(torch.equal(made[name], value) for name, value in expected.items())
+        assert made["pixel_values"].shape == (2, 3, 28, 28)
+    assert "image_data" not in engine.asked[2]
+    assert runner.images.ids_of(images[0]) == [3] * 4
+
+    (short,) = runner.capture([replace(sample, input_ids=ids[:-1])])
+    with pytest.raises(TargetError, match="2 images take 8 tokens, the sample has 7"):
+        short.result(SECONDS)
+    image_targets.picture(Path(images[0].source), 9)
+    with pytest.raises(TargetError, match="another one than when it was tokenised"):
+        runner.capture([sample])[0].result(SECONDS)
+    assert len(engine.asked) == 3
+    runner.facts = replace(FACTS, no_images="it is blind")
+    with pytest.raises(TargetError, match="it is blind"):
+        runner.capture([sample])

@@ -21,9 +21,10 @@ from torchspec.core.interfaces.features import Features
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec
-from torchspec.core.ops.fp8 import Scaling
+from torchspec.core.ops.fp8 import E4M3, Scaling, scaled
+from torchspec.core.ops.fp8_weight import Fp8Weight
 from torchspec.core.ops.maps import Fp8Maps
-from torchspec.core.training.fp8 import Fp8Compute, described, fp8_weights
+from torchspec.core.training.fp8 import Fp8Compute, Gathering, described, fp8_weights
 from torchspec.devices.cpu.ops import CpuOps
 
 LENGTHS, PACKS = (37, 9, 20), [[0], [1, 2]]
@@ -140,6 +141,39 @@ def test_a_frozen_head_is_put_into_fp8_once_a_run_and_a_trained_one_each_time(ti
     assert all(again is first for again, first in zip(made[1], made[0], strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_ranks_may_gather_in_fp8_are_read_in_it_alone(
+    tiny_llama: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one scale nothing else is made of them. The step's loss and gradients are those of the bf16 weights."""
+    world, device = World(tiny_llama, kind, torch.bfloat16), registry.load_device("cpu")
+    compute, temporary_bytes = Fp8Compute(scaling="tensor"), 1 << 20
+    result, grads = world.step(compute.device(device), slab=16)
+    names = Gathering(scaling="tensor", head_in_parts=False).weights(world.draft)
+    assert set(fp8_weights(world.draft)[0]) - set(names) == ({"fc.weight"} if kind == "peagle" else set())
+    for name in names:
+        module, _, own = name.rpartition(".")
+        operand = scaled(world.draft.get_parameter(name).detach(), E4M3, "tensor", temporary_bytes)
+        weight = nn.Parameter(Fp8Weight(operand.values, operand.scale))
+        world.draft.get_submodule(module)._parameters[own] = weight
+
+    def plain(self: Fp8Weight) -> Tensor:
+        raise AssertionError("read in bf16")
+
+    monkeypatch.setattr(Fp8Weight, "plain", plain)
+    gathered, others = world.step(compute.device(device), slab=16)
+    assert gathered.numerator.item() == pytest.approx(result.numerator.item(), rel=1e-4)
+    far = sum(float((others[name].double() - grad.double()).square().sum()) for name, grad in grads.items())
+    assert far <= 1e-6 * sum(float(grad.double().square().sum()) for grad in grads.values())
+
+
+def test_a_head_of_which_ranks_read_parts_is_not_gathered_in_fp8(tiny_llama: Path) -> None:
+    draft = World(tiny_llama, "eagle3", torch.bfloat16).draft
+    whole, parts = (Gathering(scaling="row", head_in_parts=it).weights(draft) for it in (False, True))
+    assert set(whole) - set(parts) == {"lm_head.weight"}
+    assert set(parts) < set(whole)
+
+
 @pytest.mark.parametrize("scaling", ["row", "tensor"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_weight_that_is_not_finite_is_seen_in_the_loss(tiny_llama: Path, scaling: Scaling, bad: float) -> None:
@@ -170,7 +204,7 @@ def test_a_head_of_another_size_stays_in_bf16_and_is_named(tiny_llama: Path) -> 
     world = World(tiny_llama, "eagle3", torch.bfloat16, size=100)
     inside, outside = fp8_weights(world.draft)
     assert outside == ["lm_head.weight"]
-    text = described(world.draft, "row")
+    text = described(world.draft, "row", None)
     assert f"{len(inside)} weights" in text
     assert "in bfloat16 stay lm_head.weight" in text
     assert world.step(Fp8Compute(scaling="row").device(registry.load_device("cpu")))[0].numerator.isfinite()

@@ -98,7 +98,6 @@ def test_a_setting_that_is_a_mapping_is_given_whole_or_by_entry(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "value"),
     [
-        (["draft.objective={}"], {}),
         (["draft.objective.kl=-1"], {"kl": -1}),
         (["draft.objective.kl=x"], {"kl": "x"}),
         (["draft.objective.tv.start=0"], {"tv": {"start": 0}}),
@@ -107,14 +106,28 @@ def test_a_setting_that_is_a_mapping_is_given_whole_or_by_entry(tmp_path: Path) 
         (["draft.objective={kl: 1, tv: {start: 0, end: -1}}"], {"tv": {"start": 0, "end": -1}}),
     ],
 )
-def test_an_entry_is_refused_once_and_whole(words: list[str], value: dict[str, object]) -> None:
+def test_an_entry_is_refused_once_whole_and_by_its_name(words: list[str], value: dict[str, object]) -> None:
     (found,) = problems(flags=REQUIRED, overrides=words).values()
-    assert (found.field, found.value) == ("draft.objective", value)
-    assert found.message.startswith(
-        "must be numbers > 0 or {start: a number >= 0, end: a number >= 0, until: a number > 0 and <= 1} by name "
-        "(at least 1 of cross_entropy, kl, "
+    ((name, given),) = value.items()
+    assert (found.field, found.value) == (f"draft.objective.{name}", given)
+    assert found.message == (
+        "must be a number > 0 or {start: a number >= 0, end: a number >= 0, until: a number > 0 and <= 1} "
+        "(command line)"
     )
-    assert found.message.endswith(" (command line)")
+
+
+def test_an_entry_that_breaks_a_rule_of_its_own_says_which() -> None:
+    words = ["draft.objective.tv.start=0", "draft.objective.tv.end=0", "draft.objective.kl=-1"]
+    tv, kl = problems(flags=REQUIRED, overrides=words).values()
+    assert (tv.field, tv.value) == ("draft.objective.tv", {"start": 0, "end": 0})
+    assert tv.message == "start and end are both 0: the term would never count, leave it out (command line)"
+    assert kl.message.startswith("must be a number > 0 or ")
+
+
+def test_a_mapping_without_entries_says_which_there_are() -> None:
+    (found,) = problems(flags=REQUIRED, overrides=["draft.objective={}"]).values()
+    assert (found.field, found.value) == ("draft.objective", {})
+    assert found.message.startswith("must be a mapping of at least 1 of cross_entropy, kl, ")
 
 
 def test_an_entry_may_be_a_ramp_given_by_its_parts(tmp_path: Path) -> None:
@@ -212,7 +225,7 @@ def test_unknown_adapters_and_missing_files_come_with_field_errors(tmp_path: Pat
     fields = [problem.field for problem in caught.value.problems]
     assert sorted(fields) == ["backend", "data.train", "data.train", "device", "output", "train.lr"]
     text = str(caught.value)
-    assert "did you mean 'sglang'?" in text
+    assert "did you mean sglang?" in text
     assert "choices: cpu, cuda, npu" in text
     assert "no such file (got 'nowhere.jsonl')" in text
     assert "is a file, not a directory" in text
@@ -240,8 +253,24 @@ def test_the_device_is_resolved_and_its_reason_kept(tmp_path: Path, monkeypatch:
     config, source = load_config(flags={**flags, "device": "cpu"})
     assert (config.device, source["device"]) == ("cpu", "command line")
     monkeypatch.setenv("TORCHSPEC_DEVICE", "tpu")
-    with pytest.raises(ConfigError, match="no device of this name"):
+    with pytest.raises(ConfigError, match=r"device \(TORCHSPEC_DEVICE\): no device of this name"):
         load_config(flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("nowhere", "no such directory (got 'nowhere')\n    remedy: name a directory with config.json"),
+        ("Owner/Model-8B", "on the Hugging Face hub: `hf download Owner/Model-8B --local-dir DIR`"),
+        (__file__, "is a file"),
+        (str(Path(__file__).parent), "no config.json in this directory"),
+    ],
+)
+def test_what_is_no_target_is_told_apart(target: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags={**REQUIRED, "target.path": target, "device": "cpu"})
+    (problem,) = (each for each in caught.value.problems if each.field == "target.path")
+    assert says in str(problem)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_every_row_bad_is_an_error_with_the_first_reasons(
     with pytest.raises(DataError) as caught:
         load_dataset([path], make_tokenizer("chatml"), settings)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "none of the 10 rows can be used: 10 are bad"
+    assert lines[0] == f"no row of {path} can be used, of 10 read: 10 bad"
     assert len(lines) == 6
     assert lines[2] == f"  {path}:2: messages must be a list of messages, it is a number"
 
@@ -108,7 +108,8 @@ def test_nothing_supervised_is_an_error(
     make_tokenizer: MakeTokenizer, write_rows: WriteRows, chat: Chat, settings: DatasetSettings
 ) -> None:
     path = write_rows([chat("q"), chat("p"), "{"])
-    with pytest.raises(DataError, match=r"3 rows can be used: 1 are bad and 2 have fewer than 1 supervised tokens"):
+    said = r"of 3 read: 1 bad, 2 with fewer than 1 supervised tokens.* \(data\.min_supervised_tokens, data\.max_length"
+    with pytest.raises(DataError, match=said):
         load_dataset([path], make_tokenizer("chatml"), settings)
 
 
@@ -194,7 +195,7 @@ def test_prompts(make_tokenizer: MakeTokenizer, write_rows: WriteRows, chat: Cha
     many = write_rows([chat("one", "two", id=str(n)) for n in range(7)])
     spread = load_prompts([many], tokenizer, settings, count=3)
     assert [prompt.sample_id for prompt in spread] == ["0", "2", "4"]
-    with pytest.raises(DataError, match="none of the 1 rows can be used: 1 are bad"):
+    with pytest.raises(DataError, match="can be used, of 1 read: 1 bad"):
         load_prompts([write_rows([{"text": "t"}])], tokenizer, settings)
 
 

@@ -120,7 +120,7 @@ def test_images_are_never_cut(tiny_llava: Path, load: Load, tmp_path: Path) -> N
     assert cut[0].images == whole.images
     image_end = int((whole.input_ids_T == 3).nonzero().max()) + 1
     assert load(tiny_llava, [row], max_length=image_end, min_supervised_tokens=0).report.kept == 1
-    with pytest.raises(DataError, match="1 have fewer"):
+    with pytest.raises(DataError, match="1 with fewer"):
         load(tiny_llava, [row], max_length=image_end - 1, min_supervised_tokens=0)
 
 
@@ -168,7 +168,7 @@ def test_token_rows_say_which_images_stand_among_them(tiny_llava: Path, load: Lo
     sample = load(tiny_llava, [row])[0]
     assert [image.source for image in sample.images] == [str(path)]
     assert sample.input_ids_T.tolist() == row["input_ids"]
-    with pytest.raises(DataError, match="none of the 1 rows can be used"):  # never cut within an image
+    with pytest.raises(DataError, match="can be used"):  # never cut within an image
         load(tiny_llava, [{**row, "loss_mask": [1, 0, 0, 0, 0, 0, 0]}], max_length=4)
     for wrong, said in (
         ({"images": "a.png"}, "a list of paths"),

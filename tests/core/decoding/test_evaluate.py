@@ -91,6 +91,26 @@ def test_a_generous_limit_changes_no_rate(make_target: Make, make_drafter: Make)
         assert result.tokens == 2 * limit
 
 
+@pytest.mark.parametrize(("asked", "drafted"), [(2, 2), (3, 3), (6, 3)])
+def test_a_draft_that_has_no_more_to_give_is_told(
+    make_target: Make, make_drafter: Make, asked: int, drafted: int
+) -> None:
+    """As a block has not."""
+
+    class Block(make_drafter):  # type: ignore[misc]
+        def open(self, batch_size: int) -> Any:
+            session = super().open(batch_size)
+            propose = session.propose
+            session.propose = lambda taps, tokens, length, **given: propose(taps, tokens, min(3, length), **given)
+            return session
+
+    target = make_target(3)
+    request = EvalSettings(max_new_tokens=12, draft_length=asked)
+    result = evaluate(target, Block(target, right=0.7), make_prompts(3), request)
+    assert result.longest_draft == drafted
+    assert len(result.acceptance_per_position) == asked
+
+
 def test_json_holds_the_agreed_names(make_target: Make, make_drafter: Make) -> None:
     target = make_target(3)
     result = evaluate(target, make_drafter(target), make_prompts(2), EvalSettings(max_new_tokens=6))

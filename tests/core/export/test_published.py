@@ -212,6 +212,15 @@ def test_taps_are_read_by_whoever_numbers_them(write: Write, target: TargetSpec,
         }), target)  # fmt: skip
 
 
+def test_a_norm_of_all_taps_is_read_where_engines_look_first(write: Write, target: TargetSpec) -> None:
+    """In `eagle_config`, as `llama_eagle3.py` of vLLM and SGLang do."""
+    config = {"eagle_config": {"norm_before_fc": True}}
+    tensors = {"input_norm.weight": torch.full((3 * 64,), 0.5)}
+    read = Read.of(write("modelopt", config=config, tensors=tensors), target)
+    assert read.found.spec.name == "eagle3.1"
+    assert torch.equal(read.draft.state_dict()["input_norm.weight"], tensors["input_norm.weight"])
+
+
 def test_one_tap_has_a_layout_of_its_own(
     write: Write, target: TargetSpec, context: ExportContext, tmp_path: Path
 ) -> None:

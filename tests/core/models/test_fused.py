@@ -263,11 +263,3 @@ def test_the_gated_map_keeps_gate_and_up_alone() -> None:
     gate, up, weight_HI, residual = PIECES["gated_linear"].given
     found = kept(lambda: fused.gated_linear(gate, up, weight_HI, residual, OPS), (weight_HI,))
     assert found == {x.untyped_storage().data_ptr(): B * S * I for x in (gate, up)}
-
-
-def test_a_second_derivative_is_refused(piece: Piece) -> None:
-    """Better than a wrong one."""
-    leaves = piece.to(torch.float64)
-    first = torch.autograd.grad(piece.fused(*leaves)[0].square().sum(), leaves[0], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()

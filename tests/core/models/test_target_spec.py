@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3Config, GPT2Config, PreTrainedConfig
+from transformers import Gemma3Config, Gemma4Config, GPT2Config, PreTrainedConfig
 
 from torchspec.core.errors import TargetError
 from torchspec.core.models.target_spec import load_target_config, read_target_spec, resolve_target
@@ -66,6 +66,16 @@ def test_multimodal_target_gives_its_language_model(tmp_path: Path) -> None:
     assert (spec.architecture, spec.model_type) == ("Gemma3ForConditionalGeneration", "gemma3_text")
     assert (spec.num_layers, spec.hidden_size, spec.vocab_size) == (4, 32, 50)
     assert spec.rope_parameters == {"rope_type": "default", "rope_theta": 1000000.0}, "those of full attention"
+
+
+def test_of_layers_that_differ_the_first_counts(tmp_path: Path) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "attention_k_eq_v": True}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    wide = {"num_global_key_value_heads": 2, "global_head_dim": 32}
+    Gemma4Config(text_config={**kinds, **heads, **wide}).save_pretrained(tmp_path)
+    spec = read_target_spec(tmp_path)
+    assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (8, 4, 16)
+    assert (spec.rope_parameters["rope_type"], spec.rope_parameters["rope_theta"]) == ("proportional", 1e6)
 
 
 def test_old_names_and_no_rotary_embedding(tmp_path: Path) -> None:
@@ -143,8 +153,9 @@ def test_broken_configurations_are_named(tmp_path: Path, edited: EditConfig) -> 
     with pytest.raises(TargetError, match="no `model_type`"):
         read_target_spec(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
-    with pytest.raises(TargetError, match=r"model_type 'no_such_model'\) is refused"):
+    with pytest.raises(TargetError, match=r"model_type 'no_such_model'\) is refused") as caught:
         read_target_spec(tmp_path)
+    assert "pip install" not in str(caught.value), "advice of transformers about itself"
     with pytest.raises(TargetError, match="is refused"):
         read_target_spec(edited(num_hidden_layers="eight"))
 

@@ -303,3 +303,40 @@ def test_everything_wrong_with_the_arguments_is_said_at_once() -> None:
         hidden_log_probabilities(
             torch.zeros(4, 2), torch.zeros(5, 2).bfloat16(), torch.zeros(4).long(), FusedOps()
         )  # fmt: skip
+
+
+def test_arguments_of_another_kind_are_refused_together() -> None:
+    logits_NV, tokens_N, ops = torch.zeros(2, 5), torch.zeros(2).long(), FusedOps()
+    whole = {"logits_NV": logits_NV, "tokens_N": tokens_N, "ops": ops}
+    for wrong, said in (
+        ({"tokens_N": [1, 2]}, "tokens: list, expected a tensor"),
+        ({"logits_NV": logits_NV.to("meta")}, "logits: on the meta device"),
+        ({"logits_NV": logits_NV.to_sparse()}, "logits: sparse_coo"),
+        ({"ops": "cpu"}, "ops: str, expected the `ops` of a device"),
+        ({"shards": (3, 2)}, "shards: tuple, expected VocabularyShards"),
+        ({"entropy": 1}, "entropy: int, expected True or False"),
+        ({"temperature": "1"}, "temperature: str, expected a number"),
+        ({"ignore_index": None}, "ignore_index: NoneType, expected a whole number"),
+        ({"ignore_index": True}, "ignore_index: bool, expected a whole number"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(said)):
+            token_log_probabilities(**{**whole, **wrong})
+    with pytest.raises(TypeError, match=r"logits: NoneType, .*; tokens: list, .*; ops: NoneType, .*"):
+        token_log_probabilities(None, [1], None)  # type: ignore[arg-type]
+    parts: Any = {"hidden_NH": torch.zeros(2, 4), "weight_VH": torch.zeros(5, 4), "tokens_N": tokens_N, "ops": ops}
+    for wrong, said in (({"weight_VH": None}, "weight: NoneType"), ({"bias_V": [0.0]}, "bias: list"),
+                        ({"budget": "1"}, "budget: str, expected a whole number of bytes")):  # fmt: skip
+        with pytest.raises(TypeError, match=said):
+            hidden_log_probabilities(**{**parts, **wrong})
+    for budget in (0, -5):
+        with pytest.raises(ValueError, match=f"a budget is 1 byte or more, not {budget}"):
+            hidden_log_probabilities(**parts, budget=budget)
+
+
+def test_a_temperature_may_be_a_tensor_but_is_not_trained() -> None:
+    logits_NV, tokens_N = torch.randn(2, 5), torch.tensor([1, 4])
+    plain = token_log_probabilities(logits_NV, tokens_N, FusedOps(), temperature=0.5)
+    given = token_log_probabilities(logits_NV, tokens_N, FusedOps(), temperature=torch.tensor([0.5]))  # type: ignore[arg-type]
+    assert torch.equal(plain.log_probability_N, given.log_probability_N)
+    with pytest.raises(ValueError, match="positive and finite and not trained"):
+        token_log_probabilities(logits_NV, tokens_N, FusedOps(), temperature=torch.ones((), requires_grad=True))  # type: ignore[arg-type]

@@ -50,3 +50,4 @@ def test_per_sequence_is_the_mean_over_sequences_of_each_ones_mean() -> None:
     assert sequences.dtype == torch.float64
     assert loss.item() == pytest.approx(sum(means) / len(means), rel=1e-14)
     assert share_M.isfinite().all()
+    assert share_M[-2:].tolist() == [0.0, 0.0]  # what is added beside the terms does not count either

@@ -42,7 +42,7 @@ from torchspec.core.training import offload
 from torchspec.core.training.capturing import Documents as FullDocuments
 from torchspec.core.training.capturing import Model, captured_rows
 from torchspec.core.training.feed import DirectFeed
-from torchspec.core.training.fp8 import Fp8Compute
+from torchspec.core.training.fp8 import Fp8Compute, Gathering
 from torchspec.core.training.plan import Cut, Turn
 from torchspec.core.training.random_state import draw_of
 from torchspec.core.training.sharding import shard_draft
@@ -165,6 +165,9 @@ def make_model(cell: Cell, context: mesh.ParallelContext) -> Model:
             context,
             "bfloat16" if bf16 else "float32",
             states_on_host=cell.get("offload", False),
+            gather=Gathering(scaling=cell["fp8"], head_in_parts=cell.get("shard_logits") == "vocabulary")
+            if cell.get("fp8_gather")
+            else None,
         ),
         head=head,
         engine=MadeUpTarget(dtype, [LENGTHS[index] for index in cell.get("fails", ())]),  # type: ignore[arg-type]
@@ -184,7 +187,7 @@ def run(cell: Cell, results: Path, context: mesh.ParallelContext) -> None:
     documents = Documents(cell.get("supervision", "dense"), cell.get("unsupervised", ()))
     tokens = cell.get("row_tokens")
     cut = Cut(micro_batch_size=cell.get("micro_batch_size", 3), row_tokens=tokens, equal_length=50.0)
-    batch = list(range(len(documents)))
+    batch = cell.get("batch", list(range(len(documents))))
     shares = {i: cut.micro_batches(batch, documents.lengths, i, context.data_size) for i in context.captured_with}
     turns = [
         Turn(step=0, number=number, micro_batches={i: share[number] for i, share in shares.items()}, some=0)

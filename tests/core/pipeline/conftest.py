@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import MistralConfig, MistralForCausalLM, dynamic_module_utils
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, dynamic_module_utils
 
 from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
@@ -29,6 +29,20 @@ def runs() -> ModuleType:
 def online() -> ModuleType:
     """online_case.py."""
     return _by_path("online_case")
+
+
+@pytest.fixture(scope="module")
+def kept_policy(online: ModuleType, tiny_target: Path) -> PreTrainedModel:
+    """With a tied embedding. Not to be changed."""
+    policy: PreTrainedModel = online.load_policy(tiny_target)
+    return policy
+
+
+@pytest.fixture
+def policy(online: ModuleType, tiny_llama: Path) -> PreTrainedModel:
+    """With a head of its own."""
+    policy: PreTrainedModel = online.load_policy(tiny_llama)
+    return policy
 
 
 def _by_path(name: str) -> ModuleType:

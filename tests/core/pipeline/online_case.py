@@ -52,3 +52,10 @@ def figures(row: dict[str, Any] | None) -> dict[str, Any]:
     """What the numbers decide."""
     assert row is not None
     return {name: value for name, value in row.items() if name not in ("step_seconds", "time")}
+
+
+def losses(trainer: OnlineDraftTrainer, policy: PreTrainedModel, count: int = 6) -> list[dict[str, Any]]:
+    """Figures of the steps that so many samples make."""
+    for number in range(count):
+        trainer.add(**sample(policy, trainer, number))
+    return [figures(row) for row in iter(trainer.step, None)]

@@ -89,6 +89,11 @@ def rank_main(rank: int, target: str, results: Path, port: int) -> None:
             case.make(policy, group=group, seed=mine)
         except ConfigError as error:
             found["settings"] = str(error)
+        asked = case.make(policy, group=group)
+        given = case.sample(policy, asked, mine)
+        found["refused"] = refused(lambda: asked.evaluate([given] if mine else [{**given, "last": None}]))
+        found["works_on"] = asked.evaluate([given])["samples"]
+        found["closed"] = refused(lambda: (asked.close(), asked.step()))
         late = case.make(policy, group=group, patience=1.0)
         start = time.monotonic()
         if mine == 0:

@@ -6,7 +6,11 @@ import base64
 import json
 import os
 import re
+import shlex
+import shutil
 from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,17 +22,21 @@ import yaml
 from huggingface_hub import ModelCard
 
 from torchspec.cli import main
+from torchspec.core import registry
 from torchspec.core.config.load import load_config
 from torchspec.core.export.card import (
     CardFacts,
     Measured,
     hub_id,
+    serving,
     stated_license,
     unchanged,
     with_results,
     without_paths,
 )
-from torchspec.core.pipeline.card import put_result
+from torchspec.core.interfaces.engine import TargetSpec
+from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.pipeline.card import brought_facts, put_result
 from torchspec.core.pipeline.inprocess import train
 
 TOKEN = "hf_sesamesesamesesamesesamesesamesesam"
@@ -142,6 +150,44 @@ def test_a_draft_of_others_gets_a_card_without_a_history(trained: Path, tmp_path
     assert ModelCard(text).data.base_model == "Qwen/Tiny"
     verifier = json.loads((out / "config.json").read_text())["speculators_config"]["verifier"]
     assert verifier["name_or_path"] == "Qwen/Tiny"
+
+
+def test_a_draft_from_a_loop_tells_of_a_target_that_changed(tmp_path: Path, tiny_target: Path) -> None:
+    """Of one that stayed the name on the hub; of one that was replaced no name, since those weights have none."""
+    snapshot = tmp_path / "models--Qwen--Tiny" / "snapshots" / "abc1"
+    shutil.copytree(tiny_target, snapshot)
+    target = read_target_spec(snapshot)
+    spec = registry.algorithms().spec("eagle3")
+    algorithm = spec.create(spec.options(unroll=2), target)
+    settings = {"algorithm": "eagle3", "draft": {"init_from": "/home/me/first"}, "train": {"lr": 0.1}}
+
+    def facts(updates: int, spec: TargetSpec) -> CardFacts:
+        return brought_facts(algorithm, spec, {"steps": 3}, updates, settings, {"ranks": 1})
+
+    stayed, changed = facts(0, target), facts(2, target)
+    assert (stayed.base_model, stayed.revision) == ("Qwen/Tiny", "abc1")
+    assert "replaced" not in stayed.origin
+    assert (changed.base_model, changed.revision, changed.target_name) == (None, None, "Qwen/Tiny")
+    assert "The target's weights were replaced 2 times meanwhile" in changed.origin
+    assert stayed.recipe["draft"] == {"init_from": "first"}
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "README.md").write_text("---\nlicense: mit\n---\n")
+    with chdir(tmp_path):  # what a target without a directory is called must not be looked up
+        loose = facts(0, replace(target, path=Path("target")))
+    assert (loose.target_name, loose.license, loose.base_model) == ("a model that was given in memory", None, None)
+
+
+def test_commands_that_serve_hold_whole_paths(trained: Path) -> None:
+    target, draft = "/models/my target $HOME", "/runs/it's mine/draft"
+    facts = CardFacts(
+        algorithm="eagle3", target_name="", target_shape="", torchspec="", base_model=target, repository=draft
+    )  # fmt: skip
+    commands, _ = serving(facts, trained / "draft")
+    assert {"vllm", "sglang"} <= commands.keys()
+    for command in commands.values():
+        words = shlex.split(command)
+        assert target in words
+        assert any(word == draft or json.loads(word)["model"] == draft for word in words if "mine" in word)
 
 
 def test_what_a_directory_tells_of_the_hub(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,8 @@ from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.inprocess import train
 from torchspec.core.pipeline.plan import Plan, make_plan
 from torchspec.core.pipeline.preflight import check
+from torchspec.core.training.checkpoint import load_draft_state
+from torchspec.core.training.checkpoint_files import directory_of
 
 FP8 = ("precision.compute=fp8", "draft.vocab_size=96")
 EMULATED = "fp8 is emulated on cpu: numbers as on hardware, no speed"
@@ -55,18 +58,72 @@ def test_a_resumed_run_is_the_whole_one_to_the_last_bit(make_config: Any, tmp_pa
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def planned(make_config: Any, tmp_path: Path, *words: str) -> Plan:
+def test_runs_go_on_with_and_without_weights_gathered_in_fp8(
+    make_config: Any, tmp_path: Path, runs: ModuleType
+) -> None:
+    """Two ranks; a checkpoint holds float32 tensors in either case, and the exported draft is the same file."""
+    config, _ = make_config(tmp_path / "base", *FP8, "data.validation=[]", "train.schedule=constant")
+    values = config.model_dump(mode="json", exclude={"output"}, exclude_unset=True)
+    begun, ends = "train.max_steps=2", "train.max_steps=4"
+    on, off = (f"precision.fp8_all_gather={value}" for value in ("on", "off"))
+    runs.two_ranks(values, {tmp_path / "whole": (off, ends), tmp_path / "a": (on, begun), tmp_path / "b": (off, begun)})
+    runs.two_ranks(values, {tmp_path / "a": (off, ends), tmp_path / "b": (on, ends)})
+    whole, exported = runs.figures(tmp_path / "whole"), load_file(tmp_path / "whole" / "draft" / "model.safetensors")
+    assert len(whole) == 4
+    for name in ("a", "b"):
+        assert runs.figures(tmp_path / name) == whole
+        own = load_file(tmp_path / name / "draft" / "model.safetensors")
+        assert all(torch.equal(own[key], tensor) for key, tensor in exported.items())
+        for step in (3, 4):
+            _, state = load_draft_state(directory_of(tmp_path / name / "checkpoints", step))
+            assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("torchao")
+def test_moments_in_8_bits_know_nothing_of_the_gathering(make_config: Any, tmp_path: Path, runs: ModuleType) -> None:
+    config, _ = make_config(tmp_path / "base", *FP8, "data.validation=[]", "train.optimizer=adamw8bit")
+    values = config.model_dump(mode="json", exclude={"output"}, exclude_unset=True)
+    jobs = {tmp_path / value: (f"precision.fp8_all_gather={value}", "train.max_steps=3") for value in ("on", "off")}
+    runs.two_ranks(values, jobs)
+    assert runs.figures(tmp_path / "on") == runs.figures(tmp_path / "off")
+
+
+def planned(make_config: Any, tmp_path: Path, *words: str, ranks: int = 1) -> Plan:
     config, provenance = make_config(tmp_path / "run", *words)
-    return make_plan(config, provenance)
+    return make_plan(config, provenance, Ranks(all=ranks, here=ranks))
+
+
+def test_a_plan_counts_what_is_gathered(make_config: Any, tmp_path: Path) -> None:
+    """A byte an element in place of two, and none beside it by rows. The head's parts have any number of rows."""
+    words = (*FP8, "data.validation=[]")
+    alone, two = (planned(make_config, tmp_path, *words, ranks=ranks) for ranks in (1, 2))
+    off = planned(make_config, tmp_path, *words, "precision.fp8_all_gather=off", ranks=2)
+    vocabulary = ("target.shard_logits=vocabulary", "parallel.ulysses=2")
+    in_parts = planned(make_config, tmp_path, *words, *vocabulary, ranks=2)
+    inside = sum(shape[0] * shape[1] for shape in shapes(two) if len(shape) == 2)
+    trained = inside + sum(shape[0] for shape in shapes(two) if len(shape) == 1)
+    (count,) = (re.search(r"fp8: (\d+) weights", note) for note in two.notes if note.startswith("fp8: "))
+    assert count is not None
+    for plan, gathered in ((alone, 0), (two, inside), (off, 0), (in_parts, inside - 96 * 64)):
+        parts = {part.name: part.bytes for part in plan.memory.need.parts}
+        assert parts["gathered parameters"] == 2 * trained - gathered
+        assert parts.get("gathering", 0) == (0 if plan is alone else 2 * trained - gathered)
+        assert parts["weights in FP8"] == 2 * inside - gathered
+        text = f"{int(count[1]) - (plan is in_parts)} of them gathered in it"
+        assert any(text in note for note in plan.notes) == bool(gathered)
+    assert not any("gathered in it" in note for plan in (alone, off) for note in plan.notes)
+
+
+def shapes(plan: Plan) -> list[tuple[int, ...]]:
+    return [tuple(map(int, shape.split(" x "))) for name, shape in plan.draft.items()
+            if isinstance(shape, str) and name.endswith("weight")]  # fmt: skip
 
 
 def test_a_plan_says_it_too_and_counts_the_weights_in_fp8(make_config: Any, tmp_path: Path) -> None:
     fp8, bf16 = (planned(make_config, tmp_path, FP8[1], f"precision.compute={it}") for it in ("fp8", "bfloat16"))
     assert any(EMULATED in note for note in fp8.notes)
     assert not any("fp8" in note for note in bf16.notes)
-    shapes = {name: tuple(map(int, shape.split(" x "))) for name, shape in fp8.draft.items()
-              if isinstance(shape, str) and name.endswith("weight")}  # fmt: skip
-    elements = sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
+    elements = sum(shape[0] * shape[1] for shape in shapes(fp8) if len(shape) == 2)
     parts = {part.name: part.bytes for part in fp8.memory.need.parts}
     assert parts["weights in FP8"] == 2 * elements
     assert "draft's head in fp32" not in parts
@@ -74,6 +131,24 @@ def test_a_plan_says_it_too_and_counts_the_weights_in_fp8(make_config: Any, tmp_
     assert any("in bfloat16 stay lm_head.weight" in note for note in other.notes)
     parts = {part.name: part.bytes for part in other.memory.need.parts}
     assert parts["weights in FP8"] == 2 * (elements - 96 * 64)
+
+
+@pytest.mark.parametrize(
+    ("compute", "value", "said"),
+    [
+        ("bfloat16", "on", "is for precision.compute=fp8, not bfloat16"),
+        ("float32", "off", "is for precision.compute=fp8, not float32"),
+        ("fp8", "on", "one rank gathers nothing.*start several, or leave it at auto"),
+    ],
+)
+def test_a_gathering_that_there_is_not_is_refused(
+    make_config: Any, tmp_path: Path, compute: str, value: str, said: str
+) -> None:
+    config, _ = make_config(
+        tmp_path / "run", f"precision.compute={compute}", f"precision.fp8_all_gather={value}", "draft.vocab_size=96"
+    )
+    with pytest.raises(ConfigError, match=f"(?s)precision.fp8_all_gather: {said}"):
+        check(config, Ranks())
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,17 @@ import yaml
 from safetensors.torch import load_file
 
 from torchspec.cli import main
+from torchspec.core.algorithms.eagle3 import SPEC
 from torchspec.core.errors import CheckpointError, ConfigError, TorchspecError
 from torchspec.core.export.layout import read_draft
 from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.pipeline import rebuild as rebuilding
 from torchspec.core.pipeline import run_dir
+from torchspec.core.pipeline.device_fit import Ranks
 from torchspec.core.pipeline.inprocess import train
+from torchspec.core.pipeline.preflight import check
 from torchspec.core.pipeline.rebuild import find_checkpoint, rebuild, recorded_probe
+from torchspec.core.registry import algorithms
 from torchspec.core.training.checkpoint import load_draft_state
 from torchspec.core.training.checkpoint_files import directory_of, read_json, steps_on_disk
 
@@ -154,7 +160,7 @@ def test_a_damaged_record_of_sessions_is_begun_anew(make_config: Any, tmp_path: 
     run = run_dir.open_run(config)
     (tmp_path / "environment.json").write_text(text)
     for step in (3, 6):
-        run_dir.record_session(run, config, provenance, {"ranks": 2}, step)
+        run_dir.record_session(run, config, provenance, {"ranks": 2}, step, 9)
     run.lock.close()
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert [(session["from_step"], session["ranks"]) for session in environment["sessions"]] == [(3, 2), (6, 2)]
@@ -175,7 +181,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: Any,
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1]
 
 
-def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> None:
+def test_a_draft_goes_on_from_another_one(
+    make_config: Any, tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The vocabulary map is the earlier draft's, and the first loss goes on where it ended."""
     config, provenance = make_config(tmp_path / "first", "train.epochs=4", "train.schedule=constant")
     train(config, provenance=provenance)
@@ -198,6 +206,28 @@ def test_a_draft_goes_on_from_another_one(make_config: Any, tmp_path: Path) -> N
             assert "its norm_before_residual is False, this draft's True" in said
             assert "its draft_vocab_size is 100, this draft's 99" in said
         assert not (tmp_path / "refused").exists()
+
+    for source in ("draft", "checkpoints", ""):
+        init = f"draft.init_from={tmp_path / 'first' / source}"
+        config, _ = make_config(tmp_path / "refused", init, draft={}, algorithm="dflash")
+        with pytest.raises(ConfigError) as caught:
+            check(config, Ranks(all=1, here=1), to_run=False)
+        (problem,) = caught.value.problems
+        assert problem.field == "draft.init_from"
+        assert problem.message == "is a draft of eagle3, and this run trains dflash"
+        assert "--algorithm eagle3" in problem.remedy
+
+    # What differs in its loss alone (docs/add-an-algorithm.md) has the same drafts.
+    own_loss = replace(SPEC, name="mine", reads=lambda config: False)
+    specs = SimpleNamespace(spec=lambda name: own_loss if name == "mine" else algorithms().spec(name))
+    monkeypatch.setattr(rebuilding.registry, "algorithms", lambda: specs)
+    found = rebuilding.check_algorithm(tmp_path / "first" / "checkpoints", "mine", read_target_spec(tiny_target))
+    assert found == "eagle3"
+    monkeypatch.undo()
+
+    # A finished run says the sizes of its draft.
+    config, _ = make_config(tmp_path / "follows_a_run", f"draft.init_from={tmp_path / 'first'}", draft={"unroll": 3})
+    assert check(config, Ranks(all=1, here=1), to_run=False).algorithm.vocabulary_size == 100
 
     turned = tmp_path / "turned"
     shutil.copytree(tmp_path / "first" / "draft", turned)

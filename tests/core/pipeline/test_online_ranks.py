@@ -100,6 +100,13 @@ def test_ranks_with_other_settings_are_refused(found: Found) -> None:
     assert all(said in each["settings"] for each in found)
 
 
+def test_no_rank_waits_for_one_whose_samples_are_refused(found: Found) -> None:
+    assert "SampleError: sample 's0' is not taken" in found[0]["refused"]
+    assert "PeerError: nothing was evaluated, as rank 0 refused what it was given: sample 's0'" in found[1]["refused"]
+    assert [each["works_on"] for each in found] == [2, 2]
+    assert all("ClosedError" in each["closed"] for each in found)
+
+
 def test_a_rank_that_does_not_come_is_an_error_in_time(found: Found) -> None:
     assert "PeerError: the other ranks of the group did not call step() within 1 s" in found[0]["late"]
     assert found[0]["waited"] < 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def test_numbers_of_a_plan(make_config: Any, tmp_path: Path, tiny_target: Path) 
     text = plan.to_text()
     assert "train.epochs" in text
     assert "from command line" in text
+    assert "None" not in text
+    assert re.search(r"train\.max_steps +null +from default", text)
     described = json.loads(json.dumps(plan.to_json()))
     assert described["steps"]["total"] == 12
     memory = described["memory"]
@@ -162,7 +165,7 @@ def test_a_target_that_cannot_train_is_refused_before_it_is_loaded(
 def test_data_without_a_usable_row_say_why(make_config: Any, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text('{"prompt": "a"}\n' * 9)
     config, provenance = make_config(tmp_path / "run", f"data.train=[{tmp_path / 'none.jsonl'}]")
-    with pytest.raises(ConfigError, match=r"none of the 9 rows can be used\n.*none.jsonl:1: no conversation") as caught:
+    with pytest.raises(ConfigError, match=r"no row can be used, of 9 read\n.*none.jsonl:1: no conversation") as caught:
         make_plan(config, provenance, Ranks(all=1, here=1))
     assert "none.jsonl:3" in str(caught.value)
     assert "none.jsonl:4" not in str(caught.value)

@@ -131,7 +131,7 @@ def test_a_device_that_is_too_small_is_said_with_what_helps(table: ModuleType, t
 
 
 def test_what_says_nothing_of_its_memory_is_not_judged(table: ModuleType, tmp_path: Path) -> None:
-    plan = table.plan_of("qwen3-30b-a3b", tmp_path, "device_gb=null")
+    plan = table.plan_of("qwen3-30b-a3b", tmp_path, "device_gb=null", "device_name=null")
     assert plan["memory"]["available"] is None
     assert plan["engine"]["share"] is None
     assert "device_gb=N" in plan["memory"]["verdict"]
@@ -188,6 +188,7 @@ def test_parameters_are_those_of_the_target(
         ("qwen3-8b", 16_381_470_720),
         ("qwen3-235b-a22b", 470_187_269_120),
         ("gemma-3-27b", 54_864_813_280),
+        ("gemma-4-26b-a4b", 51_611_872_412),
         ("gpt-oss-20b", 13_761_264_768),
         ("gpt-oss-120b", 65_248_815_744),
         ("kimi-k2.5", 595e9),

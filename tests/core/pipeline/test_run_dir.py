@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,12 @@ def test_what_a_run_would_overwrite_is_not_touched(make_config: Any, tmp_path: P
     config, _ = make_config(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")  # harmless: a run writes nothing of this name
     run_dir.open_run(config).lock.close()
+    (tmp_path / "metrics.jsonl").write_text("another program's")
+    (tmp_path / "checkpoints").rmdir()
+    with pytest.raises(TorchspecError, match=r"holds metrics\.jsonl, which a run would overwrite, but no run"):
+        run_dir.open_run(config)
+    assert (tmp_path / "metrics.jsonl").read_text() == "another program's"
+    (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "config.yaml").write_text("mine")
     with pytest.raises(TorchspecError, match=r"holds config\.yaml, which a run would overwrite"):
         run_dir.open_run(config)
@@ -54,6 +61,50 @@ def test_an_output_that_is_a_file_or_unwritable_is_named(make_config: Any, tmp_p
 )
 def test_secrets_do_not_enter_the_record(words: list[str], shown: list[str]) -> None:
     assert run_dir.command_line(words) == shown
+
+
+def test_a_session_says_how_it_ended(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is raised goes on its way; secrets and endless messages do not enter the record."""
+    config, provenance = make_config(tmp_path)
+    run = run_dir.open_run(config)
+    monkeypatch.setenv("SOME_API_KEY", "sesame-sesame")
+    message = "no sesame-sesame at http://me:key@host " + "x" * 9000
+    for raised in (TorchspecError(message), KeyboardInterrupt(), ValueError()):
+        run_dir.record_session(run, config, provenance, {}, 3, 9)
+        with pytest.raises(type(raised)), run_dir.failure_recorded(run, lambda: 5):
+            raise raised
+    run_dir.record_session(run, config, provenance, {}, 5, 9)
+    with run_dir.failure_recorded(run, lambda: 9):
+        run_dir.record_end(run, "finished", 9)
+    run_dir.record_session(run, config, provenance, {}, 9, 9)  # is killed
+    run.lock.close()
+    sessions = json.loads((tmp_path / "environment.json").read_text())["sessions"]
+    ends = [session.get("ended") for session in sessions]
+    assert [(end["how"], end["step"]) for end in ends[:-1]] == [
+        ("failed", 5),
+        ("stopped", 5),
+        ("failed", 5),
+        ("finished", 9),
+    ]
+    assert ends[-1] is None
+    assert ends[0]["cause"].startswith("no *** at http://***@host xxx")
+    assert len(ends[0]["cause"]) == run_dir.LONGEST_CAUSE
+    assert [end["cause"] for end in ends[1:-1]] == ["SIGINT", "ValueError", ""]
+    assert [session["total_steps"] for session in sessions] == [9] * 5
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"sessions": []}', '{"sessions": [5]}'])
+def test_an_end_that_cannot_be_recorded_hides_nothing(
+    make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str | None
+) -> None:
+    config, _ = make_config(tmp_path)
+    run = run_dir.open_run(config)
+    if text is not None:
+        (tmp_path / "environment.json").write_text(text)
+    with pytest.raises(TorchspecError, match="the cause"), run_dir.failure_recorded(run, lambda: 1):
+        raise TorchspecError("the cause")
+    run.lock.close()
+    assert "does not say how this session ended" in caplog.text
 
 
 def test_the_git_revision_is_that_of_the_code() -> None:

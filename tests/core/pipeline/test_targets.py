@@ -17,8 +17,11 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfi
 from torchspec.cli import main
 from torchspec.core import registry
 from torchspec.core.errors import ConfigError
-from torchspec.core.interfaces.engine import EngineOptions
+from torchspec.core.features.memory import MemoryStore, take
+from torchspec.core.interfaces.engine import CaptureRequest, EngineOptions
+from torchspec.core.interfaces.features import RecordRef
 from torchspec.core.models.images import refer_to_image
+from torchspec.core.pipeline import hosted
 from torchspec.core.pipeline.capture import capture
 from torchspec.core.pipeline.engine_setup import check_images
 from torchspec.core.pipeline.inprocess import train
@@ -116,6 +119,33 @@ def test_images_are_trained_on_and_captured_alike(
     )
     again = [row["loss"] for row in rows(train(stored, provenance=provenance).directory, "train")]
     assert again == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_worker_is_sent_the_images(tiny_llava: Path, tmp_path: Path, image_targets: Any) -> None:
+    """Of hf in a process of its own: features and text as in this one."""
+    image = refer_to_image(str(image_targets.picture(tmp_path / "a.png", 1)))
+    sample = CaptureRequest(record_id="s", input_ids=[7, 3, 3, 3, 3, 8, 9], images=(image,))
+    options = EngineOptions(
+        target=tiny_llava, device=registry.load_device("cpu"), taps=(0, 5), directory=tmp_path, images=True
+    )
+    own = registry.load_engine("hf", replace(options, directory=None))
+    started = hosted.start("hf", options)
+    try:
+        worker = hosted.attach("hf", options)
+        for engine in (own, worker):
+            store = MemoryStore()
+            (ref,) = engine.capture([sample], (0, 5), store)
+            assert isinstance(ref, RecordRef)
+            features = take(store, ref)
+            text = engine.generate([sample.input_ids], max_new_tokens=5, images=[sample.images])
+            if engine is own:
+                expected = features, text
+        assert torch.equal(features.taps_TNH, expected[0].taps_TNH)
+        assert torch.equal(features.last_TH, expected[0].last_TH)
+        assert text == expected[1]
+        worker.close()
+    finally:
+        started.close()
 
 
 def test_the_target_answers_questions_about_images(

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from torchspec.core.errors import TorchspecError
-from torchspec.core.report.compare import differing_settings, figures, incomparable, write_comparison
-from torchspec.core.report.html import read_run, write_report
+from torchspec.core.report.compare import charts_of, differing_settings, figures, incomparable, write_comparison
+from torchspec.core.report.html import write_report
+from torchspec.core.report.record import read_run
 
 HOSTILE = "<script>alert('$x')</script>"
 
@@ -50,11 +51,41 @@ def test_settings_that_differ_are_named_and_no_others(tmp_path: Path) -> None:
     assert incomparable(runs) == []
 
 
+def test_a_setting_that_is_unset_here_and_unknown_there_is_no_difference(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    config = yaml.safe_load((b / "config.yaml").read_text())
+    (b / "config.yaml").write_text(yaml.safe_dump({**config, "draft": {"gamma": None, "block_size": 16}}))
+    assert differing_settings({"a": read_run(a), "b": read_run(b)}) == [("draft.block_size", ["", "16"])]
+
+
+def test_curves_over_tokens_stand_where_each_run_had_trained_so_many(
+    write_run: Any, make_files: Any, tmp_path: Path, undrawn: None
+) -> None:
+    """The second run trains twice as many tokens a step; its validation is at the tokens of its step."""
+    counted = {1: 500, 2: 1000, 3: 1750, 4: 2000}
+    files, more = make_files(4), make_files(4)
+    for row, other in zip(files["metrics.jsonl"][:4], more["metrics.jsonl"], strict=False):
+        row["tokens"], other["tokens"] = counted[row["step"]], 2 * counted[row["step"]]
+    runs = {"a": read_run(write_run(tmp_path / "a", files)), "b": read_run(write_run(tmp_path / "b", more))}
+    found = {chart.title: chart.views for chart in charts_of(runs)}
+    steps, tokens = (view.table for view in found["Loss"])
+    losses = {step: f"{1 + 8 / step:.6g}" for step in counted}
+    assert steps.rows == tuple((str(step), loss, loss) for step, loss in losses.items())
+    expected = {place: ["", ""] for place in (500, 1000, 1750, 2000, 3500, 4000)}
+    for step, loss in losses.items():
+        expected[counted[step]][0] = expected[2 * counted[step]][1] = loss
+    assert tokens.rows == tuple((str(place), *values) for place, values in expected.items())
+    _, decoded = (view.table for view in found["Acceptance length in validations"])
+    assert decoded.rows == (("2000", "1.9", ""), ("4000", "", "1.9"))
+
+
 @pytest.mark.parametrize(
     ("file", "values", "said"),
     [
         ("data.json", {"fingerprint": "b"}, "The training data differ."),
         ("config.yaml", {"target": {"path": "other"}}, "The targets differ."),
+        ("config.yaml", {"algorithm": "dflash"}, "The algorithms differ: losses are other quantities then"),
+        ("config.yaml", {"draft": {"objective": {"tv": 1.0}}}, "The objectives differ: losses"),
         ("eval.json", {"acceptance_length": 2.0, "prompts": 9}, "The evaluations differ in prompts: 8, 9."),
         ("eval.json", {"prompts": 8, "prompts_digest": "0b"}, "The evaluations differ in prompts_digest: "),
         ("eval.json", {}, "Without an evaluation (eval.json): b."),

@@ -48,6 +48,12 @@ def made_up() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def fp8_weights() -> ModuleType:
+    """fp8_weights.py."""
+    return _by_path("fp8_weights")
+
+
+@pytest.fixture(scope="session")
 def run_cells() -> RunCells:
     """run_cells(cells, ranks, results): the results directory, after every cell has run on that many ranks."""
 

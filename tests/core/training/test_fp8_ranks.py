@@ -2,7 +2,7 @@
 
 Ranks are real processes over gloo. What a rank scales together depends on how the work is divided, so numbers do as
 well: no more, however, than FP8 is off in one process that owns everything. Sizes are multiples of 16, the draft's head
-included, but for those of documents.
+included, but for those of documents. That weights gathered in FP8 are whole weights in FP8 is in test_fp8_gather.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -46,6 +47,11 @@ RUNS = [
     *(("dflash", "row", way) for way in ("alone", "packed, recomputed, offloaded", "ring, a part of the head")),
 ]
 DIVIDED = [run for run in RUNS if run[2] != "alone"]
+GATHERED = [run for run in RUNS if run[2] in WAYS]
+HALF = {"micro_batch_size": 4}
+IN_TURN = {**HALF, "batch": [0, 2, 4, 6, 1, 3, 5, 7]}
+"""One process does what two ranks do at a time."""
+HALVED = [(draft, scaling) for draft in DRAFTS for scaling in ("row", "tensor")]
 
 
 def cells(ranks: int) -> list[Cell]:
@@ -55,6 +61,13 @@ def cells(ranks: int) -> list[Cell]:
         {**given[draft], **ways[way], "fp8": scaling, "name": f"{draft}, {scaling}, {way}"}
         for draft, scaling, way in RUNS
         if way in ways
+    ]
+    if ranks == 2:
+        made += [{**cell, "fp8_gather": True, "name": f"{cell['name']}, gathered"} for cell in made]
+    halves = {"fp8_gather": True, **HALF} if ranks == 2 else IN_TURN
+    made += [
+        {**given[draft], **halves, "fp8": scaling, "name": f"{draft}, {scaling}, halves on {ranks}"}
+        for draft, scaling in HALVED
     ]
     if ranks == 1:
         made += [{**cell, "name": f"{name}, bf16"} for name, cell in given.items()]
@@ -112,3 +125,19 @@ def test_however_the_work_is_divided_fp8_errs_no_more(results: Results, draft: s
     )
     for name in ("sum.sums/supervised", "tokens"):
         assert found[name].tolist() == alone[name].tolist()
+
+
+@pytest.mark.parametrize(("draft", "scaling", "way"), GATHERED)
+def test_weights_gathered_in_fp8_change_nothing(results: Results, draft: str, scaling: str, way: str) -> None:
+    """To the last bit: no weight of these drafts has entries that other scales would round otherwise."""
+    found, other = (results[f"{draft}, {scaling}, {way}{what}"] for what in (", gathered", ""))
+    assert found.keys() == other.keys()
+    assert all(torch.equal(found[name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize(("draft", "scaling"), HALVED)
+def test_ranks_that_gather_in_fp8_do_what_one_process_does_in_turn(results: Results, draft: str, scaling: str) -> None:
+    """The same micro-batches, with whole weights in one process: loss and all gradients to the last bit."""
+    found, alone = (results[f"{draft}, {scaling}, halves on {ranks}"] for ranks in (2, 1))
+    assert found.keys() == alone.keys()
+    assert all(torch.equal(found[name], value) for name, value in alone.items() if name != "positions")

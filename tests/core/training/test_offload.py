@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchspec.core.ops.fp8 import E4M3, scaled
+from torchspec.core.ops.fp8_weight import Fp8Weight
 from torchspec.core.training.offload import HostOffload, offloaded
 
 
@@ -52,6 +54,14 @@ def test_memory_that_was_freed_and_taken_again_is_another_tensor() -> None:
         packed.append(packer.pack(tensor))
         del tensor
     assert [float(packer.unpack(kept)[0]) for kept in packed] == list(range(20))
+
+
+def test_a_weight_in_fp8_stays() -> None:
+    """As all parameters do; its memory is that of the numbers in it."""
+    operand = scaled(torch.randn(16, 32), E4M3, "row", 1 << 20)
+    whole = Fp8Weight(operand.values, operand.scale)
+    for weight in (whole, whole[:, :16]):
+        assert Traffic().hooks().pack(weight) is weight
 
 
 def test_a_tensor_that_was_changed_is_another_one() -> None:

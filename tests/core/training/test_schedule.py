@@ -6,7 +6,7 @@ import math
 import pytest
 
 from torchspec.core.config.schema import TrainConfig
-from torchspec.core.training.schedule import Schedule
+from torchspec.core.training.schedule import Schedule, warmup_warning
 
 TOTAL, WARMUP = 100, 10
 
@@ -48,3 +48,28 @@ def test_constant_stays() -> None:
 def test_short_runs_stay_between_zero_and_the_peak(shape: str, total: int, warmup: int) -> None:
     for update in range(total):
         assert 0 < schedule(shape, warmup_steps=warmup, decay_fraction=1.0).factor(update, total) <= 1
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.015, 0.04, 0.5, 1.0])
+def test_a_warm_up_that_follows_the_run_ends_within_it(ratio: float) -> None:
+    for total in (*range(1, 60), 10_000):
+        made = Schedule.of(TrainConfig(warmup_ratio=ratio))
+        warmup = made.warmup_updates(total)
+        assert warmup == min(math.ceil(ratio * total), total - 1)
+        assert made.factor(warmup, total) == 1.0
+        assert warmup_warning(TrainConfig(warmup_ratio=ratio), total) is None
+
+
+def test_steps_of_a_warm_up_come_before_its_ratio() -> None:
+    both = TrainConfig(warmup_steps=7, warmup_ratio=0.5)
+    assert Schedule.of(both).warmup_updates(100) == 7
+
+
+def test_a_warm_up_as_long_as_the_run_is_named() -> None:
+    config = TrainConfig(warmup_steps=100)
+    assert warmup_warning(config, 101) is None
+    said = warmup_warning(config, 100)
+    assert said is not None
+    assert "train.warmup_steps=100" in said
+    assert "100 steps" in said
+    assert warmup_warning(config, 0) is None  # nobody knows how many

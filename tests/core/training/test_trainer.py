@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchspec.core.config.schema import EvalConfig
 from torchspec.core.data.prompts import Prompt
+from torchspec.core.errors import NonFiniteError
 from torchspec.core.interfaces.algorithm import StepResult
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.parallel.mesh import ParallelContext
@@ -24,7 +25,6 @@ from torchspec.core.training.random_state import untouched
 from torchspec.core.training.schedule import Schedule
 from torchspec.core.training.sharding import local, unsharded_state
 from torchspec.core.training.signals import StopRequest
-from torchspec.core.training.trainer import NonFiniteError
 from torchspec.core.training.validation import Validator
 
 

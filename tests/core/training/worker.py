@@ -43,13 +43,12 @@ from torchspec.core.training.window import run_window
 Cell = dict[str, Any]
 
 
-def load_tiny_run() -> ModuleType:
-    path = Path(__file__).with_name("tiny_run.py")
-    spec = importlib.util.spec_from_file_location("tiny_run", path)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_run"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -232,9 +231,13 @@ def report(results: Path, cell: Cell, found: dict[str, Any]) -> None:
     (results / f"{cell['name']}.json").write_text(json.dumps(found))
 
 
+def fp8_weights(tiny: ModuleType, cell: Cell, context: ParallelContext, results: Path) -> None:
+    load("fp8_weights").run(cell, context, results)
+
+
 def run_cell(cell: Cell, results: Path) -> None:
     os.environ["MASTER_PORT"] = str(cell["port"])
-    tiny = load_tiny_run()
+    tiny = load("tiny_run")
     context = mesh.start(tiny.cpu(), settings.launch(), timedelta(seconds=60))
     kinds = {
         "gradients": gradients,
@@ -242,6 +245,7 @@ def run_cell(cell: Cell, results: Path) -> None:
         "agreement": agreement,
         "failed validation": failed_validation,
         "patience": patience,
+        "fp8 weights": fp8_weights,
     }
     try:
         kinds[cell["kind"]](tiny, cell, context, results)

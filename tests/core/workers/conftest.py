@@ -44,7 +44,12 @@ def options(tiny_target: Path) -> Callable[..., EngineOptions]:
     """As a training on the tiny target gives them."""
 
     def make(
-        *, taps: tuple[int, ...] = TAPS, directory: Path | None = None, rank: int = 0, **more: Any
+        *,
+        taps: tuple[int, ...] = TAPS,
+        directory: Path | None = None,
+        rank: int = 0,
+        images: bool = False,
+        **more: Any,
     ) -> EngineOptions:
         process: dict[str, Any] = {
             "python": Path(sys.executable), "start_timeout": 60.0, "call_timeout": 30.0, "store_mb": 10,
@@ -55,6 +60,7 @@ def options(tiny_target: Path) -> Callable[..., EngineOptions]:
             local_rank=rank,
             taps=taps,
             directory=directory,
+            images=images,
             process=EngineProcess(**{**process, **more}),
         )
 

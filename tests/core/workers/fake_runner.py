@@ -14,16 +14,25 @@ import torch
 
 from torchspec.core.errors import TargetError
 from torchspec.core.features.shared import SharedMemoryStore
-from torchspec.core.interfaces.engine import CaptureRequest, ServedText, ServingCounters
+from torchspec.core.interfaces.engine import CaptureRequest, Images, ServedText, ServingCounters
 from torchspec.core.interfaces.features import Features
+from torchspec.core.models.images import ImageError, open_image
 from torchspec.core.workers.runner import Ask, Facts, Landing, WorkerSettings
 
 DIES, DIES_ONCE, HANGS, REFUSES, SHORT, OTHER, WAITS = 91, 92, 93, 94, 95, 96, 97
 
 
-def features_of(input_ids: Sequence[int], taps: tuple[int, ...], hidden: int) -> Features:
+def brightness(images: Images) -> int:
+    """The first bytes of the images' pixels, added."""
+    try:
+        return sum(open_image(image).tobytes()[0] for image in images)
+    except ImageError as error:
+        raise TargetError(str(error)) from error
+
+
+def features_of(input_ids: Sequence[int], taps: tuple[int, ...], hidden: int, bright: int = 0) -> Features:
     ids_T = torch.tensor(list(input_ids))
-    base_TH = torch.sin(ids_T[:, None] * torch.arange(1, hidden + 1)).float()
+    base_TH = torch.sin(ids_T[:, None] * torch.arange(1, hidden + 1)).float() + bright
     return Features(
         input_ids_T=ids_T,
         taps_TNH=torch.stack([base_TH + tap for tap in taps], 1),
@@ -70,6 +79,7 @@ class FakeRunner:
             context=512,
             vocab_size=300,
             norm_state="pre_norm",
+            no_images=settings.options.get("no_images"),
         )
 
     def capture(self, samples: Sequence[CaptureRequest]) -> list[Future[None]]:
@@ -77,9 +87,9 @@ class FakeRunner:
             line = json.dumps([[each.record_id, *each.input_ids] for each in samples])
             with (Path(self.settings.options["marks"]) / "asked").open("a") as asked:
                 asked.write(line + "\n")
-        return [self.pool.submit(self._capture, each.record_id, list(each.input_ids)) for each in samples]
+        return [self.pool.submit(self._capture, each.record_id, list(each.input_ids), each.images) for each in samples]
 
-    def _capture(self, record_id: str, ids: list[int]) -> None:
+    def _capture(self, record_id: str, ids: list[int], images: Images) -> None:
         if DIES in ids:
             os._exit(9)
         if DIES_ONCE in ids:
@@ -98,7 +108,7 @@ class FakeRunner:
         if OTHER in ids:
             ids = [1] * len(ids)
         assert self.store is not None
-        self.store.put(record_id, features_of(ids, self.settings.taps, self.facts.hidden_size))
+        self.store.put(record_id, features_of(ids, self.settings.taps, self.facts.hidden_size, brightness(images)))
 
     def write(self, asks: Sequence[Ask]) -> list[Future[ServedText]]:
         return [self.pool.submit(self._write, ask) for ask in asks]
@@ -107,7 +117,8 @@ class FakeRunner:
         if DIES in ask.input_ids:
             os._exit(9)
         self.rounds += 1
-        tokens = [(ask.input_ids[-1] + step + ask.seed % 7 * (ask.temperature > 0)) % 90 for step in range(1, 4)]
+        last = ask.input_ids[-1] + brightness(ask.images)
+        tokens = [(last + step + ask.seed % 7 * (ask.temperature > 0)) % 90 for step in range(1, 4)]
         return ServedText(tokens=tuple(tokens[: ask.max_new_tokens]), accepted=(1, 0))
 
     def counters(self) -> ServingCounters:

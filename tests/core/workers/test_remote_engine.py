@@ -323,27 +323,6 @@ def test_other_taps_and_tokens_are_the_callers_mistake(start: Start) -> None:
         ask(engine, [[1, 5000]], MemoryStore())
 
 
-@pytest.mark.parametrize(
-    ("settings", "complaint"),
-    [
-        ({"options": {"fails": "no such model"}}, "fake cannot start: no such model"),
-        (
-            {"options": {"fails": "scheduler died", "says": "[TP0] Traceback:\nnumpy.RangeError: no AMX here\nbye"}},
-            r"cannot start: scheduler died\n.*its log is .*fake.log, with the errors\n    \| RangeError: no AMX here$",
-        ),
-        ({"options": {"exits": 1}}, r"fake ended while it started \(exit code 3\); its log .*the engine says why"),
-        ({"options": {"sleeps": 60}, "start_timeout": 0.5}, r"did not start within 0 s \(engine.start_timeout\)"),
-        ({"options": {"hidden": 7}}, r"not the one for this run:\n    hidden_size is 7, needed 64"),
-    ],
-)
-def test_an_engine_that_does_not_start_says_why(start: Start, settings: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(TargetError) as caught:
-        start(**settings)
-    import re
-
-    assert re.search(complaint, str(caught.value), re.DOTALL), str(caught.value)
-
-
 def test_the_token_is_for_this_user_alone(start: Start, tmp_path: Path) -> None:
     start(directory=tmp_path)
     state = read_state(tmp_path)

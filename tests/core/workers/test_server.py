@@ -286,7 +286,8 @@ def test_hello(served: Served, writing: Served) -> None:
         "protocol": protocol.PROTOCOL, "engine": "tiny", "engine_version": "1.2", "layers": 6, "hidden_size": 4,
         "itemsize": 4,
         "context": 64, "vocab_size": 100, "norm_state": "pre_norm", "target": "/targets/tiny", "taps": [1, 3],
-        "serial": False, "draft": None, "draft_length": 0, "store_bytes": CAPACITY,
+        "serial": False, "no_images": "its worker was not made for them",
+        "draft": None, "draft_length": 0, "store_bytes": CAPACITY,
         "delivery": {"kind": "shared", "root": str(served.store.root)},
     }  # fmt: skip
     other = writing.ask(protocol.HELLO)[1]

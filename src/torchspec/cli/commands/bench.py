@@ -27,14 +27,16 @@ RESULTS, TABLE = "results.json", "results.md"
 
 
 class BenchOptions(TargetOptions):
-    target: Path = Field(Path("embedded"), description="directory of the target model, or `embedded`")
+    target: Path = Field(Path("embedded"), description="directory of the target, or `embedded`")
     output: Path = Field(Path("runs/algorithms"), description="directory of the runs and of the results")
-    recipes: list[str] = Field([], description="names of recipes that ship, or YAML files; default: all that ship")
+    recipes: list[str] = Field(
+        [], description="recipes that ship, by name, or YAML files; default: all that ship for the embedded target"
+    )
     reference: str = Field("eagle3", description="the recipe whose steps the others' budget is counted in")
     steps: Positive = Field(366, description="steps of the reference; the others get as many as cost the same FLOPs")
     data: list[Path] = Field([], description="conversations to train on; default, for `embedded`: its own answers")
     held_out: list[Path] = Field([], description="conversations to decode; default, for `embedded`: those it ships")
-    answers: Positive = Field(3000, description="of the embedded target's answers, so many are trained on")
+    answers: Positive = Field(3000, description="answers of the embedded target to train on")
     samples: Positive = Field(24, description="held-out prompts decoded")
     max_new_tokens: Positive = Field(96, description="tokens generated per prompt")
     draft_length: Positive = Field(5, description="draft length at which acceptance lengths are compared")
@@ -69,10 +71,10 @@ def run(words: Sequence[str]) -> int:
         print(parser().format_help())
         return 0
     if words[0] not in _WORDS:
-        problem = Problem(field="torchspec bench", value=words[0], message="is no command", choices=tuple(_WORDS))
-        raise ConfigError([problem])
-    options, loose, problems = collect_options(parsers()["algorithms"], BenchOptions, words[1:])
-    problems += [Problem(field="torchspec bench", value=word, message="unexpected") for word in loose]
+        raise ConfigError([Problem(field=words[0], message="no such command", choices=tuple(_WORDS))])
+    made = parsers()["algorithms"]
+    options, loose, problems = collect_options(made, BenchOptions, words[1:])
+    problems += made.surplus(loose)
     if options is not None:
         problems += _problems(options)
     if problems or options is None:
@@ -145,20 +147,14 @@ def _configure(options: BenchOptions, path: Path, data: Sequence[Path], values: 
 
 
 def _costs(options: BenchOptions, data: Sequence[Path]) -> dict[str, Cost]:
-    """What each recipe's step costs, from the first samples of the data."""
-    import torch
-
+    """What each recipe's step costs, from samples of the data."""
     from torchspec.cli.comparison import COUNTED_SAMPLES, Cost, flops_per_sample, steps_of
     from torchspec.core.data.dataset import DatasetSettings, TokenDataset, load_dataset
     from torchspec.core.data.tokenizer import load_tokenizer
-    from torchspec.core.models.target_head import load_target_head
     from torchspec.core.models.target_spec import read_target_spec, resolve_target
 
     path = resolve_target(options.target)
     spec = read_target_spec(path, options.trust_remote_code)
-    head = load_target_head(
-        path, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=options.trust_remote_code
-    )
     counted: dict[str, tuple[float, int]] = {}
     datasets: dict[str, TokenDataset] = {}  # recipes mostly read the data alike
     for name, recipe in _recipes(options).items():
@@ -172,7 +168,7 @@ def _costs(options: BenchOptions, data: Sequence[Path]) -> dict[str, Cost]:
                 datasets[alike] = load_dataset(config.data.train, tokenizer, settings, progress)
         dataset = datasets[alike]
         samples = [dataset[place * len(dataset) // COUNTED_SAMPLES] for place in range(COUNTED_SAMPLES)]
-        counted[name] = flops_per_sample(config, spec, head, samples)
+        counted[name] = flops_per_sample(config, spec, samples)
     steps = steps_of({name: flops for name, (flops, _) in counted.items()}, options.reference, options.steps)
     return {
         name: Cost(flops=flops, parameters=parameters, steps=steps[name])

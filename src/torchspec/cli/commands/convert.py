@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +55,7 @@ def run(words: Sequence[str]) -> int:
 
     from torchspec.core.export.conversion import Read, convert
     from torchspec.core.export.layout import FORMATS, recognise
+    from torchspec.core.pipeline.card import converted_facts
 
     if options.target is None:
         print("\n".join(_stored(options.draft, recognise(options.draft))))
@@ -71,6 +72,7 @@ def run(words: Sequence[str]) -> int:
         return 0
     assert options.format is not None
     assert options.output is not None
+    context = replace(context, card=converted_facts(read.algorithm, target, options.draft))
     done = convert(read, FORMATS[options.format], options.output, context, _dtype(options.dtype))
     _say(options.draft, done.source)
     _say(options.output, done.outcome)

@@ -25,12 +25,14 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyda
 OPTIONAL_PACKAGES = ("ray", "pyarrow", "tensorboard", "wandb", "mlflow", "trackio")
 
 _EVERYWHERE = ("json_output", "conformance", "conformance_backend")
+_OF_TARGETS = ("target", "device", "dtype", "trust_remote_code", "engine_python", "engine_url")
+"""What `--target` is looked at with, where no adapter is put through checks."""
 _NO_CHECKS = ("chat_template", "thinking")
 """Of every other command with a target; no check formats a conversation."""
 
 
 class DoctorOptions(JsonOption, EngineFlags):
-    target: Path = Field(Path("embedded"), description="target for --conformance-backend")
+    target: Path = Field(Path("embedded"), description="target to look at, or for --conformance-backend")
     conformance: str | None = Field(None, description="put the adapter of this device through its contract's checks")
     conformance_backend: str | None = Field(None, description="put this engine through its contract's checks")
     topics: list[str] = Field([], description="make only the checks of these topics, e.g. attention collectives")
@@ -39,8 +41,10 @@ class DoctorOptions(JsonOption, EngineFlags):
 def parser() -> Parser:
     made = Parser(
         "doctor",
-        "List every registered device, engine and algorithm: whether it can be used here, why not, and what to\n"
-        "install. Exit code 0 if at least one device and one engine can be used, 1 otherwise.\n\n"
+        "List every registered device, engine, algorithm and tracker: whether it can be used here, why not, and what\n"
+        "to install. Exit code 0 if at least one device and one engine can be used, 1 otherwise.\n\n"
+        "With --target DIR: how its weights are stored (a quantisation, which engines can run it here, what the hf\n"
+        "engine makes of it), from its headers alone. Exit code 1 if no engine can run it, too.\n\n"
         "With --conformance DEVICE or --conformance-backend ENGINE: put that adapter through the checks of its\n"
         "contract (docs/add-hardware.md, docs/add-backend.md), print a table with figures and a verdict. Exit code 0\n"
         "if no check failed, 1 otherwise. The other options but --json are for these checks.",
@@ -58,21 +62,27 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError(problems)
     if options.conformance is not None or options.conformance_backend is not None:
         return _conformance(options)
-    announce("looking at devices, engines and algorithms")
+    announce("looking at devices, engines, algorithms and trackers")
     found = examine()
+    if "target" in options.model_fields_set:
+        from torchspec.cli.target_engines import examine_target
+
+        found["target"] = examine_target(options)
     if options.json_output:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
-    usable = all(any(entry["available"] for entry in found[kind]) for kind in ("devices", "backends"))
-    return 0 if usable else 1
+    needed = [found["devices"], found["backends"], *([found["target"]["engines"]] if "target" in found else [])]
+    return 0 if all(any(entry["available"] for entry in kind) for kind in needed) else 1
 
 
 def _misplaced(options: DoctorOptions) -> list[Problem]:
     """The options that were given and would change nothing."""
     problems: list[Problem] = []
     if options.conformance is not None and options.conformance_backend is not None:
-        problems = [Problem(field="--conformance-backend", message="one adapter at a time", remedy="leave one")]
+        problems = [
+            Problem(field="--conformance-backend", message="one adapter at a time", remedy="leave out --conformance")
+        ]
     for name in DoctorOptions.model_fields:  # in the order of --help
         if name not in options.model_fields_set or name in _EVERYWHERE:
             continue
@@ -82,7 +92,11 @@ def _misplaced(options: DoctorOptions) -> list[Problem]:
             message = "is of the checks of an adapter, and none is named"
             remedy = "name it with --conformance or --conformance-backend"
         elif name != "topics" and options.conformance_backend is None:
+            if options.conformance is None and name in _OF_TARGETS and "target" in options.model_fields_set:
+                continue
             message, remedy = "is of the checks of an engine", "name one with --conformance-backend, or leave it out"
+            if name in _OF_TARGETS and options.conformance is None:
+                message, remedy = "is of a target", "name one with --target, or leave it out"
         else:
             continue
         problems.append(Problem(field=flag_of(name), message=message, remedy=remedy))
@@ -119,7 +133,7 @@ def _check_topics(topics: Sequence[str], known: Sequence[str]) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, and per device, backend and algorithm: name, available, reason, remedy, where it is registered."""
+    """Versions, and per device, backend, algorithm and tracker: name, available, reason, remedy, who registered it."""
     from torchspec.core import registry
 
     return {
@@ -131,6 +145,7 @@ def examine() -> dict[str, Any]:
         "devices": [_adapter(registry.devices(), name) for name in registry.devices().names()],
         "backends": [_adapter(registry.backends(), name) for name in registry.backends().names()],
         "algorithms": [_adapter(registry.algorithms(), name) for name in registry.algorithms().names()],
+        "trackers": [_adapter(registry.trackers(), name) for name in registry.trackers().names()],
     }
 
 
@@ -165,7 +180,7 @@ def _adapter(known: Registry[Any], name: str) -> dict[str, Any]:
         "available": answer.ok,
         "reason": answer.reason,
         "remedy": answer.hint,
-        "capabilities": sorted(spec.capabilities),
+        "capabilities": sorted(getattr(spec, "capabilities", ())),
         **(_fp8(spec) if isinstance(spec, DeviceSpec) and answer.ok else {}),
     }
 
@@ -190,13 +205,22 @@ def _show(found: dict[str, Any]) -> None:
     print(f"torch build: {found['torch_build']}")
     print(", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items()))
     print()
-    for kind in ("devices", "backends", "algorithms"):
-        rows = [
-            (
-                entry["name"],
-                "yes" if entry["available"] else "no",
-                escape("; ".join(part for part in (entry["reason"], entry["remedy"], _fp8_text(entry)) if part)),
-            )
-            for entry in found[kind]
-        ]
-        print_table(kind, ("name", "usable", "why, and what to do"), rows, figures=False)
+    for kind in ("devices", "backends", "algorithms", "trackers"):
+        _print_usable(kind, found[kind])
+    if "target" in found:
+        from torchspec.cli.target_engines import lines
+
+        print("\n".join(lines(found["target"])))
+        _print_usable("engines for this target", found["target"]["engines"])
+
+
+def _print_usable(title: str, entries: Sequence[dict[str, Any]]) -> None:
+    rows = [
+        (
+            entry["name"],
+            "yes" if entry["available"] else "no",
+            escape("; ".join(part for part in (entry["reason"], entry["remedy"], _fp8_text(entry)) if part)),
+        )
+        for entry in entries
+    ]
+    print_table(title, ("name", "usable", "why, and what to do"), rows, figures=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import sys
@@ -75,15 +76,24 @@ def parsers() -> dict[str, Parser]:
         "--target", metavar="PATH", type=Path, required=True, help="directory of the target [required]"
     )
     command.add_argument(
-        "--algorithm", metavar="NAME", default="eagle3", help="whose taps are captured [default: eagle3]"
+        "--algorithm",
+        metavar="NAME",
+        default="eagle3",
+        help="draft algorithm whose default taps are captured [default: eagle3]",
     )
     command.add_argument(
         "--taps", metavar="L,L,L", help="layers to capture instead, counted from 0; none: for `generate`"
     )
     command.add_argument("--dtype", metavar="DTYPE", default="auto", help="precision of the target [default: auto]")
-    command.add_argument("--port", metavar="N", type=int, default=8123, help="where it listens [default: 8123]")
+    command.add_argument("--port", metavar="N", type=_port, default=8123, help="port it listens on [default: 8123]")
     command.add_argument("--python", metavar="PATH", type=Path, help="the engine's Python; default: the installed one")
     return {"install": install, "list": listing, "check": check, "remove": remove, "command": command}
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and 0 < int(text) < 2**16:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65535 (got {text!r})")
 
 
 def _add_engine(parser: Parser, **shape: Any) -> None:
@@ -219,8 +229,8 @@ def _remove(values: dict[str, Any]) -> int:
             message = f"{engine} is installed for several devices"
             raise ConfigError([Problem(field="--device", message=message, choices=tuple(there), remedy="name one")])
         device = there[0] if there else "cpu"
-    announce(f"removing {place(engine, device)}")
     remove(engine, device)
+    announce(f"removed {place(engine, device)}")
     return 0
 
 

@@ -23,13 +23,15 @@ class EvalOptions(DecodingConfig, JsonOption, PromptOptions, EngineFlags):
     engine: str | None = Field(
         None, description="measure the draft in this serving engine, vllm or sglang, and compare it with our decoder"
     )
-    engine_only: bool = Field(False, description="with --engine: without the engine's draftless run and our decoder")
+    engine_only: bool = Field(
+        False, description="with --engine: leave out the engine's run without the draft, and our decoder"
+    )
     tolerance: Fraction = Field(
         0.05, description="with --engine: how far its acceptance length may be from our decoder's, relative"
     )
     sweep: list[Positive] = Field([], description="also measure these draft lengths, side by side")
     prompt_lookup: bool = Field(False, description="also measure n-gram drafting, for comparison")
-    seed: Seed = Field(0, description="of sampling, at temperature > 0")
+    seed: Seed = Field(0, description="seed of sampling, at temperature > 0")
     output: Path | None = Field(None, description="write the figures here as JSON (eval.json)")
     track: bool = Field(False, description="give the figures to the trackers of the run that the draft is in, too")
 

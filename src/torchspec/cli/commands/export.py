@@ -39,12 +39,14 @@ class ExportOptions(Section):
     trust_remote_code: bool = Field(False, description="run Python code found in the target's directory")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the stored tensors")
     base_model: str | None = Field(
-        None, description="OWNER/NAME of the target on the hub, for the model card and what engines look for"
+        None, description="OWNER/NAME of the target on the Hugging Face hub, for the model card and for engines"
     )
-    license: str | None = Field(None, description="of the draft, for its model card; default: what the target's says")
+    license: str | None = Field(
+        None, description="license of the draft, for its model card; default: what the target's card says"
+    )
     results: list[Path] = Field([], description="eval.json files whose figures the model card is to show")
     push_to_hub: str | None = Field(
-        None, description="upload the draft to OWNER/NAME on the hub, which is made private if it is not there"
+        None, description="upload the draft to OWNER/NAME on the Hugging Face hub; a new repository is made private"
     )
     public: bool = Field(False, description="with --push-to-hub: everybody may see it")
 
@@ -96,7 +98,8 @@ def _hub_problems(options: ExportOptions) -> list[Problem]:
     found: list[Problem] = []
     if options.push_to_hub is None:
         if options.public:
-            found.append(Problem(field="--public", message="is for --push-to-hub", remedy="give that too, or leave it"))
+            remedy = "give --push-to-hub too, or leave it out"
+            found.append(Problem(field="--public", message="is for --push-to-hub", remedy=remedy))
     else:
         from torchspec.core.export.hub import hub_problems
 
@@ -115,7 +118,7 @@ def _hub_problems(options: ExportOptions) -> list[Problem]:
 
 def _check_pushable(options: ExportOptions, card: CardFacts) -> None:
     if options.push_to_hub is not None and card.base_model is None:
-        message = "what the target is called there is not known: it was read from a directory of this machine"
+        message = "what the target is called on the hub is not known: it was read from a directory of this machine"
         raise ConfigError([Problem(field="--push-to-hub", message=message, remedy="give --base-model OWNER/NAME")])
 
 

@@ -19,9 +19,9 @@ class GenerateOptions(JsonOption, EngineFlags):
     data: list[Path] = Field(description="JSON, JSONL or Parquet files of conversations", min_length=1)
     output: Path = Field(description="the JSONL file to write; a run that was stopped continues it")
     max_new_tokens: Positive = Field(512, description="tokens of one assistant turn at most")
-    temperature: Temperature = Field(0.0, description="0: greedy")
+    temperature: Temperature = Field(0.0, description="sampling temperature; 0: greedy")
     batch_size: Positive = Field(8, description="conversations written together")
-    seed: Seed = Field(0, description="of sampling, at temperature > 0")
+    seed: Seed = Field(0, description="seed of sampling, at temperature > 0")
 
 
 def parser() -> Parser:

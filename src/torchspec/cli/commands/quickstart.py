@@ -39,23 +39,23 @@ class QuickstartOptions(JsonOption):
     nproc: Positive | None = Field(
         None, description="processes that answer and train; default: one per core on a CPU, up to 4, else 1"
     )
-    generate: int = Field(
+    answers: int = Field(
         3000,
         ge=0,
-        description="train on this many conversations answered by the target itself, which remembers most of its "
-        "answers if it is the embedded one; 0: on the texts as they are",
+        description="train on this many conversations answered by the target itself (most answers of the embedded one "
+        "are remembered); 0: on the conversations as they are",
     )
     samples: Positive = Field(24, description="held-out prompts decoded at the end")
     max_new_tokens: Positive = Field(128, description="tokens generated per prompt")
     sweep: list[Positive] = Field([1, 2, 3, 5], description="draft lengths measured at the end", min_length=1)
-    fresh: bool = Field(False, description="move an earlier run in the output directory aside and start anew")
+    fresh: bool = Field(False, description="move an earlier run in the run directory aside and start anew")
 
 
 def parser() -> Parser:
     made = Parser(
         "quickstart",
         "Build conversations from the Python standard library, let the embedded target answer some of them, train a\n"
-        "draft on its answers, measure it by lossless speculative decoding on held-out questions, and write a report.\n"
+        "draft on its answers, measure it by lossless speculative decoding on held-out prompts, and write a report.\n"
         "Settings of the training can be given as for `torchspec train`. Given again, it continues a run that was\n"
         "stopped.",
         usage="torchspec quickstart [options] [section.key=value ...]",
@@ -79,7 +79,7 @@ def run(words: Sequence[str]) -> int:
     train_files = [data / "train.jsonl"]
     config, _ = _configure(options, data, train_files, overrides)
     nproc = options.nproc or default_nproc(config.device)
-    if options.generate:
+    if options.answers:
         train_files = _answers(options, config, data, nproc)
     else:
         announce("2/5 answers: the texts as they are")
@@ -95,7 +95,7 @@ def run(words: Sequence[str]) -> int:
     _show(options, evaluation)  # first: a full disk must not cost the figures
     announce("5/5 report")
     evaluation.write(options.output / "eval.json")
-    put_result(options.output / "draft", "held-out questions", evaluation.to_json())
+    put_result(options.output / "draft", "held-out prompts", evaluation.to_json())
     if config.train.trackers:
         track_evaluation(options.output, evaluation.to_json())
     page = _report(options.output)
@@ -128,7 +128,7 @@ def _setting_problems(options: QuickstartOptions | None, overrides: Sequence[str
             config, _ = _configure(asked, data, [data / "train.jsonl"], overrides)
             nproc = asked.nproc or default_nproc(config.device)
             earlier = asked.output / "data"
-            count = len(_rows(earlier)) if (earlier / "train.jsonl").exists() else asked.generate
+            count = len(_rows(earlier)) if (earlier / "train.jsonl").exists() else asked.answers
             files = _train_files(asked, data, count, nproc)
             for file in files:
                 file.write_text(_PLACEHOLDER, encoding="utf-8")
@@ -214,9 +214,9 @@ def _rows(data: Path) -> list[str]:
 
 def _train_files(options: QuickstartOptions, data: Path, rows: int, nproc: int) -> list[Path]:
     """What is trained on: the answers, in a file per process that writes them, or the texts as they are."""
-    if not options.generate:
+    if not options.answers:
         return [data / "train.jsonl"]
-    return answer_files(data, min(options.generate, rows), nproc)
+    return answer_files(data, min(options.answers, rows), nproc)
 
 
 def answer_files(data: Path, count: int, nproc: int) -> list[Path]:
@@ -234,7 +234,7 @@ def embedded_answers(target: TargetOptions, data: Path, count: int, nproc: int) 
 def _answers(options: QuickstartOptions, config: RunConfig, data: Path, nproc: int) -> list[Path]:
     """Files of conversations answered by the target itself, one per process, written first if they are not there."""
     rows = _rows(data)
-    count = min(options.generate, len(rows))
+    count = min(options.answers, len(rows))
     announce(f"2/5 answers: the target writes its own to {count} of them, the text a draft learns most from")
     return answers(_target_options(config), data, rows, _train_files(options, data, len(rows), nproc))
 

@@ -1,4 +1,4 @@
-"""`torchspec recipes`: the run files that ship, by name."""
+"""`torchspec recipes`: the files of settings that ship, by name."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def run(words: Sequence[str]) -> int:
     values, overrides, problems = made.split(words)
     file, dry_run, as_json = values.pop("config"), values.pop("dry_run"), values.pop("json")
     if as_json and not dry_run:
-        problems.append(Problem(field="--json", message="means the plan of --dry-run", remedy="give both or neither"))
+        problems.append(Problem(field="--json", message="prints the plan of --dry-run", remedy="give both or neither"))
     nproc = _nproc(values.pop("nproc"), problems)
     if OBJECTIVE in values:
         values[OBJECTIVE] = read_terms(values[OBJECTIVE], problems)

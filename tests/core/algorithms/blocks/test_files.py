@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchspec.core import registry
+from torchspec.core.algorithms.dflash import SPEC
 from torchspec.core.algorithms.dflash.algorithm import DFlash
 from torchspec.core.errors import CheckpointError, ConfigError
 from torchspec.core.export.layout import ExportContext, read_draft, write_draft
@@ -151,8 +152,12 @@ def test_a_draft_that_no_layout_can_hold(make_world: Worlds) -> None:
 
 def test_an_anchor_that_predicts_is_served_nowhere(make_world: Worlds) -> None:
     assert files_of(made(make_world), "speculators").notes == ()
-    (note,) = files_of(made(make_world, sample_from_anchor=True), "speculators").notes
-    assert "serves no DFlash draft whose anchor's slot predicts" in note
+    world = made(make_world, sample_from_anchor=True)
+    (note,) = files_of(world, "speculators").notes
+    assert "no engine is known to serve a DFlash draft whose anchor's slot predicts" in note
+    assert SPEC.unserved is not None
+    assert SPEC.unserved(world.algorithm) == note  # before training, too
+    assert SPEC.unserved(made(make_world).algorithm) is None
 
 
 def zlab(files: DraftFiles) -> dict[str, Any]:
@@ -210,7 +215,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "a mask of a wrong type": (special(mask_token_id="x"), "mask_token_id must be a token"),
     "a mask outside": (special(mask_token_id=300), "mask_token"),
     "taps of a wrong type": (special(target_layer_ids=["a"]), "target_layer_ids must be a list of layer numbers"),
-    "taps outside": (special(target_layer_ids=[0, 1, 2, 3, 12]), "layers 0..7"),
+    "taps outside": (special(target_layer_ids=[0, 1, 2, 3, 12]), "layers 0 to 7"),
     "special of a wrong type": (says(dflash_config=[1]), "dflash_config must be an object"),
     "kinds unknown": (says(layer_types=["full_attention", "linear_attention"]), "linear_attention"),
     "kinds too few": (says(layer_types=["full_attention"]), "1 kinds for 2 layers"),

@@ -23,6 +23,7 @@ from torchspec.core.interfaces.engine import TargetSpec
 from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec
+from torchspec.core.registry import algorithms
 
 
 @pytest.fixture
@@ -45,6 +46,37 @@ def draft_config(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+IDLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("dflash", {"weighting": "dpace", "gamma": 4.0}, {"weighting": "dpace"}),
+    ("dflash", {"dpace_smoothing": 0.2}, {"dpace_smoothing": 0.2, "weighting": "dpace"}),
+    ("dflash", {"lk_eta": 2.0}, {"lk_eta": 2.0, "objective": {"lk_lambda": 1.0}}),
+    ("eagle3", {"lk_eta": 2.0}, {"lk_eta": 2.0, "objective": {"lk_lambda": 1.0}}),
+    (
+        "dspark",
+        {"confidence_head_with_markov": False, "confidence_weight": 0.0},
+        {"confidence_head_with_markov": False},
+    ),
+    ("dspark", {"weighting": "dpace", "gamma": 7.0}, {"weighting": "dpace"}),
+    ("domino", {"coverage": "weight"}, {"coverage": "drop"}),
+    ("mtp", {"init": "random", "coverage": "weight"}, {"init": "random"}),
+    ("peagle", {"depth_ratio": 1.0, "depth_ratio_min": 0.5}, {"depth_ratio": 0.9, "depth_ratio_min": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "idle", "used"), IDLE)
+def test_an_option_that_changes_nothing_is_refused(
+    spec: TargetSpec, name: str, idle: dict[str, Any], used: dict[str, Any]
+) -> None:
+    algorithm = algorithms().spec(name)
+    with pytest.raises(ConfigError, match="means nothing") as caught:
+        algorithm.create(algorithm.options(**idle), spec)
+    assert [problem.field.removeprefix("draft.") in idle for problem in caught.value.problems] == [True]
+    algorithm.create(algorithm.options(**used), spec)
+    # A file of every setting says the defaults, too.
+    defaults = {field: info.default for field, info in algorithm.options.model_fields.items()}  # type: ignore[attr-defined]
+    algorithm.create(algorithm.options(**defaults | used), spec)
 
 
 def test_geometry_comes_from_the_target(spec: TargetSpec) -> None:

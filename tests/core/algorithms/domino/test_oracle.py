@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
         "curriculum": {"start": 0.5, "end": 0.1, "until": 1.0},
         "objective": {"tv": 0.5, "ground_truth": 2.0},
     },
+    "no curriculum": {"progress": 0.0, "share": 0.0, "curriculum": {"start": 0.0, "end": 0.0}},
     "per sequence": {"progress": 0.25, "share": 0.5, "normalisation": "per_sequence", "gamma": 1.5},
     "from the anchor": {"progress": 0.125, "share": 0.75, "sample_from_anchor": True},
 }

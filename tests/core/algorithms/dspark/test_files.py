@@ -52,6 +52,14 @@ def test_files_hold_the_draft_and_an_engine_reads_it_so(make_world: Callable[...
             written(world, layout)
 
 
+def test_what_older_engines_need_is_a_layout_that_can_hold_the_draft(make_world: Callable[..., Any]) -> None:
+    (whole,) = written(make_world(), "speculators").notes
+    assert whole.endswith("they serve the plain layout: torchspec export --format hf")
+    (pruned,) = written(make_world(ids_N=torch.arange(0, 300, 3)), "speculators").notes
+    assert "--format hf" not in pruned
+    assert "serve no draft of a pruned vocabulary" in pruned
+
+
 def test_fields_stand_where_engines_read_them(make_world: Callable[..., Any]) -> None:
     plain, speculators = (written(make_world(taps=(1, 4)), layout).config for layout in ("plain", "speculators"))
     heads = {

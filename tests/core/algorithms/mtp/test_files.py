@@ -27,7 +27,7 @@ from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec
 from torchspec.core.models.target_weights import TargetWeights
-from torchspec.core.pipeline.plan_load import draft_of_shapes
+from torchspec.core.pipeline.draft_shapes import draft_of_shapes
 from torchspec.core.pipeline.rebuild import initial_problems, read_initial
 
 Worlds = Callable[..., Any]

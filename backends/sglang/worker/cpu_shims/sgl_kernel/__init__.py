@@ -16,6 +16,7 @@ from torch import Tensor
 from torchspec_absent import stand_in  # type: ignore[import-not-found]
 
 from . import hashing as hashing  # registers an operator  # noqa: TID251
+from . import named as named  # declares some  # noqa: TID251
 
 __version__ = "0.0.0"
 _MASK_AMONG_NODES = 1  # SGLang's TreeMaskMode.QLEN_ONLY
