@@ -158,7 +158,7 @@ def test_a_prompt_is_the_processors_own(name: str, request: pytest.FixtureReques
     assert list(prompt.input_ids) == list(expected)
     assert [image.source for image in prompt.images] == [str(path)]
     # Who answers text alone gets no prompt without the image that it is about.
-    with pytest.raises(DataError, match="what answers here does not take"):
+    with pytest.raises(DataError, match="what answers here takes text alone"):
         load_prompts([file], tokenizer, settings)
 
 
