@@ -51,9 +51,9 @@ def test_an_engine_as_json() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--conformance", "cpux"), "did you mean 'cpu'?"),
+        (("--conformance", "cpux"), "did you mean cpu?"),
         (("--conformance", "cpu", "--topics", "atention"), "no check is about it (got 'atention')"),
-        (("--conformance-backend", "hff"), "did you mean 'hf'?"),
+        (("--conformance-backend", "hff"), "did you mean hf?"),
         (("--conformance-backend", "hf", "--target", "nowhere"), "nowhere"),
         (("--conformance", "cpu", "--conformance-backend", "hf"), "one adapter at a time"),
         (("--topics", "ops"), "--topics: is of the checks of an adapter, and none is named"),

@@ -1,4 +1,4 @@
-"""Algorithms side by side for `torchspec bench algorithms`: what a step costs each, results.json, the table, the plots."""
+"""Algorithms side by side for `torchspec bench algorithms`: what a step costs each, results.json, table and plots."""
 
 from __future__ import annotations
 

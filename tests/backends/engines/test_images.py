@@ -6,6 +6,7 @@ with another library than this one, and pixels differ by a rounding.
 
 from __future__ import annotations
 
+import ast
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -61,9 +62,9 @@ KINDS = {
     "gemma3": Kind((28, 28), (3, 4, 4, 4, 4, 5)),
     "qwen_vl": Kind((84, 56), (5, 3, 3, 3, 3, 3, 3, 6)),
 }
-TAKEN = [("vllm", "llava"), ("vllm", "qwen_vl"), ("sglang", "qwen_vl")]
-REFUSED = [("vllm", "gemma3"), ("sglang", "gemma3"), ("sglang", "llava")]
-"""SGLang leaves the images of Gemma-3 out; the classes of the others hand out no layers."""
+TAKEN = [("vllm", "llava"), ("vllm", "qwen_vl")]
+REFUSED = [("vllm", "gemma3"), ("sglang", "gemma3"), ("sglang", "llava"), ("sglang", "qwen_vl")]
+"""SGLang on a CPU leaves the images of Gemma-3 and Qwen2.5-VL out; the classes of the others hand out no layers."""
 
 
 def needed(engine: str, name: str, config: pytest.Config) -> None:
@@ -195,3 +196,19 @@ def test_what_an_engine_does_not_take_is_refused_when_it_starts(
     needed(name, kind, request.config)
     with pytest.raises(TargetError):
         registry.load_engine(name, replace(options(target_of(kind), taps=TAPS), images=True))
+
+
+def test_what_sglang_is_handed_is_in_its_source() -> None:
+    """The call that the runner's tests make by hand, against the version that is installed."""
+    environment = find("sglang", "cpu")
+    if environment is None:
+        pytest.skip("no environment of sglang")
+    (source,) = environment.path.glob("lib/python*/site-packages/sglang/srt")
+    tree = ast.parse((source / "entrypoints" / "engine.py").read_text())
+    (call,) = (
+        each for each in ast.walk(tree) if isinstance(each, ast.AsyncFunctionDef) and each.name == "async_generate"
+    )
+    names = {argument.arg for argument in call.args.args + call.args.kwonlyargs}
+    assert {"input_ids", "rid", "sampling_params", "return_hidden_states", "image_data"} <= names
+    assert '"processor_output"' in (source / "multimodal" / "processors" / "base_processor.py").read_text()
+    assert "origin_input_ids_unpadded" in (source / "managers" / "schedule_batch.py").read_text()

@@ -175,7 +175,7 @@ def test_a_damaged_probe_is_done_without(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: Any, tmp_path: Path) -> None:
     config, provenance = make_config(tmp_path / "run", "data.validation=[]", "train.max_steps=1")
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
     assert train(config, provenance=provenance).step == 1
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1]
