@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 def text_prompt(renderer: Renderer, row: Row) -> RenderedText | Rendered:
     """`Renderer.prompt` for whoever answers text alone: RowError for a row with images."""
     if not isinstance(row, TextRow) and row.images:
-        raise RowError("it has images, and what answers here takes text alone (what answers them: docs/targets.md#images)")
+        raise RowError(
+            "it has images, and what answers here takes text alone (what answers them: docs/targets.md#images)"
+        )
     return renderer.prompt(row)
 
 
