@@ -43,7 +43,7 @@ class Case:
     device: str
 
     def masks(self) -> dict[str, MaskSpec]:
-        """`packed`: documents of random lengths; `blocks`: drafted blocks of 16 slots, each with what stands before it."""
+        """`packed`: documents of random lengths; `blocks`: drafted blocks of 16 slots, each with the keys before it."""
         generator = torch.Generator().manual_seed(0)
         cuts_D = torch.randperm(self.tokens - 1, generator=generator)[: self.documents - 1].sort().values + 1
         starts_D = torch.cat([cuts_D.new_zeros(1), cuts_D])
