@@ -16,7 +16,14 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, dyn
 from torchspec.core.config.load import load_config
 from torchspec.core.config.schema import RunConfig
 
+HERE = Path(__file__).resolve().parent
 WORDS = ["the", "quick", "brown", "fox", "returns", "value", "of", "function", "and", "list", "all", "values"]
+
+
+@pytest.fixture(scope="session")
+def table() -> ModuleType:
+    """ci/recipes_table.py."""
+    return _by_path("recipes_table", HERE.parents[2] / "ci")
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +52,8 @@ def policy(online: ModuleType, tiny_llama: Path) -> PreTrainedModel:
     return policy
 
 
-def _by_path(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+def _by_path(name: str, directory: Path = HERE) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, directory / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -251,17 +250,6 @@ def test_an_algorithm_that_wants_numbers_does_not_end_the_plan(
     monkeypatch.setattr("torchspec.core.pipeline.plan_work.step_flops", step_flops)
     plan = make_plan(*make_config(tmp_path / "run"))
     assert "cannot be counted: RuntimeError: wants numbers" in plan.time.verdict()
-
-
-@pytest.fixture(scope="session")
-def table() -> ModuleType:
-    """ci/recipes_table.py."""
-    spec = importlib.util.spec_from_file_location("recipes_table", ROOT / "ci" / "recipes_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_plan_for_another_machine_takes_what_its_vendor_states(table: ModuleType, tmp_path: Path) -> None:

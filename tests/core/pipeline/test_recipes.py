@@ -5,7 +5,6 @@ Targets are configurations alone (tests/fixtures/targets), with the sizes that t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -27,17 +26,6 @@ LEFT_FOR_WORK = 0.05
 """Of a device: what an engine needs beside weights and cache at the least."""
 
 Plans = Callable[[str], dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def table() -> ModuleType:
-    """ci/recipes_table.py."""
-    spec = importlib.util.spec_from_file_location("recipes_table", ROOT / "ci" / "recipes_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
