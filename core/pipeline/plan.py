@@ -69,14 +69,15 @@ class Plan:
                 *(f"  - {each}" for each in self.absent),
                 "",
             ]
+        # The longest first, so that on a screen the end is what was asked for: does it fit, and how long will it take?
+        values = [(row["path"], _shown(row["value"]), f"from {row['source']}") for row in self.settings]
+        lines += ["settings", *aligned(values), ""]
         for title in ("run", "target", "draft", "data", "steps"):
             section: dict[str, Any] = getattr(self, title)
             lines += [title, *aligned([(key, _shown(value), "") for key, value in section.items()]), ""]
         lines += [*self.memory.lines(), ""]
         lines += [] if self.engine is None else [*self.engine.lines(), ""]
-        lines += [*self.time.lines(), ""]
-        values = [(row["path"], _shown(row["value"]), f"from {row['source']}") for row in self.settings]
-        lines += ["settings", *aligned(values)]
+        lines += self.time.lines()
         lines += ["", "notes", *(f"  - {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 

@@ -7,7 +7,8 @@ communication, waiting) takes its time too. So `Rates` are ranges; docs/sizing.m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,12 +95,13 @@ def stated_rates(name: str, *, draft_fp8: bool, target_fp8: bool) -> Rates:
 def measured_rates(device: Device, products: Products, *, cores: int) -> Rates:
     """Of the device that is here, by products of the run's own shapes, for a second or so."""
     place = device.runtime.bind(0)
-    share = cores / torch.get_num_threads() if place.type == "cpu" else 1.0
-    draft = _products(device, place, products.draft, products.rows, products.draft_dtype) * share
-    target = draft
-    if products.target:
-        target = _products(device, place, products.target, products.rows, products.target_dtype) * share
-    memory = _copies(device, place) * (1.0 if place.type == "cpu" else share)
+    share = cores if place.type == "cpu" else 1
+    with _one_thread():
+        draft = _products(device, place, products.draft, products.rows, products.draft_dtype) * share
+        target = draft
+        if products.target:
+            target = _products(device, place, products.target, products.rows, products.target_dtype) * share
+        memory = _copies(device, place)
     kind = str(products.draft_dtype).removeprefix("torch.")
     where = f"on {cores} core(s) of this CPU" if place.type == "cpu" else f"on this {device.name} device"
     how = f"{_rate(draft)} for products of the draft's shapes in {kind}, measured {where}; {_part(REACHED)} are taken"
@@ -109,6 +111,17 @@ def measured_rates(device: Device, products: Products, *, cores: int) -> Rates:
         memory=Range(low=BANDWIDTH_REACHED[0] * memory, high=memory),
         how=f"{how} to be reached",
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several wait for each other, and on a machine with other work one of them always waits for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _part(ends: tuple[float, float]) -> str:

@@ -238,7 +238,12 @@ UNITS = (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0))
 
 
 def about(seconds: Range) -> str:
-    """`about 3 to 6 h`: in the largest unit of which there may be two, and no digit too many."""
+    """`about 3 to 6 h`: in the largest unit of which there may be two, and no digit too many.
+
+    Of seconds nothing is said: what the plan does not count takes as long.
+    """
+    if seconds.high < 60:
+        return "less than a minute"
     unit, each = next(((name, each) for name, each in reversed(UNITS) if seconds.high >= 2 * each), UNITS[0])
     low, high = figures(seconds.low / each, seconds.high / each).split(" to ")
     return f"about {low} to {high} {unit}"
