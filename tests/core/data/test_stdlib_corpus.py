@@ -236,7 +236,7 @@ def test_splits_do_not_move() -> None:
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'dev'; choose one of train, validation, test"):
         list(iter_conversations("dev"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="not a directory"):
         list(iter_conversations("train", stdlib=tmp_path / "none"))
 
 
