@@ -1,4 +1,4 @@
-"""What trainer and worker say to each other: JSON over HTTP, version `PROTOCOL`. Described in docs/engines.md.
+"""What trainer and worker say to each other: JSON over HTTP, version `PROTOCOL`. Described in docs/worker-protocol.md.
 
 No message carries a tensor or anything that would have to be unpickled. Every request bears the worker's token.
 """
