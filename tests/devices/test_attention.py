@@ -228,8 +228,9 @@ def test_lower_precisions_beyond_one_block_of_rows(subject, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_keys_that_a_block_of_rows_shares(subject, dtype: torch.dtype) -> None:
-    problem = Problem(mask="limits:blocks", queries=300, keys=800, heads=(2, 1), dtype=dtype, size=8)
+@pytest.mark.parametrize("queries", [200, 300])  # one block of rows, and more
+def test_keys_that_a_block_of_rows_shares(subject, dtype: torch.dtype, queries: int) -> None:
+    problem = Problem(mask="limits:blocks", queries=queries, keys=800, heads=(2, 1), dtype=dtype, size=8)
     check(subject, problem.spec()[0], problem.tensors(), solve(problem))
 
 
