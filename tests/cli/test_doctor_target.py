@@ -17,7 +17,10 @@ from torchspec.core.models.target_weights import TargetWeights
 
 
 @pytest.fixture
-def look(capsys: pytest.CaptureFixture[str]) -> Any:
+def look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`torchspec doctor` where no engine is installed."""
+    monkeypatch.setenv("TORCHSPEC_ENGINES", str(tmp_path / "engines"))
+
     def call(*words: str) -> tuple[int, str, str]:
         code = main(("doctor", *words))
         out, err = capsys.readouterr()
