@@ -81,7 +81,7 @@ class Registry(Generic[Spec]):
         return spec
 
     def _unknown(self, name: str) -> Problem:
-        near = difflib.get_close_matches(name, self.entries, n=1)
+        near = difflib.get_close_matches(name, self.entries, n=1, cutoff=0.7)  # `gpu` is not a typo of `npu`
         return Problem(
             field=self.kind,
             value=name,

@@ -80,8 +80,9 @@ def test_an_unknown_name_lists_the_choices_and_the_nearest() -> None:
     assert (problem.field, problem.value) == ("device", "cdua")
     assert {"cpu", "cuda", "npu"} <= set(problem.choices)
     assert problem.remedy == "did you mean cuda?"
-    with pytest.raises(ConfigError, match="`torchspec doctor` lists every device"):
-        registry.load_device("abacus")
+    for far in ("abacus", "gpu"):
+        with pytest.raises(ConfigError, match="`torchspec doctor` lists every device"):
+            registry.load_device(far)
 
 
 def test_one_name_from_two_distributions_names_both(install: Install) -> None:
