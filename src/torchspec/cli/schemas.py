@@ -1,4 +1,4 @@
-"""Options that several commands share. Light to import: `--help` and the first line of output come before torch."""
+"""Options that several modules read. Light to import: `--help` and the first line of output come before torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from torchspec.core.config.schema import EngineConfig, Positive, Section, TargetReading
+from torchspec.core.config.schema import DecodingConfig, EngineConfig, Fraction, Positive, Section, Seed, TargetReading
 
 
 class TargetOptions(TargetReading):
@@ -62,3 +62,23 @@ class PromptOptions(TargetOptions):
 
 class JsonOption(Section):
     json_output: bool = Field(False, description="print one JSON object on stdout instead of tables")
+
+
+class EvalOptions(DecodingConfig, JsonOption, PromptOptions, EngineFlags):
+    draft: Path = Field(
+        description="an exported draft (`draft/` of a run, or written by `torchspec export`), or a run or checkpoint"
+    )
+    engine: str | None = Field(
+        None, description="measure the draft in this serving engine, vllm or sglang, and compare it with our decoder"
+    )
+    engine_only: bool = Field(
+        False, description="with --engine: leave out the engine's run without the draft, and our decoder"
+    )
+    tolerance: Fraction = Field(
+        0.05, description="with --engine: how far its acceptance length may be from our decoder's, relative"
+    )
+    sweep: list[Positive] = Field([], description="also measure these draft lengths, side by side")
+    prompt_lookup: bool = Field(False, description="also measure n-gram drafting, for comparison")
+    seed: Seed = Field(0, description="seed of sampling, at temperature > 0")
+    output: Path | None = Field(None, description="write the figures here as JSON (eval.json)")
+    track: bool = Field(False, description="give the figures to the trackers of the run that the draft is in, too")

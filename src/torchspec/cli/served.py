@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from torchspec.cli.console import ProgressDisplay, print_table
+from torchspec.cli.schemas import EvalOptions
 from torchspec.cli.target import Target, load_target
 from torchspec.core import registry, settings
 from torchspec.core.decoding.generation import DecodeSettings
@@ -32,9 +32,6 @@ from torchspec.core.interfaces.algorithm import Algorithm
 from torchspec.core.interfaces.engine import EngineOptions, TargetSpec
 from torchspec.core.models.target_head import load_target_head
 from torchspec.core.models.target_spec import read_target_spec, resolve_target, running_dtype
-
-if TYPE_CHECKING:
-    from torchspec.cli.commands.eval import EvalOptions
 
 
 def evaluate_served(options: EvalOptions, prompts: Sequence[PromptLike], progress: ProgressDisplay) -> ServedResult:

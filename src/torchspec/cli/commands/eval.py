@@ -4,36 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from pydantic import Field
 
 from torchspec.cli.console import ProgressDisplay, announce, write_whole
 from torchspec.cli.options import Parser, add_options, all_flags, read_options
-from torchspec.cli.schemas import EngineFlags, JsonOption, PromptOptions
-from torchspec.core.config.schema import DecodingConfig, Fraction, Positive, Seed
+from torchspec.cli.schemas import EvalOptions
 from torchspec.core.errors import ConfigError, Problem
-
-
-class EvalOptions(DecodingConfig, JsonOption, PromptOptions, EngineFlags):
-    draft: Path = Field(
-        description="an exported draft (`draft/` of a run, or written by `torchspec export`), or a run or checkpoint"
-    )
-    engine: str | None = Field(
-        None, description="measure the draft in this serving engine, vllm or sglang, and compare it with our decoder"
-    )
-    engine_only: bool = Field(
-        False, description="with --engine: leave out the engine's run without the draft, and our decoder"
-    )
-    tolerance: Fraction = Field(
-        0.05, description="with --engine: how far its acceptance length may be from our decoder's, relative"
-    )
-    sweep: list[Positive] = Field([], description="also measure these draft lengths, side by side")
-    prompt_lookup: bool = Field(False, description="also measure n-gram drafting, for comparison")
-    seed: Seed = Field(0, description="seed of sampling, at temperature > 0")
-    output: Path | None = Field(None, description="write the figures here as JSON (eval.json)")
-    track: bool = Field(False, description="give the figures to the trackers of the run that the draft is in, too")
 
 
 def parser() -> Parser:
