@@ -81,7 +81,9 @@ class Registry(Generic[Spec]):
         return spec
 
     def _unknown(self, name: str) -> Problem:
-        near = difflib.get_close_matches(name, self.entries, n=1, cutoff=0.7)  # `gpu` is not a typo of `npu`
+        near = difflib.get_close_matches(name, self.entries, n=2)
+        if len(near) == 2 and len({difflib.SequenceMatcher(None, each, name).ratio() for each in near}) == 1:
+            near = []  # `gpu` is as near to `cpu` as to `npu`, and neither was meant
         return Problem(
             field=self.kind,
             value=name,
