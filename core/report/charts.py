@@ -104,7 +104,7 @@ def lines_png(series: Mapping[str, Points], *, x: str, y: str) -> bytes:
     """As `lines`, with a legend."""
     figure = _lines(series, x=x, y=y, smooth=False, size=PNG_SIZE)
     if len(series) > 1:
-        figure.axes[0].legend(frameon=False, fontsize=8, ncols=min(4, len(series)))
+        figure.axes[0].legend(frameon=False, fontsize=8, ncols=min(4, len(series)), handlelength=3)  # room for dashes
     return _png(figure)
 
 
@@ -220,8 +220,8 @@ def _in_words(title: str, x: str, series: Mapping[str, Points]) -> str:
     return f"{title} over {x}. {'; '.join(told)}."
 
 
-# In an SVG these stand for what style.html makes of them.
-_INK, _SOFT, _GRID = "#010101", "#020202", "#030303"
+# Of files; in an SVG these, too, stand for what style.html makes of them.
+_INK, _SOFT, _GRID = "#1c2330", "#566170", "#d9dee6"
 _NAMED = {_INK: "--ink", _SOFT: "--soft", _GRID: "--line", **{colour: f"--c{i}" for i, colour in enumerate(COLOURS)}}
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _IDS = re.compile(r' id="(?:figure|axes|patch|line2d|matplotlib\.axis|xtick|ytick|text|legend)_\d+"')

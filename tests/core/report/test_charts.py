@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import warnings
@@ -9,6 +10,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from torchspec.core.report import charts
 from torchspec.core.report.charts import Chart, Points, View
@@ -184,3 +186,15 @@ def test_no_two_lines_of_a_chart_look_alike() -> None:
     assert all(one[1] != other[1] for one, other in itertools.pairwise(looks[:6]))
     light = themes()["light"]
     assert [light[f"--c{place}"] for place in range(len(charts.COLOURS))] == list(charts.COLOURS)
+
+
+def test_files_have_the_colours_of_the_light_theme() -> None:
+    """What the names of an SVG stand for would be seen as it is in a file: a grid of nearly black lines, once."""
+    light = themes()["light"]
+    pairs = charts.pairs_png({"a": (2.0, 1.0)}, names=("height", "width"), x="")
+    with Image.open(io.BytesIO(pairs)) as image:
+        pixels = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    assert {light[name] for name in ("--line", "--c0", "--c1")} <= {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in pixels}
+    view = charts.bars("Time", {"a": 1.0}, x="", y="").views[0]
+    assert not re.findall(r": (#[0-9a-f]{6})", view.svg), "a page has names alone"
+    assert {"var(--line)", "var(--ink)", "var(--soft)"} <= set(re.findall(r"var\(--\w+\)", view.svg))
