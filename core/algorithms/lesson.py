@@ -5,58 +5,19 @@ Shape letters: M supervised (slot, step) pairs grouped by step, R target rows, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
+from torchspec.core.algorithms.taught import TaughtBatch
 from torchspec.core.interfaces.algorithm import Moment, StepMemory, StepResult
 from torchspec.core.interfaces.device import Device
-from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.target import TargetHead, VocabularyMap
-from torchspec.core.objectives.chunks import Chunk, LossShape, chunk_rows
 from torchspec.core.objectives.distillation import PairTerms, Supervision
 from torchspec.core.objectives.teachers import teacher_of
 from torchspec.core.objectives.terms import ObjectiveOptions, term_weights
 from torchspec.core.objectives.weighting import per_sequence, step_weights
-from torchspec.core.parallel.sequence import SequenceGroup
-
-
-class TaughtPairs(Protocol):
-    """See `eagle3.batch.Pairs`."""
-
-    @property
-    def slot_M(self) -> Tensor: ...
-    @property
-    def row_M(self) -> Tensor: ...
-    @property
-    def document_M(self) -> Tensor: ...
-    @property
-    def sizes(self) -> tuple[int, ...]: ...
-
-
-class TaughtInputs(Protocol):
-    @property
-    def sequence(self) -> SequenceGroup | None: ...
-
-
-class TaughtBatch(Protocol):
-    """A micro-batch as far as its loss goes; see `eagle3.batch.Batch`."""
-
-    @property
-    def pairs(self) -> TaughtPairs: ...
-    @property
-    def inputs(self) -> TaughtInputs: ...
-    @property
-    def chunks(self) -> Sequence[Chunk]: ...
-    @property
-    def last_RH(self) -> Tensor: ...
-    @property
-    def norm_state(self) -> NormState: ...
-    @property
-    def documents(self) -> int: ...
-    def truth(self, vocabulary: VocabularyMap) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +68,7 @@ def lesson_of(
     base_M, sequences = step_weights(pairs.sizes, decay, **placed), None
     if options.normalisation == "per_sequence":
         coverage_M = teacher.survey(batch.chunks)[pairs.row_M]
-        base_M, sequences = per_sequence(base_M, coverage_M, pairs.document_M, batch.documents, batch.inputs.sequence)
+        base_M, sequences = per_sequence(base_M, coverage_M, pairs.document_M, batch.documents, batch.sequence)
     supervision = Supervision(
         teacher=teacher,
         chunks=batch.chunks,
@@ -118,24 +79,6 @@ def lesson_of(
         truth_M=batch.truth(vocabulary) if truth or "ground_truth" in options.objective else None,
     )
     return Lesson(supervision=supervision, moment=moment, sequences=sequences, counts=counts)
-
-
-def rows_per_chunk(
-    options: ObjectiveOptions, head: TargetHead, memory: StepMemory, loss_bytes: int, *, steps: int, hidden: int,
-    draft_vocabulary: int, target_vocabulary: int,
-) -> int:  # fmt: skip
-    """Target rows per chunk of the loss such that it fits `loss_bytes` (`core.objectives.chunks.chunk_rows`)."""
-    shape = LossShape(
-        steps=steps,
-        hidden=hidden,
-        draft_vocabulary=draft_vocabulary,
-        target_vocabulary=target_vocabulary,
-        itemsize=head.shard_VH.itemsize,
-        with_logs=options.with_logs,
-        ranks=1 if head.shards is None else head.shards.size,
-        shard_logits=memory.shard_logits,
-    )
-    return chunk_rows(shape, loss_bytes)
 
 
 def result_of(numerator: Tensor, sums: dict[str, Tensor]) -> StepResult:

@@ -111,6 +111,10 @@ class Layout:
         wanted = ((piece.start, min(piece.stop + halo, self.length)) for piece in self.pieces(rank))
         return tuple(Piece(min(start, stop), stop) for start, stop in wanted)
 
+    def among(self, place: Tensor, rows: int) -> Tensor:
+        """Where the rank's rows `place` stand among `rows` in which each piece is followed by a halo."""
+        return place + place // self.piece_length * (rows // self.pieces_per_rank - self.piece_length)
+
     def cut(self, x_BT: Tensor, rank: int, halo: int = 0, fill: Any = 0) -> Tensor:
         """The rank's rows of a whole [B, T, ...], each piece followed by its halo: [B, N, X, ...].
 

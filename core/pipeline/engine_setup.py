@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.core import registry
-from torchspec.core.algorithms.starting import config_of
+from torchspec.core.algorithms.options import config_of
 from torchspec.core.config.schema import RunConfig
 from torchspec.core.data.dataset import TokenDataset
 from torchspec.core.errors import ConfigError, Problem

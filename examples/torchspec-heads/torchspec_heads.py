@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from torchspec.core.algorithms.base import DraftAlgorithm
 from torchspec.core.algorithms.blocks.drafter import pick
 from torchspec.core.algorithms.eagle3.batch import Plan, build_batch, halo
 from torchspec.core.algorithms.eagle3.metrics import pair_sums
-from torchspec.core.algorithms.lesson import lesson_of, result_of, rows_per_chunk
-from torchspec.core.algorithms.metrics import summarise
+from torchspec.core.algorithms.lesson import lesson_of, result_of
 from torchspec.core.config.schema import Positive
 from torchspec.core.export.draft_tensors import load_stored
 from torchspec.core.interfaces.algorithm import KEEP_ALL, START, AlgorithmSpec, AttentionShape, DraftFiles, Proposal
@@ -24,8 +24,6 @@ from torchspec.core.interfaces.target import VocabularyMap
 from torchspec.core.objectives.distillation import Head, distil
 from torchspec.core.objectives.frozen import FrozenHead
 from torchspec.core.objectives.terms import ObjectiveOptions
-
-DECAY = 0.8  # weight of a step over that of the step before
 
 
 class HeadsOptions(ObjectiveOptions):
@@ -57,17 +55,13 @@ class HeadsDraft(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
-    options: HeadsOptions
-    target: object
-    geometry: Geometry
-    taps: tuple[int, ...]
+class Heads(DraftAlgorithm):
     name: str = "heads"
     layouts = ("plain",)
+    decay = 0.8
     vocabulary_size = property(lambda self: self.geometry.vocab_size)
     halo = property(lambda self: halo(self.geometry.steps))
     loss_steps = property(lambda self: self.geometry.steps)
-    remembers = property(lambda self: self.options.remembers)
     attention_shape = AttentionShape(query_heads=1, key_heads=1, head_size=1, steps=1)  # there is none
 
     def kept_values(self, *, recompute, moment="backward", text=None):
@@ -76,23 +70,20 @@ class Heads:
     def build_draft(self, vocabulary, head):
         return HeadsDraft(self.geometry)
 
-    def step(self, draft, head, rows, device, memory=KEEP_ALL, moment=START):
-        sizes, budget = self.geometry, memory.loss_bytes or device.ops.loss_bytes
-        of = {"steps": sizes.steps, "hidden": sizes.hidden_size}
-        of |= {"draft_vocabulary": sizes.vocab_size, "target_vocabulary": sizes.vocab_size}
-        count = rows_per_chunk(self.options, head, memory, budget, **of)
-        plan = Plan(steps=sizes.steps, chunk_rows=count, device=head.embedding_VH.device, shards=head.shards)
-        batch = build_batch(rows, plan)
-        lesson = lesson_of(self.options, batch, head, draft.vocabulary, device, memory, moment, decay=DECAY)
+    def plan(self, head, loss_bytes, memory=KEEP_ALL):
+        return Plan(steps=self.geometry.steps, **self.taught_by(head, loss_bytes, memory))
+
+    def assemble(self, rows, plan, moment):
+        return build_batch(rows, plan)
+
+    def run(self, draft, head, batch, device, memory=KEEP_ALL, moment=START):
+        lesson = lesson_of(self.options, batch, head, draft.vocabulary, device, memory, moment, decay=self.decay)
 
         def objective(outputs, output_head):
             numerator, terms = distil(outputs, output_head, lesson.supervision, device.ops)
             return numerator, pair_sums(batch, terms) | {"loss_denominator": lesson.denominator(terms)}
 
         return result_of(*draft(batch.inputs, head, memory.shard_logits, objective))
-
-    def summarise(self, sums):
-        return summarise(sums, DECAY)
 
     def drafter(self, draft, head, device):
         return Session(self.taps, draft, head)

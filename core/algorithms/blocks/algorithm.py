@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from torchspec.core.algorithms.base import DraftAlgorithm
 from torchspec.core.algorithms.blocks import files, serving
 from torchspec.core.algorithms.blocks.batch import Batch, Plan, build_batch
 from torchspec.core.algorithms.blocks.body import BlockDraft, Drafted
@@ -23,8 +24,7 @@ from torchspec.core.algorithms.blocks.initialise import initialise
 from torchspec.core.algorithms.blocks.metrics import block_sums
 from torchspec.core.algorithms.blocks.options import BlockOptions
 from torchspec.core.algorithms.blocks.published import published
-from torchspec.core.algorithms.lesson import Lesson, lesson_of, result_of, rows_per_chunk
-from torchspec.core.algorithms.metrics import summarise
+from torchspec.core.algorithms.lesson import Lesson, lesson_of, result_of
 from torchspec.core.errors import CheckpointError, ConfigError, Problem
 from torchspec.core.export.draft_config import completed, read_config
 from torchspec.core.features.rows import FeatureRows
@@ -54,7 +54,7 @@ class BlockLesson(Lesson):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockAlgorithm:
+class BlockAlgorithm(DraftAlgorithm[Plan, Batch]):
     """The algorithm for one target. `geometry` fixes the draft.
 
     Of a class:
@@ -69,9 +69,7 @@ class BlockAlgorithm:
     options_class: ClassVar[type[BlockOptions]] = BlockOptions
     gaps: ClassVar[bool] = True
     options: BlockOptions
-    target: TargetSpec
     geometry: BlockGeometry
-    taps: tuple[int, ...]
     name: str = "blocks"
 
     @classmethod
@@ -139,10 +137,6 @@ class BlockAlgorithm:
         return ()
 
     @property
-    def vocabulary_size(self) -> int:
-        return self.geometry.draft_vocab_size
-
-    @property
     def layouts(self) -> tuple[str, ...]:
         return files.layouts(self.form, self.geometry)
 
@@ -171,13 +165,7 @@ class BlockAlgorithm:
         return self.geometry.block.halo
 
     @property
-    def remembers(self) -> tuple[str, ...]:
-        """See `Algorithm.remembers`."""
-        return self.options.remembers
-
-    @property
     def decay(self) -> float:
-        """Of the weights from step to step."""
         return self.options.step_decay(self.geometry.block_size)
 
     def kept_values(
@@ -206,7 +194,8 @@ class BlockAlgorithm:
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> BlockDraft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes, and for a mask
         token whose embedding says nothing."""
-        self._check(vocabulary, head)
+        if problems := self.vocabulary_problems(vocabulary) + self._mask_token_problems(head):
+            raise ConfigError(problems)
         draft = self.new_draft(vocabulary)
         initialise(draft, head)
         return draft
@@ -215,41 +204,18 @@ class BlockAlgorithm:
         """Without meaningful weights."""
         return BlockDraft(self.geometry, vocabulary)
 
-    def step(
-        self,
-        draft: nn.Module,
-        head: TargetHead,
-        rows: FeatureRows,
-        device: Device,
-        memory: StepMemory = KEEP_ALL,
-        moment: Moment = START,
-    ) -> StepResult:
-        """The training forward of one micro-batch; see `Algorithm.step`."""
-        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
-        return self.run(draft, head, build_batch(rows, plan, moment), device, memory, moment)
-
     def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
-        """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
         geometry = self.geometry
-        rows = rows_per_chunk(
-            self.options,
-            head,
-            memory,
-            loss_bytes,
-            steps=geometry.block.steps,
-            hidden=geometry.hidden_size,
-            draft_vocabulary=geometry.draft_vocab_size,
-            target_vocabulary=geometry.vocab_size,
-        )
         return Plan(
             shape=geometry.block,
             masks={kind: geometry.mask_of(kind) for kind in sorted(set(geometry.layer_types))},
             anchors=self.options.num_anchors,
-            chunk_rows=rows,
-            device=head.embedding_VH.device,
-            shards=head.shards,
             gaps=self.gaps,
+            **self.taught_by(head, loss_bytes, memory),
         )
+
+    def assemble(self, rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
+        return build_batch(rows, plan, moment)
 
     def run(
         self,
@@ -260,7 +226,6 @@ class BlockAlgorithm:
         memory: StepMemory = KEEP_ALL,
         moment: Moment = START,
     ) -> StepResult:
-        """The training forward of an assembled micro-batch."""
         assert isinstance(draft, BlockDraft)
         lesson = self._lesson(draft.vocabulary, head, batch, device, memory, moment)
 
@@ -316,10 +281,6 @@ class BlockAlgorithm:
         base_M = supervision.base_M * weight_AK.view(-1)[pairs.cell_M].to(supervision.base_M.dtype)
         return replace(lesson, supervision=replace(supervision, base_M=base_M))
 
-    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-        """See `algorithms.metrics.summarise`."""
-        return summarise(sums, self.decay)
-
     def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> BlockDrafter:
         """Drafts with the parameters `draft` holds now, in their precision; `draft` must not be sharded."""
         assert isinstance(draft, BlockDraft)
@@ -336,40 +297,21 @@ class BlockAlgorithm:
 
     def check_taps(self, draft_files: DraftFiles) -> None:
         """CheckpointError where an engine would tap other layers than `taps`."""
-        served = serving.served_taps(draft_files.config)
-        if served != self.taps:
-            raise CheckpointError(
-                f"an engine that reads the exported config.json taps the layers {list(served)}, but the draft was "
-                f"trained on {list(self.taps)}: its tap ids are wrong"
-            )
+        self.check_served_taps(serving.served_taps(draft_files.config))
 
     def extra_fields(self) -> Mapping[str, Any]:
         """What the algorithm adds to config.json."""
         return {}
 
-    def _check(self, vocabulary: VocabularyMap, head: TargetHead) -> None:
-        geometry = self.geometry
-        wanted = (geometry.draft_vocab_size, geometry.vocab_size)
-        problems = []
-        if (vocabulary.size, vocabulary.target_size) != wanted:
-            problems.append(
-                Problem(
-                    field="draft.vocab_size",
-                    value=wanted[0],
-                    message=f"the vocabulary map holds {vocabulary.size} of {vocabulary.target_size} tokens, "
-                    f"the draft is to have {wanted[0]} of {wanted[1]}",
-                    remedy="use the map that belongs to this draft and target",
-                )
+    def _mask_token_problems(self, head: TargetHead) -> list[Problem]:
+        mask = self.geometry.block.mask_token
+        if head.embedding_VH.is_meta or bool(head.embedding_VH[mask].any()):
+            return []
+        return [
+            Problem(
+                field="draft.mask_token",
+                value=mask,
+                message="the target's embedding of it is zero, so that a block's slots could not tell their places",
+                remedy="name a token with an embedding, best one that texts do not contain",
             )
-        mask = geometry.block.mask_token
-        if not head.embedding_VH.is_meta and not bool(head.embedding_VH[mask].any()):
-            problems.append(
-                Problem(
-                    field="draft.mask_token",
-                    value=mask,
-                    message="the target's embedding of it is zero, so that a block's slots could not tell their places",
-                    remedy="name a token with an embedding, best one that texts do not contain",
-                )
-            )
-        if problems:
-            raise ConfigError(problems)
+        ]

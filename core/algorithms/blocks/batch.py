@@ -3,33 +3,27 @@
 A rank runs the blocks whose anchors it owns (`core.parallel.shards`); alone, it owns all. What teaches a block's later
 steps stands in the halo of last hidden states; tokens are whole on every rank's host.
 
-Shape letters: B rows, T positions of the longest row, S positions that this rank owns, N pieces and L positions of a
-piece (S = N L), X = N (L + halo), A blocks of a row, Z slots of a block, Q = A Z, K steps of a block, M supervised
-pairs (grouped by step, then by row and block), R target rows, F = taps x target hidden size, H target hidden size.
+Shape letters: B rows, T positions of the longest row, S positions that this rank owns, A blocks of a row, Z slots of a
+block, Q = A Z, K steps of a block, F = taps x target hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchspec.core.algorithms.blocks.anchors import draw_anchors
+from torchspec.core.algorithms.taught import Pairs, TaughtBatch, TaughtPlan
 from torchspec.core.attention.block import BlockMask
 from torchspec.core.features.rows import PADDING, FeatureRows, TokenRows
 from torchspec.core.interfaces.algorithm import Moment
-from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.mask import MaskSpec
-from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
-from torchspec.core.objectives.chunks import Chunk, plan_chunks, plan_shared_chunks
-from torchspec.core.objectives.teacher import OUTSIDE
-from torchspec.core.ops.transfer import to_device
+from torchspec.core.ops.transfer import fields_to_device, to_device
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
-
-Planned = TypeVar("Planned", "TokenRows", "Pairs", "BlockInputs", "Blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,61 +89,23 @@ class Blocks:
         flat_BX = place_BAK.clamp_max(x_BT.shape[1] - 1).flatten(1)
         return x_BT.gather(1, flat_BX).view(place_BAK.shape).masked_fill(~inside_BAK, fill)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """The supervised (block, step) pairs of this rank and the target rows that teach them.
-
-    slot_M      index of the pair's block into the flattened [B, A]
-    cell_M      index of the pair into the flattened [B, A, K]
-    row_M       its target row; ascending within a step
-    document_M  its document
-    token_M     the token that it predicts
-    place_R     index of each target row into the flattened last hidden states; ascending
-    size_K      pairs of each step; they sum to M
-    sizes       the same on the host
-    """
-
-    slot_M: Tensor
-    cell_M: Tensor
-    row_M: Tensor
-    document_M: Tensor
-    token_M: Tensor
-    place_R: Tensor
-    size_K: Tensor
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, blocks: Blocks, tokens: TokenRows, steps: int, layout: Layout, last_rows: int, gaps: bool) -> Pairs:
-        """A piece has `last_rows` last hidden states. Without `gaps` a block's supervision ends with its first token
-        that has none."""
-        predicted_BAK = blocks.ahead(tokens.input_ids_BT, 1, steps, 0)
-        document_BAK = blocks.ahead(tokens.document_BT, 1, steps, PADDING)
-        document_BA = tokens.document_BT.gather(1, blocks.anchor_BA)
-        supervised_BAK = blocks.ahead(tokens.loss_mask_BT, 1, steps, False)
-        supervised_BAK &= (document_BAK == document_BA[..., None]) & blocks.real_BA[..., None]
+    def pairs(self, rows: FeatureRows, steps: int, gaps: bool) -> Pairs:
+        """The supervised (block, step) pairs: step 0 is taught by the anchor's own row. Without `gaps` a block's
+        supervision ends with its first token that has none."""
+        tokens, count, last_rows = rows.tokens, self.count, rows.last_BXH.shape[1]
+        document_BA = tokens.document_BT.gather(1, self.anchor_BA)
+        document_BAK = self.ahead(tokens.document_BT, 1, steps, PADDING)
+        supervised_BAK = self.ahead(tokens.loss_mask_BT, 1, steps, False)
+        supervised_BAK &= (document_BAK == document_BA[..., None]) & self.real_BA[..., None]
         if not gaps:
             supervised_BAK = supervised_BAK.cumprod(-1).bool()
-        rows, count = blocks.anchor_BA.shape
-        pieces, length = layout.pieces_per_rank, layout.piece_length
-        found = [supervised_BAK[:, :, step].nonzero(as_tuple=True) for step in range(steps)]
-        places = []
-        for step, (b, a) in enumerate(found):
-            i = blocks.place_BA[b, a]
-            places.append((b * pieces + i // length) * last_rows + i % length + step)
-        place_M = torch.cat(places)
-        teaches = torch.zeros(rows * pieces * last_rows, dtype=torch.bool)
-        teaches[place_M] = True
-        sizes = tuple(b.numel() for b, _ in found)
-        return cls(
-            slot_M=torch.cat([b * count + a for b, a in found]),
-            cell_M=torch.cat([(b * count + a) * steps + step for step, (b, a) in enumerate(found)]),
-            row_M=(teaches.long().cumsum(0) - 1)[place_M],
-            document_M=torch.cat([document_BA[b, a] for b, a in found]),
-            token_M=torch.cat([predicted_BAK[b, a, step] for step, (b, a) in enumerate(found)]),
-            place_R=teaches.nonzero()[:, 0],
-            size_K=torch.tensor(sizes),
-            sizes=sizes,
+        return Pairs.of(
+            supervised_BAK,
+            self.ahead(tokens.input_ids_BT, 1, steps, 0),
+            document_BA,
+            rows.layout.among(self.place_BA, last_rows),
+            last_rows,
+            lambda b, a, _: b * count + a,
         )
 
 
@@ -179,47 +135,23 @@ class BlockInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch on the device. `last_RH` are the target's last hidden states at the teaching positions; every
-    eligible anchor was taken at `whole_BT`'s positions."""
+class Batch(TaughtBatch):
+    """One micro-batch on the device; every eligible anchor was taken at `whole_BT`'s positions."""
 
-    tokens: TokenRows
     blocks: Blocks
     inputs: BlockInputs
-    pairs: Pairs
-    chunks: tuple[Chunk, ...]
-    last_RH: Tensor
-    norm_state: NormState
-    documents: int
     whole_BT: Tensor
-
-    def truth(self, vocabulary: VocabularyMap) -> Tensor:
-        """Draft index of the token that each pair predicts, [M]; OUTSIDE if the draft cannot say it."""
-        token_M = self.pairs.token_M
-        place_M = torch.searchsorted(vocabulary.ids_N, token_M).clamp_max(vocabulary.size - 1)
-        return torch.where(vocabulary.ids_N[place_M] == token_M, place_M, OUTSIDE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a micro-batch is to be run: the most anchors of a document, the context masks of the kinds of layers, target
-    rows per chunk of the loss, where, and whether ranks share the target's head and so the chunks.
-
-    gaps   whether a block goes on to be supervised behind a token that is not
-    """
+class Plan(TaughtPlan):
+    """How a micro-batch is to be run: the most anchors of a document, the context masks of the kinds of layers, and
+    whether a block goes on to be supervised behind a token that is not (`gaps`)."""
 
     shape: BlockShape
     masks: dict[str, BlockMask]
     anchors: int
-    chunk_rows: int
-    device: torch.device
-    shards: VocabularyShards | None = None
     gaps: bool = True
-
-    def chunks(self, pairs: Pairs) -> tuple[Chunk, ...]:
-        """Of pairs on the host; a collective over those who share the head."""
-        cut = (pairs.row_M, pairs.sizes, pairs.place_R.numel(), self.chunk_rows)
-        return plan_chunks(*cut) if self.shards is None else plan_shared_chunks(*cut, self.shards)
 
 
 def build_batch(rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
@@ -227,14 +159,12 @@ def build_batch(rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
 
     Without any anchor one stand-in block per row runs all the same, unsupervised: parameters must be used.
     """
-    tokens, layout, shape = rows.tokens, rows.layout, plan.shape
+    tokens, layout, shape, device = rows.tokens, rows.layout, plan.shape, plan.device
     chosen_BT, whole_BT = draw_anchors(tokens, moment.draws, plan.anchors)
     peers = [rows.rank] if rows.sequence is None else list(rows.sequence.peers)
     counts = [int(layout.cut(chosen_BT, rank, fill=False).flatten(1).sum(1).max()) for rank in peers]
     theirs = {rank: Blocks.of(chosen_BT, tokens, layout, rank, max(1, *counts)) for rank in peers}
     blocks = theirs[rows.rank]
-    last_rows = rows.last_BXH.shape[1] // layout.pieces_per_rank
-    pairs = Pairs.of(blocks, tokens, shape.steps, layout, last_rows, plan.gaps)
     inputs = BlockInputs(
         tokens_BQ=_slot_tokens(blocks, tokens, shape),
         before_BAK=blocks.ahead(tokens.input_ids_BT, 0, shape.steps, 0),
@@ -244,18 +174,11 @@ def build_batch(rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
         layout=layout,
         sequence=rows.sequence,
     )
-    device = plan.device
-    last_BXH = to_device(rows.last_BXH, device)
     return Batch(
-        tokens=_moved(tokens, device),
-        blocks=_moved(blocks, device),
-        inputs=_moved(inputs, device),
-        pairs=_moved(pairs, device),
-        chunks=plan.chunks(pairs),
-        last_RH=last_BXH.flatten(0, 1)[to_device(pairs.place_R, device)],
-        norm_state=rows.norm_state,
-        documents=int(tokens.document_BT.max()) + 1,
+        blocks=fields_to_device(blocks, device),
+        inputs=fields_to_device(inputs, device),
         whole_BT=to_device(whole_BT, device),
+        **plan.taught(rows, blocks.pairs(rows, shape.steps, plan.gaps)),
     )
 
 
@@ -282,11 +205,3 @@ def _context(mask: BlockMask, peers: list[Blocks]) -> MaskSpec:
     """Limits in positions of the whole sequence, of the blocks of all peers."""
     anchors, firsts = ([getattr(peer, name) for peer in peers] for name in ("anchor_BA", "first_BA"))
     return mask.context(torch.cat(anchors, dim=1), torch.cat(firsts, dim=1))
-
-
-def _moved(planned: Planned, device: torch.device) -> Planned:
-    """Every tensor of it on `device`; the host does not wait for the copies."""
-    moved: dict[str, Any] = {
-        name: to_device(value, device) for name, value in vars(planned).items() if isinstance(value, Tensor)
-    }
-    return replace(planned, **moved)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.core.algorithms.blocks.batch import BlockInputs
 from torchspec.core.algorithms.blocks.geometry import BlockGeometry
+from torchspec.core.algorithms.vocabulary import VocabularyModule
 from torchspec.core.attention.block import BlockForm, block_attention
 from torchspec.core.attention.forms import AttentionForm, attention_form
 from torchspec.core.interfaces.device import Device
@@ -135,38 +136,24 @@ class Drafted:
     normed: Tensor | None = None
 
 
-class BlockDraft(nn.Module):
+class BlockDraft(VocabularyModule):
     """fc over the taps and its norm, decoder layers, final norm."""
 
-    d2t: Tensor
-    t2d: Tensor
-
     def __init__(self, geometry: BlockGeometry, vocabulary: VocabularyMap) -> None:
-        super().__init__()
+        super().__init__(vocabulary)
         size, eps = geometry.hidden_size, geometry.rms_norm_eps
         self.geometry = geometry
         self.fc = LinearMap(geometry.num_taps * geometry.target_hidden_size, size)
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(BlockLayer(geometry, kind) for kind in geometry.layer_types)
         self.norm = RMSNorm(size, eps)
-        self.register_buffer("d2t", vocabulary.d2t_N)
-        self.register_buffer("t2d", vocabulary.t2d_V)
         self.rotary = geometry.rotary()
         self.target_rows = FrozenHead()
-        self._map: tuple[Tensor, int, VocabularyMap] | None = None
 
     @property
     def correction(self) -> Correction | None:
         """What an algorithm adds to the logits; nothing here."""
         return None
-
-    @property
-    def vocabulary(self) -> VocabularyMap:
-        """The map that `d2t` says, made anew only when the buffer changed: its host copy is kept between steps."""
-        if self._map is None or self._map[0] is not self.d2t or self._map[1] != self.d2t._version:
-            vocabulary = VocabularyMap.from_offsets(self.d2t, self.geometry.vocab_size)
-            self._map = (self.d2t, self.d2t._version, vocabulary)
-        return self._map[2]
 
     def forward(
         self,

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from torchspec.core.algorithms.starting import with_own_config
+from torchspec.core.algorithms.options import DraftOptions
 from torchspec.core.config.schema import Positive
-from torchspec.core.objectives.terms import ObjectiveOptions, Term, Weight
+from torchspec.core.objectives.terms import Term, Weight
 
 LayerKind = Literal["full", "sliding"]
 GAMMA_OF_16 = 7.0
 
 
-class BlockOptions(ObjectiveOptions):
-    config: Path | None = Field(
-        None, description="a draft config.json to take the geometry from; default: that of `init_from`"
-    )
-    init_from: Path | None = Field(
-        None, description="draft to start from: published (docs/checkpoints.md), exported, or a checkpoint"
-    )
+class BlockOptions(DraftOptions):
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None,
         description="target layers whose outputs feed the draft, 0-based; default: five of n, evenly from 1 to n - 3",
@@ -90,14 +83,3 @@ class BlockOptions(ObjectiveOptions):
             yield "gamma", "with draft.weighting=dpace"
         else:
             yield "dpace_smoothing", "without draft.weighting=dpace"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_start(cls, given: Any) -> Any:
-        return with_own_config(given)
-
-    @field_validator("config")
-    @classmethod
-    def _the_file(cls, config: Path | None) -> Path | None:
-        """The file itself: checkpoints carry the files that options name, and compare them by their contents."""
-        return config / "config.json" if config is not None and config.is_dir() else config

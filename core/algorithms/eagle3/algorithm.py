@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from torchspec.core.algorithms.base import DraftAlgorithm
 from torchspec.core.algorithms.eagle3 import serving
 from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch, halo
 from torchspec.core.algorithms.eagle3.derive import derive
@@ -18,11 +19,10 @@ from torchspec.core.algorithms.eagle3.drafter import Eagle3Drafter
 from torchspec.core.algorithms.eagle3.geometry import Geometry
 from torchspec.core.algorithms.eagle3.initialise import initialise
 from torchspec.core.algorithms.eagle3.metrics import pair_sums
-from torchspec.core.algorithms.eagle3.model import Eagle3Draft, vocabulary_of
+from torchspec.core.algorithms.eagle3.model import Eagle3Draft
 from torchspec.core.algorithms.eagle3.options import Eagle3Options
-from torchspec.core.algorithms.lesson import lesson_of, result_of, rows_per_chunk
-from torchspec.core.algorithms.metrics import summarise
-from torchspec.core.errors import CheckpointError, ConfigError, Problem
+from torchspec.core.algorithms.lesson import lesson_of, result_of
+from torchspec.core.algorithms.vocabulary import vocabulary_of
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import (
     KEEP_ALL,
@@ -40,13 +40,11 @@ from torchspec.core.objectives.distillation import Head, PairTerms, Supervision,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3:
+class Eagle3(DraftAlgorithm[Plan, Batch]):
     """The algorithm for one target. `geometry` fixes the draft; `create` derives it."""
 
     options: Eagle3Options
-    target: TargetSpec
     geometry: Geometry
-    taps: tuple[int, ...]
     name: str = "eagle3"
 
     @classmethod
@@ -54,10 +52,6 @@ class Eagle3:
         """Raises ConfigError with everything about the options that does not fit the target."""
         geometry, taps = derive(options, target)
         return cls(options=options, target=target, geometry=geometry, taps=taps)
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self.geometry.draft_vocab_size
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -97,7 +91,7 @@ class Eagle3:
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> Eagle3Draft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
-        self._check(vocabulary)
+        self.check_vocabulary(vocabulary)
         draft = Eagle3Draft(self.geometry, vocabulary)
         initialise(draft, head)
         return draft
@@ -110,7 +104,7 @@ class Eagle3:
             query_heads=geometry.num_attention_heads,
             key_heads=geometry.num_key_value_heads,
             head_size=geometry.head_dim,
-            steps=self.options.unroll,
+            steps=self.loss_steps,
         )
 
     @property
@@ -124,41 +118,14 @@ class Eagle3:
         return halo(self.options.unroll)
 
     @property
-    def remembers(self) -> tuple[str, ...]:
-        """See `Algorithm.remembers`."""
-        return self.options.remembers
-
-    def step(
-        self,
-        draft: nn.Module,
-        head: TargetHead,
-        rows: FeatureRows,
-        device: Device,
-        memory: StepMemory = KEEP_ALL,
-        moment: Moment = START,
-    ) -> StepResult:
-        """The training forward of one micro-batch; see `Algorithm.step`."""
-        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
-        return self.run(draft, head, build_batch(rows, plan), device, memory, moment)
+    def decay(self) -> float:
+        return self.options.step_decay
 
     def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
-        """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
-        rows = rows_per_chunk(
-            self.options,
-            head,
-            memory,
-            loss_bytes,
-            steps=self.options.unroll,
-            hidden=self.geometry.hidden_size,
-            draft_vocabulary=self.geometry.draft_vocab_size,
-            target_vocabulary=self.geometry.vocab_size,
-        )
-        return Plan(
-            steps=self.options.unroll,
-            chunk_rows=rows,
-            device=head.embedding_VH.device,
-            shards=head.shards,
-        )
+        return Plan(steps=self.options.unroll, **self.taught_by(head, loss_bytes, memory))
+
+    def assemble(self, rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
+        return build_batch(rows, plan)
 
     def run(
         self,
@@ -169,9 +136,8 @@ class Eagle3:
         memory: StepMemory = KEEP_ALL,
         moment: Moment = START,
     ) -> StepResult:
-        """The training forward of an assembled micro-batch."""
-        options = self.options
-        lesson = lesson_of(options, batch, head, vocabulary_of(draft), device, memory, moment, decay=options.step_decay)
+        options, vocabulary = self.options, vocabulary_of(draft)
+        lesson = lesson_of(options, batch, head, vocabulary, device, memory, moment, decay=self.decay)
 
         def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
             numerator, terms = self.teach(outputs, output_head, lesson.supervision, device.ops)
@@ -188,10 +154,6 @@ class Eagle3:
         """The loss of all steps; the place for another one (docs/add-an-algorithm.md, `objectives.own.distil_by`)."""
         return distil(outputs, head, supervision, ops)
 
-    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-        """See `algorithms.metrics.summarise`."""
-        return summarise(sums, self.options.step_decay)
-
     def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> Eagle3Drafter:
         """Drafts with the parameters `draft` holds now, in their precision; `draft` must not be sharded."""
         assert isinstance(draft, Eagle3Draft)
@@ -205,22 +167,5 @@ class Eagle3:
     def serve(
         self, files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
     ) -> Tensor:
-        served = serving.served_taps(files.config, self.target.num_layers)
-        if served != self.taps:
-            raise CheckpointError(
-                f"an engine that reads the exported config.json taps the layers {list(served)}, but the draft was "
-                f"trained on {list(self.taps)}: its tap ids are wrong"
-            )
+        self.check_served_taps(serving.served_taps(files.config, self.target.num_layers))
         return serving.serve(files, head, taps_TNH, next_tokens_T, drafted_L)
-
-    def _check(self, vocabulary: VocabularyMap) -> None:
-        wanted = (self.geometry.draft_vocab_size, self.geometry.vocab_size)
-        if (vocabulary.size, vocabulary.target_size) != wanted:
-            problem = Problem(
-                field="draft.vocab_size",
-                value=wanted[0],
-                message=f"the vocabulary map holds {vocabulary.size} of {vocabulary.target_size} tokens, "
-                f"the draft is to have {wanted[0]} of {wanted[1]}",
-                remedy="use the map that belongs to this draft and target",
-            )
-            raise ConfigError([problem])

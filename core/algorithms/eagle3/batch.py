@@ -7,31 +7,23 @@ A rank plans and runs the slots that it owns (`core.parallel.shards`); alone, it
 piece stands in the halo: K rows of last hidden states, K + 1 of tokens, masks and documents.
 
 Shape letters: B rows, T positions of the longest row, S slots that this rank owns, N pieces and L slots of a piece
-(S = N L), Q running slots per row, K unroll steps, M supervised pairs (grouped by step, then by row and slot),
-X = N (L + K), R target rows (positions that teach at least one pair), F = taps x target hidden size, H target hidden
-size.
+(S = N L), Q running slots per row, K unroll steps, X = N (L + K), F = taps x target hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from torchspec.core.algorithms.taught import Pairs, TaughtBatch, TaughtPlan
 from torchspec.core.features.rows import PADDING, FeatureRows, TokenRows
-from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.mask import MaskSpec
-from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
-from torchspec.core.objectives.chunks import Chunk, plan_chunks, plan_shared_chunks
-from torchspec.core.objectives.teacher import OUTSIDE
-from torchspec.core.ops.transfer import to_device
+from torchspec.core.ops.transfer import fields_to_device
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
-
-Planned = TypeVar("Planned", "TokenRows", "Pairs", "Slots", "UnrollInputs")
 
 DENSE = 0.9
 """Share of running slots above which all of them run."""
@@ -83,55 +75,11 @@ class OwnRows:
         steps = [self.input_ids_BNX[:, :, step + 2 : step + 2 + length] for step in range(self.steps)]
         return torch.stack(steps, dim=-1).flatten(1, 2)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """The supervised (slot, step) pairs of this rank and the target rows that teach them.
-
-    slot_M      index of the pair's slot into the flattened [B, Q]
-    cell_M      index of the pair into the flattened [B, S, K]
-    row_M       its target row; ascending within a step
-    document_M  its document
-    token_M     the token that it predicts
-    place_R     index of each target row into the flattened last hidden states; ascending
-    size_K      pairs of each step; they sum to M
-    sizes       the same on the host
-    """
-
-    slot_M: Tensor
-    cell_M: Tensor
-    row_M: Tensor
-    document_M: Tensor
-    token_M: Tensor
-    place_R: Tensor
-    size_K: Tensor
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, own: OwnRows, rank_BS: Tensor, queries: int, last_rows: int) -> Pairs:
-        """`rank_BS` is each running slot's place among the `queries`; a piece has `last_rows` last hidden states."""
-        supervised_BSK = own.supervised_BSK()
-        slots, steps, length = supervised_BSK.shape[1], own.steps, own.piece_length
-        pieces = slots // length
-        found = [supervised_BSK[:, :, step].nonzero(as_tuple=True) for step in range(steps)]
-        # Step k of slot i is taught by the k + 1 rows later one, which may lie in the halo.
-        place_M = torch.cat(
-            [(b * pieces + i // length) * last_rows + i % length + 1 + step for step, (b, i) in enumerate(found)]
-        )
-        teaches = torch.zeros(supervised_BSK.shape[0] * pieces * last_rows, dtype=torch.bool)
-        teaches[place_M] = True
-        predicted_BSK, document_BS = own.predicted_BSK(), own.document_BS
-        sizes = tuple(b.numel() for b, _ in found)
-        return cls(
-            slot_M=torch.cat([b * queries + rank_BS[b, i] for b, i in found]),
-            cell_M=torch.cat([(b * slots + i) * steps + step for step, (b, i) in enumerate(found)]),
-            row_M=(teaches.long().cumsum(0) - 1)[place_M],
-            document_M=torch.cat([document_BS[b, i] for b, i in found]),
-            token_M=torch.cat([predicted_BSK[b, i, step] for step, (b, i) in enumerate(found)]),
-            place_R=teaches.nonzero()[:, 0],
-            size_K=torch.tensor(sizes),
-            sizes=sizes,
-        )
+    def pairs(self, supervised_BSK: Tensor, rows: FeatureRows, slot: Callable[[Tensor, Tensor, int], Tensor]) -> Pairs:
+        """Slot i's step 0 is taught by the next row, which may lie in the halo; `slot` as in `Pairs.of`."""
+        last_rows, document_BS = rows.last_BXH.shape[1], self.document_BS
+        teacher_BS = (rows.layout.among(torch.arange(rows.layout.rows), last_rows) + 1).expand_as(document_BS)
+        return Pairs.of(supervised_BSK, self.predicted_BSK(), document_BS, teacher_BS, last_rows, slot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,22 +140,10 @@ class UnrollInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch on the device. `last_RH` are the target's last hidden states at the teaching positions."""
+class Batch(TaughtBatch):
+    """One micro-batch on the device."""
 
-    tokens: TokenRows
     inputs: UnrollInputs
-    pairs: Pairs
-    chunks: tuple[Chunk, ...]
-    last_RH: Tensor
-    norm_state: NormState
-    documents: int
-
-    def truth(self, vocabulary: VocabularyMap) -> Tensor:
-        """Draft index of the token that each pair predicts, [M]; OUTSIDE if the draft cannot say it."""
-        token_M = self.pairs.token_M
-        place_M = torch.searchsorted(vocabulary.ids_N, token_M).clamp_max(vocabulary.size - 1)
-        return torch.where(vocabulary.ids_N[place_M] == token_M, place_M, OUTSIDE)
 
 
 def running_slots(peers: Sequence[Tensor]) -> list[tuple[Slots, Tensor]]:
@@ -233,19 +169,10 @@ def running_slots(peers: Sequence[Tensor]) -> list[tuple[Slots, Tensor]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a micro-batch is to be run: unroll steps, target rows per chunk of the loss, where, and whether ranks share
-    the target's head and so the chunks."""
+class Plan(TaughtPlan):
+    """How a micro-batch is to be run: with so many unroll steps."""
 
     steps: int
-    chunk_rows: int
-    device: torch.device
-    shards: VocabularyShards | None = None
-
-    def chunks(self, pairs: Pairs) -> tuple[Chunk, ...]:
-        """Of pairs on the host; a collective over those who share the head."""
-        cut = (pairs.row_M, pairs.sizes, pairs.place_R.numel(), self.chunk_rows)
-        return plan_chunks(*cut) if self.shards is None else plan_shared_chunks(*cut, self.shards)
 
 
 def build_batch(rows: FeatureRows, plan: Plan) -> Batch:
@@ -253,34 +180,24 @@ def build_batch(rows: FeatureRows, plan: Plan) -> Batch:
 
     A document too short to predict anything has no supervised pair. Without any, one slot per row runs all the same.
     """
-    tokens, layout = rows.tokens, rows.layout
+    tokens, layout, device = rows.tokens, rows.layout, plan.device
     peers = [rows.rank] if rows.sequence is None else list(rows.sequence.peers)
     theirs = {rank: OwnRows.of(tokens, layout, rank, plan.steps) for rank in peers}
     ran = running_slots([theirs[rank].supervised_BSK() for rank in peers])
     slots, rank_BS = ran[peers.index(rows.rank)]
     slots = replace(slots, pieces=layout.pieces_per_rank, length=layout.piece_length)
-    own = theirs[rows.rank]
-    pairs = Pairs.of(own, rank_BS, slots.index_BQ.shape[1], rows.last_BXH.shape[1] // layout.pieces_per_rank)
+    own, queries = theirs[rows.rank], slots.index_BQ.shape[1]
+    pairs = own.pairs(own.supervised_BSK(), rows, lambda b, i, _: b * queries + rank_BS[b, i])
     inputs = UnrollInputs(
         tokens_BX=own.input_ids_BNX[:, :, :-1].flatten(1),
         taps_BSF=rows.taps_BSF,
         **_rotations(tokens, layout, rows.rank, slots, plan.steps),
-        slots=slots,
+        slots=fields_to_device(slots, device),
         mask=_mask(tokens, layout, {rank: ran[n][0] for n, rank in enumerate(peers)}),
         layout=layout,
         sequence=rows.sequence,
     )
-    device = plan.device
-    last_BXH = to_device(rows.last_BXH, device)
-    return Batch(
-        tokens=_moved(tokens, device),
-        inputs=replace(_moved(inputs, device), slots=_moved(slots, device)),
-        pairs=_moved(pairs, device),
-        chunks=plan.chunks(pairs),
-        last_RH=last_BXH.flatten(0, 1)[to_device(pairs.place_R, device)],
-        norm_state=rows.norm_state,
-        documents=int(tokens.document_BT.max()) + 1,
-    )
+    return Batch(inputs=fields_to_device(inputs, device), **plan.taught(rows, pairs))
 
 
 def _rotations(tokens: TokenRows, layout: Layout, rank: int, slots: Slots, steps: int) -> dict[str, Tensor]:
@@ -310,11 +227,3 @@ def _mask(tokens: TokenRows, layout: Layout, slots: dict[int, Slots]) -> MaskSpe
         starts.append(start_BS.gather(1, peer.index_BQ))
         ends.append(end_BS.gather(1, peer.index_BQ))
     return MaskSpec.limits(torch.cat(starts, dim=1), torch.cat(ends, dim=1))
-
-
-def _moved(planned: Planned, device: torch.device) -> Planned:
-    """Every tensor of it on `device`; the host does not wait for the copies."""
-    moved: dict[str, Any] = {
-        name: to_device(value, device) for name, value in vars(planned).items() if isinstance(value, Tensor)
-    }
-    return replace(planned, **moved)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.core.algorithms.eagle3.batch import UnrollInputs
 from torchspec.core.algorithms.eagle3.geometry import Geometry
+from torchspec.core.algorithms.vocabulary import VocabularyModule
 from torchspec.core.attention.forms import AttentionForm, attention_form
 from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device
@@ -102,18 +103,15 @@ class DraftLayer(nn.Module):
         return self.mlp(residual, self.post_attention_layernorm, ops), *written
 
 
-class Eagle3Draft(nn.Module):
+class Eagle3Draft(VocabularyModule):
     """fc over the taps, one decoder layer, final norm, and a head over the draft vocabulary.
 
     With `geometry.fc_norm` fc reads [fc_norm[0](tap 0) ; fc_norm[1](tap 1) ; ...], with `geometry.norm_before_fc`
     input_norm([tap 0 ; tap 1 ; ...]).
     """
 
-    d2t: Tensor
-    t2d: Tensor
-
     def __init__(self, geometry: Geometry, vocabulary: VocabularyMap) -> None:
-        super().__init__()
+        super().__init__(vocabulary)
         size = geometry.hidden_size
         self.geometry = geometry
         self.fc = LinearMap(geometry.num_taps * geometry.target_hidden_size, size)
@@ -127,18 +125,7 @@ class Eagle3Draft(nn.Module):
         self.lm_head = LinearMap(size, vocabulary.size)
         if geometry.owns_embedding:
             self.embed_tokens = nn.Embedding(geometry.vocab_size, size)
-        self.register_buffer("d2t", vocabulary.d2t_N)
-        self.register_buffer("t2d", vocabulary.t2d_V)
         self.rotary = geometry.rotary()
-        self._map: tuple[Tensor, int, VocabularyMap] | None = None
-
-    @property
-    def vocabulary(self) -> VocabularyMap:
-        """The map that `d2t` says, made anew only when the buffer changed: its host copy is kept between steps."""
-        if self._map is None or self._map[0] is not self.d2t or self._map[1] != self.d2t._version:
-            vocabulary = VocabularyMap.from_offsets(self.d2t, self.geometry.vocab_size)
-            self._map = (self.d2t, self.d2t._version, vocabulary)
-        return self._map[2]
 
     def embedding(self, target_VH: Tensor) -> Tensor:
         """The embedding that the draft reads: its own, or the target's [V, H]."""
@@ -226,9 +213,3 @@ class Eagle3Draft(nn.Module):
             maps_ZH=layer.self_attn.input_columns(size, 2 * size),
             tables_AD=self.rotary.tables(inputs.angles_A, dtype),
         )
-
-
-def vocabulary_of(draft: nn.Module) -> VocabularyMap:
-    """Of a draft that may be wrapped or sharded: `Eagle3Draft.vocabulary`."""
-    assert isinstance(draft, Eagle3Draft)
-    return draft.vocabulary

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from torchspec.core.algorithms.starting import with_own_config
+from torchspec.core.algorithms.options import DraftOptions
 from torchspec.core.config.schema import Positive
-from torchspec.core.objectives.terms import ObjectiveOptions
 
 
-class Eagle3Options(ObjectiveOptions):
-    config: Path | None = Field(
-        None, description="a draft config.json to take the geometry from; default: that of `init_from`"
-    )
-    init_from: Path | None = Field(
-        None, description="draft to start from: published (docs/checkpoints.md), exported, or a checkpoint"
-    )
+class Eagle3Options(DraftOptions):
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="target layers whose outputs feed the draft, 0-based; default: [1, n // 2 - 1, n - 4] of n"
     )
@@ -50,14 +42,3 @@ class Eagle3Options(ObjectiveOptions):
     norm_before_residual: bool = Field(False, description="the residual branch is the normed feature")
     unroll: Positive = Field(7, description="steps K of the unroll (training-time test)")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of step k is step_decay ** k")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_start(cls, given: Any) -> Any:
-        return with_own_config(given)
-
-    @field_validator("config")
-    @classmethod
-    def _the_file(cls, config: Path | None) -> Path | None:
-        """The file itself: checkpoints carry the files that options name, and compare them by their contents."""
-        return config / "config.json" if config is not None and config.is_dir() else config

@@ -15,17 +15,17 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from torchspec.core.algorithms.base import DraftAlgorithm
 from torchspec.core.algorithms.eagle3.batch import Batch, Plan, build_batch, halo
 from torchspec.core.algorithms.eagle3.metrics import pair_sums
-from torchspec.core.algorithms.lesson import lesson_of, result_of, rows_per_chunk
-from torchspec.core.algorithms.metrics import summarise
+from torchspec.core.algorithms.lesson import lesson_of, result_of
 from torchspec.core.algorithms.mtp import serving
 from torchspec.core.algorithms.mtp.drafter import MtpDrafter
 from torchspec.core.algorithms.mtp.geometry import Geometry, derive
 from torchspec.core.algorithms.mtp.initialise import start_anew, start_from_target
 from torchspec.core.algorithms.mtp.model import MtpDraft
 from torchspec.core.algorithms.mtp.options import MtpOptions
-from torchspec.core.errors import ConfigError, Problem
+from torchspec.core.errors import Problem
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import (
     KEEP_ALL,
@@ -43,24 +43,25 @@ from torchspec.core.objectives.distillation import Head, distil
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mtp:
-    """The algorithm for one target. `geometry` fixes the head; `create` reads it from the target's checkpoint."""
+class Mtp(DraftAlgorithm[Plan, Batch]):
+    """The algorithm for one target. `geometry` fixes the head; `create` reads it from the target's checkpoint.
+
+    It taps the last layer alone, whose output is the hidden state *before* the target's final norm, for every engine
+    and while decoding too; the family says whether the norm is then applied.
+    """
 
     options: MtpOptions
-    target: TargetSpec
     geometry: Geometry
     name: str = "mtp"
 
     @classmethod
     def create(cls, options: MtpOptions, target: TargetSpec) -> Mtp:
         """Raises ConfigError with everything about the options and the target's head that does not fit."""
-        return cls(options=options, target=target, geometry=derive(options, target))
+        return cls.of(options, target, derive(options, target))
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """The last layer alone, whose output is the hidden state *before* the target's final norm, for every engine
-        and while decoding too; the family says whether the norm is then applied."""
-        return (self.target.num_layers - 1,)
+    @classmethod
+    def of(cls, options: MtpOptions, target: TargetSpec, geometry: Geometry) -> Mtp:
+        return cls(options=options, target=target, geometry=geometry, taps=(target.num_layers - 1,))
 
     @property
     def vocabulary_size(self) -> int:
@@ -101,7 +102,7 @@ class Mtp:
 
         Raises ConfigError for a pruned vocabulary, TargetError where the target's tensors cannot be read.
         """
-        self._check(vocabulary)
+        self.check_vocabulary(vocabulary)
         draft = MtpDraft(self.geometry)
         if self.options.init == "random":
             start_anew(draft, head)
@@ -117,7 +118,7 @@ class Mtp:
             query_heads=geometry.num_attention_heads,
             key_heads=geometry.num_key_value_heads,
             head_size=geometry.head_dim,
-            steps=self.options.unroll,
+            steps=self.loss_steps,
         )
 
     @property
@@ -131,41 +132,14 @@ class Mtp:
         return halo(self.options.unroll)
 
     @property
-    def remembers(self) -> tuple[str, ...]:
-        """See `Algorithm.remembers`."""
-        return self.options.remembers
-
-    def step(
-        self,
-        draft: nn.Module,
-        head: TargetHead,
-        rows: FeatureRows,
-        device: Device,
-        memory: StepMemory = KEEP_ALL,
-        moment: Moment = START,
-    ) -> StepResult:
-        """The training forward of one micro-batch; see `Algorithm.step`."""
-        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
-        return self.run(draft, head, build_batch(rows, plan), device, memory, moment)
+    def decay(self) -> float:
+        return self.options.step_decay
 
     def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
-        """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
-        rows = rows_per_chunk(
-            self.options,
-            head,
-            memory,
-            loss_bytes,
-            steps=self.options.unroll,
-            hidden=self.geometry.hidden_size,
-            draft_vocabulary=self.geometry.vocab_size,
-            target_vocabulary=self.geometry.vocab_size,
-        )
-        return Plan(
-            steps=self.options.unroll,
-            chunk_rows=rows,
-            device=head.embedding_VH.device,
-            shards=head.shards,
-        )
+        return Plan(steps=self.options.unroll, **self.taught_by(head, loss_bytes, memory))
+
+    def assemble(self, rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
+        return build_batch(rows, plan)
 
     def run(
         self,
@@ -176,10 +150,9 @@ class Mtp:
         memory: StepMemory = KEEP_ALL,
         moment: Moment = START,
     ) -> StepResult:
-        """The training forward of an assembled micro-batch."""
         assert isinstance(draft, MtpDraft)
         options = self.options
-        lesson = lesson_of(options, batch, head, draft.vocabulary, device, memory, moment, decay=options.step_decay)
+        lesson = lesson_of(options, batch, head, draft.vocabulary, device, memory, moment, decay=self.decay)
 
         def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
             numerator, terms = distil(outputs, output_head, lesson.supervision, device.ops)
@@ -199,10 +172,6 @@ class Mtp:
         )
         return result_of(numerator, sums)
 
-    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-        """See `algorithms.metrics.summarise`."""
-        return summarise(sums, self.options.step_decay)
-
     def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> MtpDrafter:
         """Drafts with the parameters `draft` holds now, in their precision; `draft` must not be sharded."""
         assert isinstance(draft, MtpDraft)
@@ -218,13 +187,15 @@ class Mtp:
     ) -> Tensor:
         return serving.serve(files, head, taps_TNH, next_tokens_T, drafted_L)
 
-    def _check(self, vocabulary: VocabularyMap) -> None:
-        if vocabulary.size != self.geometry.vocab_size:
-            problem = Problem(
+    def vocabulary_problems(self, vocabulary: VocabularyMap) -> list[Problem]:
+        if vocabulary.size == self.geometry.vocab_size:
+            return []
+        return [
+            Problem(
                 field="draft",
                 value=vocabulary.size,
                 message=f"a head drafts all {self.geometry.vocab_size} tokens of its target, by the target's own "
                 "output; the vocabulary map holds fewer",
                 remedy="use the map that belongs to this draft and target",
             )
-            raise ConfigError([problem])
+        ]

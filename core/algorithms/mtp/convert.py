@@ -100,7 +100,7 @@ def from_files(files: DraftFiles, target: TargetSpec) -> tuple[Mtp, nn.Module]:
     draft = MtpDraft(geometry)
     named = {family.stored(name, target.num_layers): name for name in draft.state_dict()}
     load_stored(draft, {named.get(name, name): tensor for name, tensor in files.tensors.items()})
-    return Mtp(options=MtpOptions(init="random", family=family.name), target=target, geometry=geometry), draft
+    return Mtp.of(MtpOptions(init="random", family=family.name), target, geometry), draft
 
 
 def _check_target(stated: Mapping[str, Any], geometry: Geometry, target: TargetSpec) -> None:

@@ -11,19 +11,19 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from torchspec.core.algorithms.base import DraftAlgorithm
 from torchspec.core.algorithms.eagle3.batch import halo
-from torchspec.core.algorithms.lesson import lesson_of, result_of, rows_per_chunk
-from torchspec.core.algorithms.metrics import summarise
+from torchspec.core.algorithms.lesson import lesson_of, result_of
 from torchspec.core.algorithms.peagle import serving
 from torchspec.core.algorithms.peagle.batch import Batch, Plan, build_batch
 from torchspec.core.algorithms.peagle.drafter import PEagleDrafter
 from torchspec.core.algorithms.peagle.geometry import PEagleGeometry, derive
 from torchspec.core.algorithms.peagle.initialise import initialise
 from torchspec.core.algorithms.peagle.metrics import element_sums
-from torchspec.core.algorithms.peagle.model import PEagleDraft, vocabulary_of
+from torchspec.core.algorithms.peagle.model import PEagleDraft
 from torchspec.core.algorithms.peagle.options import PEagleOptions
 from torchspec.core.algorithms.peagle.sampling import DepthSampling
-from torchspec.core.errors import CheckpointError, ConfigError, Problem
+from torchspec.core.algorithms.vocabulary import vocabulary_of
 from torchspec.core.features.rows import FeatureRows
 from torchspec.core.interfaces.algorithm import (
     KEEP_ALL,
@@ -41,13 +41,11 @@ from torchspec.core.objectives.distillation import Head, distil
 
 
 @dataclass(frozen=True, kw_only=True)
-class PEagle:
+class PEagle(DraftAlgorithm[Plan, Batch]):
     """The algorithm for one target. `geometry` fixes the draft; `create` derives it."""
 
     options: PEagleOptions
-    target: TargetSpec
     geometry: PEagleGeometry
-    taps: tuple[int, ...]
     name: str = "peagle"
 
     @classmethod
@@ -55,10 +53,6 @@ class PEagle:
         """Raises ConfigError with everything about the options that does not fit the target."""
         geometry, taps = derive(options, target)
         return cls(options=options, target=target, geometry=geometry, taps=taps)
-
-    @property
-    def vocabulary_size(self) -> int:
-        return self.geometry.draft_vocab_size
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -95,9 +89,8 @@ class PEagle:
         return halo(self.options.depths)
 
     @property
-    def remembers(self) -> tuple[str, ...]:
-        """See `Algorithm.remembers`."""
-        return self.options.remembers
+    def decay(self) -> float:
+        return self.options.depth_decay
 
     def kept_values(
         self, *, recompute: bool, moment: Literal["loss", "backward"] = "backward", text: int | None = None
@@ -131,42 +124,16 @@ class PEagle:
 
     def build_draft(self, vocabulary: VocabularyMap, head: TargetHead) -> PEagleDraft:
         """A fresh float32 draft on the CPU. Raises ConfigError for a vocabulary map of other sizes."""
-        self._check(vocabulary)
+        self.check_vocabulary(vocabulary)
         draft = PEagleDraft(self.geometry, vocabulary)
         initialise(draft, head)
         return draft
 
-    def step(
-        self,
-        draft: nn.Module,
-        head: TargetHead,
-        rows: FeatureRows,
-        device: Device,
-        memory: StepMemory = KEEP_ALL,
-        moment: Moment = START,
-    ) -> StepResult:
-        """The training forward of one micro-batch; see `Algorithm.step`."""
-        plan = self.plan(head, memory.loss_bytes or device.ops.loss_bytes, memory)
-        return self.run(draft, head, build_batch(rows, plan, moment), device, memory, moment)
-
     def plan(self, head: TargetHead, loss_bytes: int, memory: StepMemory = KEEP_ALL) -> Plan:
-        """How micro-batches are cut so that a chunk of the loss fits `loss_bytes`."""
-        rows = rows_per_chunk(
-            self.options,
-            head,
-            memory,
-            loss_bytes,
-            steps=self.options.depths,
-            hidden=self.geometry.hidden_size,
-            draft_vocabulary=self.geometry.draft_vocab_size,
-            target_vocabulary=self.geometry.vocab_size,
-        )
-        return Plan(
-            sampling=self.sampling,
-            chunk_rows=rows,
-            device=head.embedding_VH.device,
-            shards=head.shards,
-        )
+        return Plan(sampling=self.sampling, **self.taught_by(head, loss_bytes, memory))
+
+    def assemble(self, rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
+        return build_batch(rows, plan, moment)
 
     def run(
         self,
@@ -177,11 +144,8 @@ class PEagle:
         memory: StepMemory = KEEP_ALL,
         moment: Moment = START,
     ) -> StepResult:
-        """The training forward of an assembled micro-batch."""
-        options = self.options
-        lesson = lesson_of(
-            options, batch, head, vocabulary_of(draft), device, memory, moment, decay=options.depth_decay
-        )
+        vocabulary = vocabulary_of(draft)
+        lesson = lesson_of(self.options, batch, head, vocabulary, device, memory, moment, decay=self.decay)
 
         def objective(outputs: list[Tensor], output_head: Head) -> tuple[Tensor, dict[str, Tensor]]:
             numerator, terms = distil(outputs, output_head, lesson.supervision, device.ops)
@@ -191,8 +155,9 @@ class PEagle:
         return result_of(numerator, sums)
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
-        """See `metrics.summarise`; the walk is over texts that kept every element: at a depth_ratio of 1 all."""
-        return summarise(sums, self.options.depth_decay)
+        """See `algorithms.metrics.summarise`; the walk is over texts that kept every element: at a depth_ratio of 1
+        all."""
+        return super().summarise(sums)
 
     def drafter(self, draft: nn.Module, head: TargetHead, device: Device) -> PEagleDrafter:
         """Drafts with the parameters `draft` holds now, in their precision; `draft` must not be sharded."""
@@ -207,22 +172,5 @@ class PEagle:
     def serve(
         self, files: DraftFiles, head: TargetHead, taps_TNH: Tensor, next_tokens_T: Tensor, drafted_L: Tensor
     ) -> Tensor:
-        served = serving.served_taps(files.config, self.target.num_layers)
-        if served != self.taps:
-            raise CheckpointError(
-                f"an engine that reads the exported config.json taps the layers {list(served)}, but the draft was "
-                f"trained on {list(self.taps)}: its tap ids are wrong"
-            )
+        self.check_served_taps(serving.served_taps(files.config, self.target.num_layers))
         return serving.serve(files, head, taps_TNH, next_tokens_T, drafted_L)
-
-    def _check(self, vocabulary: VocabularyMap) -> None:
-        wanted = (self.geometry.draft_vocab_size, self.geometry.vocab_size)
-        if (vocabulary.size, vocabulary.target_size) != wanted:
-            problem = Problem(
-                field="draft.vocab_size",
-                value=wanted[0],
-                message=f"the vocabulary map holds {vocabulary.size} of {vocabulary.target_size} tokens, "
-                f"the draft is to have {wanted[0]} of {wanted[1]}",
-                remedy="use the map that belongs to this draft and target",
-            )
-            raise ConfigError([problem])

@@ -11,34 +11,27 @@ run that were not drawn; nothing reads them.
 A rank plans and runs the slots that it owns (`core.parallel.shards`); alone, it owns all. An anchor's elements are
 where the anchor is; what teaches them stands in the halo of last hidden states.
 
-Shape letters: B rows, T positions of the longest row, S slots that this rank owns, N pieces and L slots of a piece
-(S = N L), Q_j elements of depth j, K depths, M supervised elements (grouped by depth, then by row and slot), X = N (L +
-halo), R target rows, F = taps x target hidden size, H target hidden size.
+Shape letters: B rows, T positions of the longest row, S slots that this rank owns, Q_j elements of depth j, K depths, M
+supervised elements (grouped by depth, then by row and slot), F = taps x target hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchspec.core.algorithms.eagle3.batch import OwnRows, Pairs
+from torchspec.core.algorithms.eagle3.batch import OwnRows
 from torchspec.core.algorithms.peagle.sampling import DepthSampling, sample_rows
+from torchspec.core.algorithms.taught import Pairs, TaughtBatch, TaughtPlan
 from torchspec.core.features.rows import PADDING, FeatureRows, TokenRows
 from torchspec.core.interfaces.algorithm import Moment
-from torchspec.core.interfaces.features import NormState
 from torchspec.core.interfaces.mask import MaskSpec
-from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
-from torchspec.core.objectives.chunks import Chunk, plan_chunks, plan_shared_chunks
-from torchspec.core.objectives.teacher import OUTSIDE
-from torchspec.core.ops.transfer import to_device
+from torchspec.core.ops.transfer import fields_to_device, to_device
 from torchspec.core.parallel.sequence import SequenceGroup
 from torchspec.core.parallel.shards import Layout
-
-Planned = TypeVar("Planned", "TokenRows", "Pairs", "DepthInputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,29 +71,10 @@ class Elements:
             slot_M = torch.argsort(self.order_BS, dim=1)[row_M, slot_M]
         return row_M * self.counts[depth] + slot_M
 
-    def pairs(self, own: OwnRows, last_rows: int) -> Pairs:
-        """The supervised elements; a piece has `last_rows` last hidden states."""
-        slots, length, depths = self.deepest_BS.shape[1], own.piece_length, own.steps
-        pieces, predicted_BSK, document_BS = slots // length, own.predicted_BSK(), own.document_BS
-        supervised_BSK = own.supervised_BSK() & (self.deepest_BS[..., None] >= torch.arange(depths))
-        found = [supervised_BSK[:, :, depth].nonzero(as_tuple=True) for depth in range(depths)]
-        # Depth j of slot i is taught by the j + 1 rows later one, which may lie in the halo.
-        place_M = torch.cat(
-            [(b * pieces + i // length) * last_rows + i % length + 1 + depth for depth, (b, i) in enumerate(found)]
-        )
-        teaches = torch.zeros(len(document_BS) * pieces * last_rows, dtype=torch.bool)
-        teaches[place_M] = True
-        sizes = tuple(b.numel() for b, _ in found)
-        return Pairs(
-            slot_M=torch.cat([self.place(b, i, depth) for depth, (b, i) in enumerate(found)]),
-            cell_M=torch.cat([(b * slots + i) * depths + depth for depth, (b, i) in enumerate(found)]),
-            row_M=(teaches.long().cumsum(0) - 1)[place_M],
-            document_M=torch.cat([document_BS[b, i] for b, i in found]),
-            token_M=torch.cat([predicted_BSK[b, i, depth] for depth, (b, i) in enumerate(found)]),
-            place_R=teaches.nonzero()[:, 0],
-            size_K=torch.tensor(sizes),
-            sizes=sizes,
-        )
+    def pairs(self, own: OwnRows, rows: FeatureRows) -> Pairs:
+        """The supervised elements."""
+        runs_BSK = self.deepest_BS[..., None] >= torch.arange(own.steps)
+        return own.pairs(own.supervised_BSK() & runs_BSK, rows, self.place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,45 +100,23 @@ class DepthInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(TaughtBatch):
     """One micro-batch on the device.
 
-    last_RH      the target's last hidden states at the teaching positions
     deep_BT      anchors of the whole rows that go through all depths
     whole_BT     positions of documents that kept every element
     """
 
-    tokens: TokenRows
     inputs: DepthInputs
-    pairs: Pairs
-    chunks: tuple[Chunk, ...]
-    last_RH: Tensor
-    norm_state: NormState
-    documents: int
     deep_BT: Tensor
     whole_BT: Tensor
 
-    def truth(self, vocabulary: VocabularyMap) -> Tensor:
-        """Draft index of the token that each pair predicts, [M]; OUTSIDE if the draft cannot say it."""
-        token_M = self.pairs.token_M
-        place_M = torch.searchsorted(vocabulary.ids_N, token_M).clamp_max(vocabulary.size - 1)
-        return torch.where(vocabulary.ids_N[place_M] == token_M, place_M, OUTSIDE)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a micro-batch is to be run: what is drawn, target rows per chunk of the loss, where, and whether ranks share
-    the target's head and so the chunks."""
+class Plan(TaughtPlan):
+    """How a micro-batch is to be run: what is drawn."""
 
     sampling: DepthSampling
-    chunk_rows: int
-    device: torch.device
-    shards: VocabularyShards | None = None
-
-    def chunks(self, pairs: Pairs) -> tuple[Chunk, ...]:
-        """Of pairs on the host; a collective over those who share the head."""
-        cut = (pairs.row_M, pairs.sizes, pairs.place_R.numel(), self.chunk_rows)
-        return plan_chunks(*cut) if self.shards is None else plan_shared_chunks(*cut, self.shards)
 
 
 def build_batch(rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
@@ -172,35 +124,27 @@ def build_batch(rows: FeatureRows, plan: Plan, moment: Moment) -> Batch:
 
     Every rank draws for the whole rows, and alike. A document too short to predict anything has no supervised element.
     """
-    tokens, layout, depths = rows.tokens, rows.layout, plan.sampling.depths
+    tokens, layout, device, depths = rows.tokens, rows.layout, plan.device, plan.sampling.depths
     deepest_BT, whole_BT = sample_rows(tokens, plan.sampling, moment.draws)
     peers = [rows.rank] if rows.sequence is None else list(rows.sequence.peers)
     ran = Elements.of_peers([layout.cut(deepest_BT, rank).flatten(1) for rank in peers], depths)
     elements = ran[peers.index(rows.rank)]
     own = OwnRows.of(tokens, layout, rows.rank, depths)
-    pairs = elements.pairs(own, rows.last_BXH.shape[1] // layout.pieces_per_rank)
     angles_A, turns = _rotations(tokens, layout, rows.rank, elements)
     inputs = DepthInputs(
         tokens_BS=own.input_ids_BNX[:, :, 1 : own.piece_length + 1].flatten(1),
         taps_BSF=rows.taps_BSF,
         angles_A=angles_A,
-        turns=tuple(to_device(turn_BQ, plan.device) for turn_BQ in turns),
+        turns=tuple(to_device(turn_BQ, device) for turn_BQ in turns),
         masks=_masks(tokens, layout, dict(zip(peers, ran, strict=True)), depths),
         layout=layout,
         sequence=rows.sequence,
     )
-    device = plan.device
-    last_BXH = to_device(rows.last_BXH, device)
     return Batch(
-        tokens=_moved(tokens, device),
-        inputs=_moved(inputs, device),
-        pairs=_moved(pairs, device),
-        chunks=plan.chunks(pairs),
-        last_RH=last_BXH.flatten(0, 1)[to_device(pairs.place_R, device)],
-        norm_state=rows.norm_state,
-        documents=int(tokens.document_BT.max()) + 1,
+        inputs=fields_to_device(inputs, device),
         deep_BT=to_device(deepest_BT == depths - 1, device),
         whole_BT=to_device(whole_BT, device),
+        **plan.taught(rows, elements.pairs(own, rows)),
     )
 
 
@@ -236,11 +180,3 @@ def _masks(tokens: TokenRows, layout: Layout, peers: dict[int, Elements], depths
     if layout.ranks == 1 and bool(((tokens.document_BT == first_BT) | (tokens.document_BT == PADDING)).all()):
         masks[0] = MaskSpec.causal()
     return tuple(masks)
-
-
-def _moved(planned: Planned, device: torch.device) -> Planned:
-    """Every tensor of it on `device`; the host does not wait for the copies."""
-    moved: dict[str, Any] = {
-        name: to_device(value, device) for name, value in vars(planned).items() if isinstance(value, Tensor)
-    }
-    return replace(planned, **moved)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.core.algorithms.peagle.batch import DepthInputs
 from torchspec.core.algorithms.peagle.geometry import PEagleGeometry
+from torchspec.core.algorithms.vocabulary import VocabularyModule
 from torchspec.core.attention.forms import AttentionForm, attention_form
 from torchspec.core.attention.ttt import ttt_attention
 from torchspec.core.interfaces.device import Device, FusedOps
@@ -148,14 +149,11 @@ class DraftLayer(nn.Module):
         return self.finish(x_BQH, mixed, ops), *written
 
 
-class PEagleDraft(nn.Module):
+class PEagleDraft(VocabularyModule):
     """fc over the taps or over `mask_hidden`, decoder layers, final norm, and a head over the draft vocabulary."""
 
-    d2t: Tensor
-    t2d: Tensor
-
     def __init__(self, geometry: PEagleGeometry, vocabulary: VocabularyMap) -> None:
-        super().__init__()
+        super().__init__(vocabulary)
         size = geometry.hidden_size
         self.geometry = geometry
         self.fc = LinearMap(geometry.tapped_size, size, called=True)
@@ -165,18 +163,7 @@ class PEagleDraft(nn.Module):
         self.lm_head = LinearMap(size, vocabulary.size)
         if geometry.owns_embedding:
             self.embed_tokens = nn.Embedding(geometry.vocab_size, size)
-        self.register_buffer("d2t", vocabulary.d2t_N)
-        self.register_buffer("t2d", vocabulary.t2d_V)
         self.rotary = geometry.rotary()
-        self._map: tuple[Tensor, int, VocabularyMap] | None = None
-
-    @property
-    def vocabulary(self) -> VocabularyMap:
-        """The map that `d2t` says, made anew only when the buffer changed: its host copy is kept between steps."""
-        if self._map is None or self._map[0] is not self.d2t or self._map[1] != self.d2t._version:
-            vocabulary = VocabularyMap.from_offsets(self.d2t, self.geometry.vocab_size)
-            self._map = (self.d2t, self.d2t._version, vocabulary)
-        return self._map[2]
 
     @property
     def midlayer(self) -> DraftLayer:
@@ -262,9 +249,3 @@ def _run(
             keys.append(own[0])
             values.append(own[1])
     return outputs
-
-
-def vocabulary_of(draft: nn.Module) -> VocabularyMap:
-    """Of a draft that may be wrapped or sharded: `PEagleDraft.vocabulary`."""
-    assert isinstance(draft, PEagleDraft)
-    return draft.vocabulary

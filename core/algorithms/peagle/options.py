@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from torchspec.core.algorithms.starting import with_own_config
+from torchspec.core.algorithms.options import DraftOptions
 from torchspec.core.config.schema import Positive
-from torchspec.core.objectives.terms import ObjectiveOptions
 
 
-class PEagleOptions(ObjectiveOptions):
-    config: Path | None = Field(
-        None, description="a draft config.json to take the geometry from; default: that of `init_from`"
-    )
-    init_from: Path | None = Field(
-        None, description="draft to start from: published (docs/checkpoints.md), exported, or a checkpoint"
-    )
+class PEagleOptions(DraftOptions):
     taps: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="target layers whose outputs feed the draft, 0-based; default: [1, n // 2 - 1, n - 4] of n"
     )
@@ -61,14 +53,3 @@ class PEagleOptions(ObjectiveOptions):
         yield from super().idle()
         if self.depth_ratio == 1:
             yield "depth_ratio_min", "with draft.depth_ratio=1"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_start(cls, given: Any) -> Any:
-        return with_own_config(given)
-
-    @field_validator("config")
-    @classmethod
-    def _the_file(cls, config: Path | None) -> Path | None:
-        """The file itself: checkpoints carry the files that options name, and compare them by their contents."""
-        return config / "config.json" if config is not None and config.is_dir() else config
