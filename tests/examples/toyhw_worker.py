@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch._dynamo  # the optimizer imports it at its first step: once here in
 from torchspec.core import settings
 from torchspec.core.config.load import load_config
 from torchspec.core.pipeline.inprocess import train
+
+forked = runpy.run_path(str(Path(__file__).parents[1] / "forked.py"))
 
 
 def rank_main(rank: int, job: dict[str, Any]) -> None:
@@ -30,29 +32,12 @@ def rank_main(rank: int, job: dict[str, Any]) -> None:
     train(config, provenance=provenance)
 
 
-def fork(rank: int, job: dict[str, Any]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        rank_main(rank, job)
-        code = 0
-    except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def main() -> int:
     torch.set_num_threads(1)
     failed = 0
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        for child in [fork(rank, job) for rank in range(job["ranks"])]:
-            failed |= os.waitpid(child, 0)[1]
-    return 1 if failed else 0
+        failed |= forked["run_ranks"](rank_main, [(rank, job) for rank in range(job["ranks"])])
+    return failed
 
 
 if __name__ == "__main__":

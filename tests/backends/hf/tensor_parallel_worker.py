@@ -7,9 +7,8 @@ hold a copy each. Every rank writes all that its engine gave it.
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import sys
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +25,8 @@ from torchspec.backends.hf import target as target_module
 from torchspec.backends.hf.engine import HfEngine
 from torchspec.core.features.memory import MemoryStore, take
 from torchspec.core.registry import load_device
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 RANKS = 4
 # No user runs a target in float64; a test does, to tell rounding from error.
@@ -109,24 +110,12 @@ def run_rank(cells: list[dict[str, Any]], results: Path, rank: int) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main() -> int:
     torch.set_num_threads(1)
     cells, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    children = []
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            try:
-                run_rank(cells, results, rank)
-            except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
+    failed: int = forked["run_ranks"](run_rank, [(cells, results, rank) for rank in range(RANKS)])
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

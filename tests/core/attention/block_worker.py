@@ -7,9 +7,8 @@ lie among them, out of `folder/problem-<heads>.safetensors`, and writes what cam
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import sys
-import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +24,8 @@ from torchspec.core.attention.block import BlockForm, BlockMask, block_attention
 from torchspec.core.attention.forms import attention_form
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.shards import Layout
-from torchspec.core.settings import Launch
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 Cell = dict[str, Any]
 DEADLINE = timedelta(seconds=120)
@@ -86,37 +86,16 @@ def run(cell: Cell, folder: Path, context: mesh.ParallelContext) -> None:
 
 def rank_main(cells: list[Cell], folder: Path, rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
-    launch = Launch(rank=rank, local_rank=rank, world_size=ranks)
-    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=DEADLINE)
-    contexts: dict[tuple[int, int], mesh.ParallelContext] = {}
+    meshes = forked["Meshes"](rank, ranks, port, DEADLINE)
     for cell in cells:
-        shape = (cell["ulysses"], cell["ring"])
-        if shape not in contexts:
-            device = registry.load_device("cpu")
-            contexts[shape] = mesh.start(device, launch, DEADLINE, ulysses=shape[0], ring=shape[1])
-        run(cell, folder, contexts[shape])
+        run(cell, folder, meshes.context(cell["ulysses"], cell["ring"]))
     dist.destroy_process_group()
 
 
 def main() -> int:
     cells, folder, ranks, port = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *map(int, sys.argv[3:])
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                rank_main(cells, folder, rank, ranks, port)
-                code = 0
-            except Exception:  # noqa: BLE001 - a fork must not go on as its parent
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return 1 if any(os.waitpid(child, 0)[1] for child in children) else 0
+    failed: int = forked["run_ranks"](rank_main, [(cells, folder, rank, ranks, port) for rank in range(ranks)])
+    return failed
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import runpy
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +22,8 @@ from torch.distributed import ProcessGroup
 from torchspec.core import registry
 from torchspec.core.interfaces.device import Communication
 from torchspec.core.interfaces.target import VocabularyShards
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 DEADLINE = 30
 """Seconds that a collective waits: ranks that disagree about them fail instead of hanging."""
@@ -73,27 +74,16 @@ def run_rank(cases: ModuleType, results: Path, rank: int, ranks: int) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main() -> int:
     torch.set_num_threads(1)
     results, cases = Path(sys.argv[1]), load("log_probability_case")
+    failed = 0
     for ranks in cases.SIZES:
         (results / str(ranks)).mkdir()
-        children = []
-        for rank in range(ranks):
-            child = os.fork()
-            if child:
-                children.append(child)
-                continue
-            try:
-                run_rank(cases, results / str(ranks), rank, ranks)
-            except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(codes):
-            raise SystemExit(f"{ranks} ranks ended with {codes}")
+        jobs = [(cases, results / str(ranks), rank, ranks) for rank in range(ranks)]
+        failed |= forked["run_ranks"](run_rank, jobs)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,7 @@ of `windows` over the same documents without an update between.
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,7 +37,6 @@ from torchspec.core.interfaces.target import VocabularyMap, VocabularyShards
 from torchspec.core.models.target_head import SafetensorsTargetHead
 from torchspec.core.parallel import mesh
 from torchspec.core.parallel.sequence import gather_sequence
-from torchspec.core.settings import Launch
 from torchspec.core.training import offload
 from torchspec.core.training.capturing import Documents as FullDocuments
 from torchspec.core.training.capturing import Model, captured_rows
@@ -48,6 +47,8 @@ from torchspec.core.training.random_state import draw_of
 from torchspec.core.training.sharding import shard_draft
 from torchspec.core.training.timing import StepTimer
 from torchspec.core.training.window import run_window
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 Cell = dict[str, Any]
 H, V, HEADS, TAPS = 32, 90, 8, (1, 3, 4)
@@ -300,19 +301,11 @@ KINDS = {"window": run, "bytes": count_bytes, "gather": gather}
 def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
     offload.SMALLEST_BYTES = 0
-    launch = Launch(rank=rank, local_rank=rank, world_size=ranks)
-    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=DEADLINE)
-    contexts: dict[tuple[int, int], mesh.ParallelContext] = {}
+    meshes = forked["Meshes"](rank, ranks, port, DEADLINE)
     for cell in cells:
-        shape = (cell.get("ulysses", 1), cell.get("ring", 1))
         try:
-            if shape not in contexts:
-                device = registry.load_device("cpu")
-                contexts[shape] = mesh.start(device, launch, DEADLINE, ulysses=shape[0], ring=shape[1])
-                for group in (contexts[shape].sequence.get_group(), contexts[shape].mesh.get_group("ring")):
-                    assert group._get_backend(torch.device("cpu")).options._timeout == DEADLINE
-            KINDS[cell.get("kind", "window")](cell, results, contexts[shape])
+            context = meshes.context(cell.get("ulysses", 1), cell.get("ring", 1))
+            KINDS[cell.get("kind", "window")](cell, results, context)
         except Exception:
             (results / f"{cell['name']}.{rank}.error").write_text(traceback.format_exc())
             raise
@@ -321,26 +314,8 @@ def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int
 
 def main() -> int:
     cells, results, ranks, port = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *map(int, sys.argv[3:])
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                rank_main(cells, results, rank, ranks, port)
-                code = 0
-            except Exception:  # noqa: BLE001 - a fork must not go on as its parent
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    failed = 0
-    for _ in children:
-        _, status = os.wait()
-        failed |= status
-    return 1 if failed else 0
+    failed: int = forked["run_ranks"](rank_main, [(cells, results, rank, ranks, port) for rank in range(ranks)])
+    return failed
 
 
 if __name__ == "__main__":

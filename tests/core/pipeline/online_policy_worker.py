@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import runpy
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from torch import distributed as dist
 from torchspec.core import registry
 from torchspec.core.interfaces.target import VocabularyShards
 from torchspec.core.objectives import hidden_log_probabilities
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 spec = importlib.util.spec_from_file_location("online_case", Path(__file__).with_name("online_case.py"))
 assert spec is not None
@@ -91,27 +92,14 @@ def rank_main(rank: int, size: int, target: str, results: Path, port: int) -> No
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     (results / f"{size}-{rank}.json").write_text(json.dumps(learn(rank, size, target)))
     dist.destroy_process_group()
-    os._exit(0)
-
-
-def fork(rank: int, *job: Any) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        rank_main(rank, *job)
-    except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
-        traceback.print_exc()
-    finally:
-        os._exit(1)
 
 
 def main() -> int:
     torch.set_num_threads(1)
     target, results, port = sys.argv[1:]
-    job = (target, Path(results), int(port))
-    children = [fork(rank, size, *job) for size in (1, 2) for rank in range(size)]
-    return 1 if any(os.waitpid(child, 0)[1] for child in children) else 0
+    jobs = [(rank, size, target, Path(results), int(port)) for size in (1, 2) for rank in range(size)]
+    failed: int = forked["run_ranks"](rank_main, jobs)
+    return failed
 
 
 if __name__ == "__main__":

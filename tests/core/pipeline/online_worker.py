@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import sys
 import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 from torchspec.core.errors import ConfigError, TorchspecError
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 spec = importlib.util.spec_from_file_location("online_case", Path(__file__).with_name("online_case.py"))
 assert spec is not None
@@ -106,25 +108,11 @@ def rank_main(rank: int, target: str, results: Path, port: int) -> None:
     os._exit(0)  # a group whose rank did not come is not taken down in order
 
 
-def fork(rank: int, *job: Any) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        rank_main(rank, *job)
-    except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-
 def main() -> int:
     torch.set_num_threads(1)
     target, results, port = sys.argv[1:]
-    children = [fork(rank, target, Path(results), int(port)) for rank in range(WORLD)]
-    return 1 if any(os.waitpid(child, 0)[1] for child in children) else 0
+    failed: int = forked["run_ranks"](rank_main, [(rank, target, Path(results), int(port)) for rank in range(WORLD)])
+    return failed
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import runpy
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed as dist
 
-from torchspec.core import registry
 from torchspec.core.features.manifest import Manifest
 from torchspec.core.parallel import mesh
-from torchspec.core.settings import Launch
 from torchspec.core.training.capturing import Documents
 from torchspec.core.training.plan import Cut, Plan, Shares
 from torchspec.core.training.stored import StoredFeatures, StoredFeed
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 Cell = dict[str, Any]
 DEADLINE = timedelta(seconds=60)
@@ -68,38 +67,16 @@ def run(made_up: ModuleType, cell: Cell, results: Path, context: mesh.ParallelCo
 
 def rank_main(cells: list[Cell], results: Path, rank: int, ranks: int, port: int) -> None:
     torch.set_num_threads(1)
-    made_up = load_made_up()
-    launch = Launch(rank=rank, local_rank=rank, world_size=ranks)
-    store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False, timeout=DEADLINE)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=DEADLINE)
-    contexts: dict[tuple[int, int], mesh.ParallelContext] = {}
+    made_up, meshes = load_made_up(), forked["Meshes"](rank, ranks, port, DEADLINE)
     for cell in cells:
-        shape = (cell["ulysses"], cell["ring"])
-        if shape not in contexts:
-            contexts[shape] = mesh.start(registry.load_device("cpu"), launch, DEADLINE, ulysses=shape[0], ring=shape[1])
-        run(made_up, cell, results, contexts[shape])
+        run(made_up, cell, results, meshes.context(cell["ulysses"], cell["ring"]))
     dist.destroy_process_group()
 
 
 def main() -> int:
     cells, results, ranks, port = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *map(int, sys.argv[3:])
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                rank_main(cells, results, rank, ranks, port)
-                code = 0
-            except Exception:  # noqa: BLE001 - a fork must not go on as its parent
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    failed = [child for child in children if os.waitpid(child, 0)[1]]  # all are waited for
-    return 1 if failed else 0
+    failed: int = forked["run_ranks"](rank_main, [(cells, results, rank, ranks, port) for rank in range(ranks)])
+    return failed
 
 
 if __name__ == "__main__":

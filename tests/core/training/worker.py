@@ -10,10 +10,10 @@ import json
 import math
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +39,8 @@ from torchspec.core.training.sharding import unsharded_state
 from torchspec.core.training.signals import StopRequest
 from torchspec.core.training.timing import StepTimer
 from torchspec.core.training.window import run_window
+
+forked = runpy.run_path(str(Path(__file__).parents[2] / "forked.py"))
 
 Cell = dict[str, Any]
 
@@ -254,22 +256,15 @@ def run_cell(cell: Cell, results: Path) -> None:
     mesh.shutdown(context)
 
 
-def main() -> None:
+def main() -> int:
     torch.set_num_threads(1)
     results = Path(sys.argv[2])
     for cell in json.loads(Path(sys.argv[1]).read_text()):
-        child = os.fork()
-        if child == 0:
-            try:
-                run_cell(cell, results)
-            except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code != 0 and not any(key.startswith("kill") for key in cell):
-            raise SystemExit(f"cell {cell['name']} ended with {code}")
+        failed = forked["run_ranks"](run_cell, [(cell, results)])
+        if failed and not any(key.startswith("kill") for key in cell):
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
