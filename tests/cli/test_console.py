@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from torchspec.cli import console
-from torchspec.cli.console import ProgressDisplay, span
+from torchspec.cli.console import ProgressDisplay, counted, span
 from torchspec.cli.figures import RunFigures
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
@@ -115,6 +115,10 @@ def test_bytes_have_a_unit(capsys: pytest.CaptureFixture[str], clock: list[float
 
 def test_spans() -> None:
     assert [span(s) for s in (0.4, 59.6, 3600, 90061)] == ["0:00", "1:00", "1:00:00", "1d 1:01:01"]
+
+
+def test_one_of_a_thing() -> None:
+    assert [counted(count, "prompt") for count in (0, 1, 2)] == ["0 prompts", "1 prompt", "2 prompts"]
 
 
 def test_a_training_shows_its_newest_figures(tmp_path: Path) -> None:

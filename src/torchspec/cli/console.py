@@ -264,6 +264,11 @@ def span(seconds: float) -> str:
     return f"{f'{days}d ' if days else ''}{hours}:{minutes:02d}:{rest:02d}"
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def announce(text: str) -> None:
     """A line before anything slow is imported, so that a command shows life in its first second."""
     print(text, file=sys.stderr, flush=True)

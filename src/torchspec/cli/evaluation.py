@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from torchspec.cli.console import ProgressDisplay, print_table, write_whole
+from torchspec.cli.console import ProgressDisplay, counted, print_table, write_whole
 from torchspec.cli.target import Target
 from torchspec.core.decoding.evaluate import EvalResult, EvalSettings, Variant, best_length, compare
 from torchspec.core.decoding.measure import PromptLike
@@ -156,7 +156,8 @@ def _lossless(result: EvalResult) -> str:
 def _conditions(result: EvalResult) -> str:
     how = "greedy" if result.temperature == 0 else f"temperature {result.temperature:g}"
     machine = result.machine
+    decoded = f"{counted(result.prompts, 'prompt')}, {counted(result.tokens, 'token')}"
     return (
-        f"{result.prompts} prompts, {result.tokens} tokens, {how}, batch {result.batch_size}, {result.dtype}, "
-        f"{machine['device_name'] or machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+        f"{decoded}, {how}, batch {result.batch_size}, {result.dtype}, {machine['device_name'] or machine['device']}, "
+        f"{counted(machine['threads'], 'thread')}, torch {machine['torch']}"
     )

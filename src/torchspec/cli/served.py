@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from torchspec.cli.console import ProgressDisplay, print_table
+from torchspec.cli.console import ProgressDisplay, counted, print_table
 from torchspec.cli.schemas import EvalOptions
 from torchspec.cli.target import Target, load_target
 from torchspec.core import registry, settings
@@ -224,7 +224,8 @@ def show(result: ServedResult) -> None:
     how = "greedy" if result.temperature == 0 else f"temperature {result.temperature:g}"
     skipped = f", {result.skipped} left out for want of context" if result.skipped else ""
     print(
-        f"{result.prompts} prompts{skipped}, {result.tokens} tokens, {how}, {result.dtype}, batch {result.batch_size}"
+        f"{counted(result.prompts, 'prompt')}{skipped}, {counted(result.tokens, 'token')}, {how}, {result.dtype}, "
+        f"batch {result.batch_size}"
     )
 
 

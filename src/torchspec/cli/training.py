@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torchspec.cli.console import TRAINING, ProgressDisplay, announce, span
+from torchspec.cli.console import TRAINING, ProgressDisplay, announce, counted, span
 from torchspec.cli.figures import RunFigures
 from torchspec.core.config.schema import RunConfig
 
@@ -57,4 +57,4 @@ def _say_how_it_ended(outcome: RunOutcome) -> None:
     decoded = "" if length is None else f", best decoded acceptance length {length:.2f}"
     if outcome.planned is not None:
         announce(f"the steps took {span(outcome.seconds)}, {outcome.planned} by the plan")
-    announce(f"trained {outcome.step} steps{decoded}; draft in {outcome.draft}, report in {outcome.report}")
+    announce(f"trained {counted(outcome.step, 'step')}{decoded}; draft in {outcome.draft}, report in {outcome.report}")
