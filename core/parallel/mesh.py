@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ process, which its launcher names."""
 
 HEARTBEAT_SECONDS = 20.0
 """Between the signs of life of ranks that work or wait for one that does; well within the deadline."""
+
+LETTING_GO_SECONDS = 0.2
+"""Gloo's threads let go of the tensors of a collective a moment after its caller has gone on. One that is so late that
+the interpreter is ending by then aborts the process (pytorch#179291, pytorch#190489), and nothing waits for it."""
 
 DATA_AXIS, RING_AXIS, ULYSSES_AXIS = "dp", "ring", "ulysses"
 EVERY_AXIS, SEQUENCE_AXIS, TENSOR_AXIS = "every", "sequence", "tensor"
@@ -300,9 +305,11 @@ def shutdown(context: ParallelContext) -> None:
     """Leave the groups that `start` created; a program's own world stays."""
     if context.owns_world:
         dist.destroy_process_group()
-        return
-    for group in _own_groups(context):
-        dist.destroy_process_group(group)
+    else:
+        for group in _own_groups(context):
+            dist.destroy_process_group(group)
+    if context.world_size > 1:
+        time.sleep(LETTING_GO_SECONDS)
 
 
 def _own_groups(context: ParallelContext) -> list[ProcessGroup]:
